@@ -1,0 +1,1 @@
+"""Data: benchmarks, augmentation and the Scenes world."""

@@ -1,0 +1,152 @@
+"""Segments drawn over their picture: colours blended in, thin outlines, and a legend on a strip of its own.
+
+The legend never covers the picture: it stands at the right of upright and square pictures and beneath wide ones, in
+a font that does not shrink with the picture.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LegendEntry = tuple[int, str, "float | None"]
+
+MAX_LEGEND_ENTRIES = 24
+MAX_LABEL_CHARACTERS = 40
+MAX_PICTURE_PIXELS = 16_000_000  # larger pictures are drawn smaller: an overlay is for looking at
+STRIP_COLOR, TEXT_COLOR, QUIET_TEXT_COLOR = (255, 255, 255), (24, 24, 24), (110, 110, 110)
+OUTLINE_SHADE = 0.45  # an outline is its segment's colour, darkened
+
+
+def color_of(index: int) -> tuple[int, int, int]:
+    """An 8-bit RGB colour for a class or segment id: always the same one, neighbouring ids far apart.
+
+    Hues follow the golden ratio; saturation and brightness alternate, so that ids which come near in hue differ.
+    """
+    hue = (0.03 + index * 0.6180339887498949) % 1.0
+    saturation = (0.85, 0.6, 0.95)[index % 3]
+    value = (0.95, 0.8, 0.65, 1.0)[index // 3 % 4]
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_overlay(
+    image: Image.Image,
+    segmentation: Any,
+    legend: Sequence[LegendEntry],
+    alpha: float = 0.55,
+) -> Image.Image:
+    """Draws a segmentation over its picture, with a legend of what is in it.
+
+    Args:
+        image: the picture, any mode.
+        segmentation: (H, W) integer array or tensor of ids, the picture's size.
+        legend: (id, label, score or None) for each id; pixels of other ids stay unpainted, and entries that no
+            pixel has are left out. Sorted by area; more than 24 end in "and n more".
+        alpha: share of the colour in painted pixels, 0 to 1.
+
+    Returns:
+        an RGB picture: `image` (made smaller above 16 million pixels) and, if anything is painted, the legend.
+
+    Raises:
+        ValueError: if sizes differ or alpha is outside [0, 1].
+    """
+    ids = np.asarray(segmentation.detach().cpu() if hasattr(segmentation, "detach") else segmentation)
+    if ids.shape != (image.height, image.width):
+        raise ValueError(f"segmentation has shape {ids.shape} for a picture of {(image.height, image.width)}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    image = image.convert("RGB")
+    present = _present_entries(ids, legend)
+    if image.width * image.height > MAX_PICTURE_PIXELS:
+        image, ids = _shrink(image, ids)
+    painted = _paint(image, ids, present, alpha)
+    return _with_legend(painted, present) if present else painted
+
+
+def _present_entries(ids: np.ndarray, legend: Sequence[LegendEntry]) -> list[LegendEntry]:
+    """The legend's entries that occur in `ids`, largest area first."""
+    values, areas = np.unique(ids, return_counts=True)
+    area_of = dict(zip(values.tolist(), areas.tolist(), strict=True))
+    return sorted((entry for entry in legend if entry[0] in area_of), key=lambda entry: -area_of[entry[0]])
+
+
+def _shrink(image: Image.Image, ids: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    factor = math.sqrt(MAX_PICTURE_PIXELS / (image.width * image.height))
+    width, height = max(1, int(image.width * factor)), max(1, int(image.height * factor))
+    rows = np.arange(height) * ids.shape[0] // height
+    columns = np.arange(width) * ids.shape[1] // width
+    return image.resize((width, height), Image.Resampling.BILINEAR), ids[rows[:, None], columns]
+
+
+def _paint(image: Image.Image, ids: np.ndarray, entries: Sequence[LegendEntry], alpha: float) -> Image.Image:
+    if not entries:
+        return image
+    known = np.array(sorted({entry[0] for entry in entries}))
+    place = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    painted = known[place] == ids
+    colors = np.array([color_of(index) for index in known.tolist()], dtype=np.float32)[place]
+    pixels = np.asarray(image, dtype=np.float32)
+    blended = pixels + alpha * (colors - pixels)
+    edges = _outlines(ids) & painted
+    blended[edges] = OUTLINE_SHADE * colors[edges]
+    return Image.fromarray(np.where(painted[..., None], blended, pixels).round().astype(np.uint8))
+
+
+def _outlines(ids: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels whose right or lower neighbour has another id; wider on large pictures."""
+    edges = np.zeros(ids.shape, dtype=bool)
+    for step in range(1, 2 + max(ids.shape) // 1200):
+        edges[:, :-step] |= ids[:, :-step] != ids[:, step:]
+        edges[:-step] |= ids[:-step] != ids[step:]
+    return edges
+
+
+def _with_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
+    lines: list[tuple[int | None, str]] = [(index, _line(label, score)) for index, label, score in entries]
+    if len(lines) > MAX_LEGEND_ENTRIES:
+        hidden = len(lines) - MAX_LEGEND_ENTRIES
+        lines = [*lines[:MAX_LEGEND_ENTRIES], (None, f"and {hidden} more")]
+    text_size = min(28, max(13, round(math.sqrt(picture.width * picture.height) / 38)))
+    font = ImageFont.load_default(text_size)
+    row_height, margin = round(1.5 * text_size), round(0.6 * text_size)
+    column_width = math.ceil(max(font.getlength(text) for _, text in lines)) + 3 * margin + text_size
+    if picture.width > 1.4 * picture.height:
+        columns = min(len(lines), max(1, (picture.width - margin) // column_width))
+        rows = -(-len(lines) // columns)
+    else:
+        rows = min(len(lines), max(6, (picture.height - 2 * margin) // row_height))
+        columns = -(-len(lines) // rows)
+    width, height = columns * column_width + margin, rows * row_height + 2 * margin
+    beneath = picture.width > 1.4 * picture.height
+    corner = (0, picture.height) if beneath else (picture.width, 0)
+    size = (
+        (max(picture.width, width), picture.height + height)
+        if beneath
+        else (picture.width + width, max(picture.height, height))
+    )
+    canvas = Image.new("RGB", size, STRIP_COLOR)
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for place, (index, text) in enumerate(lines):
+        x = corner[0] + margin + place // rows * column_width
+        y = corner[1] + margin + place % rows * row_height
+        if index is not None:
+            box = (x, y + 1, x + text_size, y + 1 + text_size)
+            color = color_of(index)
+            draw.rectangle(box, fill=color, outline=tuple(round(OUTLINE_SHADE * part) for part in color))
+        color = TEXT_COLOR if index is not None else QUIET_TEXT_COLOR
+        draw.text((x + text_size + margin, y + 1 + text_size // 2), text, fill=color, font=font, anchor="lm")
+    return canvas
+
+
+def _line(label: str, score: float | None) -> str:
+    label = " ".join(label.split())
+    if len(label) > MAX_LABEL_CHARACTERS:
+        label = label[: MAX_LABEL_CHARACTERS - 1].rstrip() + "…"
+    return label if score is None else f"{label}  {score:.2f}"

