@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 MASK_STRIDE = 4  # a mask logit covers 4 x 4 pixels of the network input
 MAX_INSTANCES = 100  # (query, class) pairs that the instance read-out looks at
-BAND_BYTES = 16 * 2**20  # what one band of output rows may take, in bytes
+BAND_BYTES = 32 * 2**20  # what one band of output rows may take, in bytes
 
 
 class ITAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -93,23 +93,26 @@ def _wide_to_eight_bits(values: np.ndarray) -> np.ndarray:
     return np.rint(values.clip(0).astype(np.float64) * (255.0 / white)).astype(np.uint8)
 
 
-def array_to_rgb(array: Tensor) -> Tensor:
+def array_to_rgb(image: np.ndarray | Tensor, input_data_format: str | None = None) -> Tensor:
     """(H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels -> (3, H, W), uint8 or float32.
 
     Integers are 0..255 (uint16: 0..65535); floats keep their range, as `rescale_factor` and `do_rescale` say
     what it is. A fourth channel is alpha, and the picture is laid over white. Raises ValueError for any other
     shape or range, and for floats that are not finite.
     """
+    array = _as_tensor(image)
     if array.ndim == 2:
-        array = array[None]
+        array, input_data_format = array[None], "channels_first"
     if array.ndim != 3 or 0 in array.shape:
-        raise ValueError(
-            f"an image is (H, W), (C, H, W) or (H, W, C) with pixels in it, got shape {tuple(array.shape)}"
-        )
-    if array.shape[0] not in (1, 3, 4):
-        if array.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"an image has 1, 3 or 4 channels, got shape {tuple(array.shape)}")
-        array = array.permute(2, 0, 1)
+        raise ValueError(f"an image is (H, W), (C, H, W) or (H, W, C) with pixels, got {tuple(array.shape)}")
+    if input_data_format is not None:
+        axes = [0] if input_data_format == "channels_first" else [-1]
+    else:  # where either could be, arrays have their channels last and tensors first
+        axes = [0, -1] if isinstance(image, Tensor) else [-1, 0]
+    axis = next((axis for axis in axes if array.shape[axis] in (1, 3, 4)), None)
+    if axis is None:
+        raise ValueError(f"an image has 1, 3 or 4 channels, got shape {tuple(image.shape)}")
+    array = array.movedim(axis, 0)
     array = _to_uint8_or_float(array)
     if array.shape[0] == 4:
         white = 255.0 if not array.is_floating_point() or array.max() > 1 else 1.0
@@ -539,13 +542,18 @@ class ITAImageProcessor(TorchvisionBackend):
         return image_url_or_urls
 
     def process_image(  # type: ignore[override]
-        self, image: Any, *, device: str | torch.device | None = None, **kwargs: Any
+        self,
+        image: Any,
+        *,
+        input_data_format: str | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """One image -> (3, H, W), RGB, uint8 or float32. Raises ValueError where it is no image."""
         if isinstance(image, Image.Image):
             tensor = torch.from_numpy(np.array(picture_to_rgb(image))).permute(2, 0, 1).contiguous()
         else:
-            tensor = array_to_rgb(_as_tensor(image))
+            tensor = array_to_rgb(image, input_data_format)
         return tensor if device is None else tensor.to(device)
 
     def _preprocess_image_like_inputs(  # type: ignore[override]
@@ -554,6 +562,7 @@ class ITAImageProcessor(TorchvisionBackend):
         segmentation_maps: Any | None,
         instance_id_to_semantic_id: Sequence[Mapping[int, int]] | Mapping[int, int] | None,
         *,
+        input_data_format: str | None = None,
         device: str | torch.device | None = None,
         do_resize: bool,
         size: SizeDict,
@@ -571,7 +580,8 @@ class ITAImageProcessor(TorchvisionBackend):
         **kwargs: Any,
     ) -> BatchFeature:
         pictures = [
-            self.process_image(image, device=device) for image in _flat_list(self.fetch_images(images))
+            self.process_image(image, input_data_format=input_data_format, device=device)
+            for image in _flat_list(self.fetch_images(images))
         ]
         if not pictures:
             raise ValueError("no images given: the list is empty")
@@ -727,10 +737,8 @@ def output_size(image_size: Sequence[int], size: SizeDict) -> tuple[int, int]:
     elif size.height and size.width:
         asked = (size.height, size.width)
     else:
-        raise ValueError(
-            "`size` has 'height' and 'width', 'shortest_edge', 'longest_edge', or 'max_height' and 'max_width', "
-            f"got {dict(size)}"
-        )
+        pairs = "'height' and 'width', 'max_height' and 'max_width', 'shortest_edge' or 'longest_edge'"
+        raise ValueError(f"`size` has {pairs}, got {dict(size)}")
     return max(1, asked[0]), max(1, asked[1])
 
 

@@ -23,7 +23,9 @@ class LargeScaleJitter:
 
     def __init__(self, size: int, min_scale: float = 0.1, max_scale: float = 2.0, flip: bool = True) -> None:
         if not 0 < min_scale <= max_scale:
-            raise ValueError(f"scales must satisfy 0 < min_scale <= max_scale, got {min_scale} and {max_scale}")
+            raise ValueError(
+                f"scales must satisfy 0 < min_scale <= max_scale, got {min_scale} and {max_scale}"
+            )
         self.size = size
         self.jitter = v2.Compose(
             [

@@ -7,7 +7,7 @@ known to CLIP from pictures with captions alone, which is the split of open-voca
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 VOCABULARY_FILE = Path(__file__).with_name("scenes_vocabulary.json")
@@ -24,20 +24,20 @@ class ScenesVocabulary:
     codepoints: list[list[int]]
     """Unicode code points of each thing's pictograms (empty for stuff)."""
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Primary name of each class."""
         return [words[0] for words in self.classes]
 
-    @property
+    @cached_property
     def thing_ids(self) -> list[int]:
         return [index for index, is_thing in enumerate(self.is_thing) if is_thing]
 
-    @property
+    @cached_property
     def stuff_ids(self) -> list[int]:
         return [index for index, is_thing in enumerate(self.is_thing) if not is_thing]
 
-    @property
+    @cached_property
     def seen_ids(self) -> list[int]:
         return [index for index, seen in enumerate(self.seen) if seen]
 

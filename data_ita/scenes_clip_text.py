@@ -19,7 +19,7 @@ from torch.nn import functional as F
 OTHER_NAMES = ["other", "background", "thing", "something"]
 
 
-def concept_vectors(num_concepts: int, width: int, seed: int = 0, steps: int = 300) -> Tensor:
+def concept_vectors(num_concepts: int, width: int, seed: int = 0, steps: int = 150) -> Tensor:
     """Unit vectors that keep away from each other: a random start, then descent on the largest cosines.
 
     Returns a float32 tensor (num_concepts, width).
@@ -73,7 +73,8 @@ class CaptionSampler:
         """A sentence that names all the concepts, things first."""
         stuff = set(self.stuff)
         return caption_of(
-            [self.name(c, rng) for c in concepts if c not in stuff], [self.name(c, rng) for c in concepts if c in stuff]
+            [self.name(c, rng) for c in concepts if c not in stuff],
+            [self.name(c, rng) for c in concepts if c in stuff],
         )
 
     def sample(self, rng: random.Random) -> tuple[str, list[int]]:
@@ -126,7 +127,9 @@ def train_text_tower(
     width = text_tower(tokenize(["other"])).shape[-1]
     vectors = concept_vectors(len(sampler.classes) + 1, width, seed)
     other = len(sampler.classes)
-    used = set(tokenize([name for names in sampler.classes for name in names] + sampler.templates).unique().tolist())
+    used = set(
+        tokenize([name for names in sampler.classes for name in names] + sampler.templates).unique().tolist()
+    )
     vocabulary_size = text_tower.token_embedding.num_embeddings  # type: ignore[union-attr]
     end_token = int(tokenize(["other"]).max())
 
@@ -151,7 +154,9 @@ def train_text_tower(
             texts.append(text)
             targets.append(vectors[concepts].sum(0))
         tokens = tokenize(texts)
-        for row in unknown:  # unseen words in the place of "other": any token that no name and no template uses
+        for (
+            row
+        ) in unknown:  # unseen words in the place of "other": any token that no name and no template uses
             for place in range(1, int((tokens[row] == end_token).nonzero()[0])):
                 if int(tokens[row, place]) not in used:
                     token = rng.randrange(512, vocabulary_size - 2)

@@ -4,6 +4,7 @@ Everything is decided by a generator seeded with (seed, index), so that a pictur
 and any of them can be drawn without the ones before it.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,13 @@ from .scenes_textures import draw_stuff
 IGNORE_INDEX = 255
 MIN_SIDE, MAX_SIDE = 16, 4096
 MAX_THINGS, MAX_STUFF = 6, 4
+SMALLEST, LARGEST = 0.14, 0.6
+"""Longer side of a thing in a scene, relative to the scene's shorter side."""
+MIN_THING_SIDE, MIN_AREA, MIN_VISIBLE = 20, 60, 0.35
+"""A thing is drawn only this large (pixels) and where at least this area and share of it stays visible."""
+BORDER_LEVEL, BORDER_STEPS = 128, 24
+STUFF_COUNTS = (0.22, 0.60, 0.87)
+"""Cumulative probabilities of one, two and three textures; else four."""
 SCENE_TAG, OBJECT_TAG, STUFF_TAG, DECK_TAG = 11, 12, 13, 14
 
 Size = int | tuple[int, int]
@@ -87,9 +95,11 @@ def scene(seed: int, index: int, size: Size = 192, classes: Classes = "seen") ->
     if not stuff:
         raise ValueError("a scene needs at least one stuff class to stand on")
     rng = np.random.default_rng([seed, index, SCENE_TAG])
-    canvas, regions = _lay_ground(rng, _deal(stuff, seed, index, _num_stuff(rng)), height, width)
-    num_things = int(rng.integers(2, MAX_THINGS + 1)) if things else 0
-    placed = _place_things(rng, _repeat_one(rng, _deal(things, seed, index, num_things)), height, width)
+    num_stuff = 1 + int(np.searchsorted(STUFF_COUNTS, rng.random(), side="right"))
+    num_things = int(rng.integers(2, MAX_THINGS + 1))
+    regions, canvas = _lay_ground(rng, _deal(stuff, seed, index, num_stuff, MAX_STUFF), height, width)
+    hand = _repeat_one(rng, _deal(things, seed, index, num_things, MAX_THINGS))
+    placed = _place_things(rng, hand, height, width)
     panoptic, segments = _paint(rng, canvas, regions, placed)
     lookup = np.full(max(s["id"] for s in segments) + 1, IGNORE_INDEX, np.uint8)
     for segment in segments:
@@ -108,17 +118,20 @@ def object_picture(seed: int, index: int, size: Size = 64, classes: Classes = "a
         ValueError: an argument is out of range, or `classes` names no thing.
     """
     height, width = _check(seed, index, size)
+    short = min(height, width)
     things, stuff = select_classes(classes)
     if not things:
         raise ValueError("classes names no thing to draw")
     rng = np.random.default_rng([seed, index, OBJECT_TAG])
     class_id = _pick(rng, things)
     background_id = _pick(rng, stuff or select_classes("all")[1])
-    canvas = _texture(rng, background_id, height, width)
-    pixels = _thing(rng, class_id, rng.uniform(0.45, 0.95) * min(height, width))
-    spare_x, spare_y = width - pixels.width, height - pixels.height
-    left = round(spare_x / 2 + rng.uniform(-0.5, 0.5) * (abs(spare_x) + 0.12 * width * (spare_x > 0)))
-    top = round(spare_y / 2 + rng.uniform(-0.5, 0.5) * (abs(spare_y) + 0.12 * height * (spare_y > 0)))
+    canvas = _texture(rng, background_id, height, width, short)
+    share, across, down = rng.random(3).tolist()
+    pixels = _thing(rng, class_id, (0.45 + 0.5 * share) * short)
+    left, top = (
+        round(spare / 2 + (chance - 0.5) * (abs(spare) + 0.1 * short))
+        for spare, chance in ((width - pixels.width, across), (height - pixels.height, down))
+    )
     _paint_thing(rng, canvas, _Placed(class_id, pixels, left, top))
     return ObjectPicture(photograph(rng, canvas), class_id, background_id)
 
@@ -139,7 +152,8 @@ def stuff_picture(seed: int, index: int, size: Size = 64, classes: Classes = "al
         raise ValueError("classes names no stuff to draw")
     rng = np.random.default_rng([seed, index, STUFF_TAG])
     class_id = _pick(rng, stuff)
-    return StuffPicture(photograph(rng, _texture(rng, class_id, height, width)), class_id)
+    canvas = _texture(rng, class_id, height, width, min(height, width))
+    return StuffPicture(photograph(rng, canvas), class_id)
 
 
 def _check(seed: int, index: int, size: Size) -> tuple[int, int]:
@@ -158,24 +172,18 @@ def _pick(rng: np.random.Generator, ids: tuple[int, ...]) -> int:
     return ids[int(rng.integers(len(ids)))]
 
 
-def _num_stuff(rng: np.random.Generator) -> int:
-    return int(rng.choice(MAX_STUFF, p=(0.22, 0.38, 0.27, 0.13))) + 1
-
-
 @lru_cache(maxsize=256)
 def _deck(ids: tuple[int, ...], seed: int, shuffle: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng([seed, shuffle, DECK_TAG, len(ids)]).permutation(ids).tolist())
 
 
-def _deal(ids: tuple[int, ...], seed: int, index: int, count: int) -> list[int]:
-    """`count` different classes from a pack that is shuffled anew when used up: each comes equally often."""
-    hand: list[int] = []
-    most = MAX_THINGS if ids and ids[0] in select_classes("all")[0] else MAX_STUFF
-    for position in range(index * most, index * most + most):
-        card = _deck(ids, seed, position // len(ids))[position % len(ids)] if ids else None
-        if len(hand) < count and card is not None and card not in hand:
-            hand.append(card)
-    return hand
+def _deal(ids: tuple[int, ...], seed: int, index: int, count: int, most: int) -> list[int]:
+    """At most `count` of `most` cards from a pack that is shuffled anew when used up: each comes equally often."""
+    if not ids:
+        return []
+    positions = range(index * most, index * most + count)
+    cards = [_deck(ids, seed, position // len(ids))[position % len(ids)] for position in positions]
+    return list(dict.fromkeys(cards))
 
 
 def _repeat_one(rng: np.random.Generator, class_ids: list[int]) -> list[int]:
@@ -185,18 +193,20 @@ def _repeat_one(rng: np.random.Generator, class_ids: list[int]) -> list[int]:
     return class_ids
 
 
-def _texture(rng: np.random.Generator, class_id: int, height: int, width: int) -> Image.Image:
-    image = draw_stuff(rng, scenes_vocabulary().names[class_id], (height, width))
+def _texture(
+    rng: np.random.Generator, class_id: int, height: int, width: int, picture_side: int
+) -> Image.Image:
+    image = draw_stuff(rng, scenes_vocabulary().names[class_id], (height, width), picture_side)
     return image.convert("RGB", color_matrix(rng, 7, 0.2, 0.16))
 
 
 def _thing(rng: np.random.Generator, class_id: int, side: float) -> Image.Image:
     """A thing in its own colour, surface, pose and shading, "RGBA"."""
-    drawing = int(rng.integers(num_drawings(class_id)))
-    degrees, stretch = rng.uniform(-25, 25), float(np.exp(rng.uniform(-0.12, 0.12)))
-    pixels = draw_thing(class_id, drawing, side, degrees, bool(rng.random() < 0.5), stretch)
+    drawing, turn, stretch, mirror, surface = rng.random(5).tolist()
+    drawing = int(drawing * num_drawings(class_id))
+    pixels = draw_thing(class_id, drawing, side, 50 * turn - 25, mirror < 0.5, 0.88 + 0.24 * stretch)
     colors = pixels.convert("RGB").convert("RGB", color_matrix(rng, 12, 0.25, 0.18))
-    if rng.random() < 0.7:
+    if surface < 0.7:
         colors = give_material(rng, colors)
     colors.putalpha(pixels.getchannel("A"))
     return colors
@@ -204,27 +214,27 @@ def _thing(rng: np.random.Generator, class_id: int, side: float) -> Image.Image:
 
 def _lay_ground(
     rng: np.random.Generator, class_ids: list[int], height: int, width: int
-) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
-    """Textures with natural borders: the picture, and each region's class and (H, W) bool mask."""
-    canvas = _texture(rng, class_ids[0], height, width)
-    owner = np.zeros((height, width), np.uint8)
+) -> tuple[list[tuple[int, np.ndarray]], Image.Image]:
+    """Textures with natural borders: each region's class and (H, W) bool mask, and the picture."""
     short = min(height, width)
-    direction = rng.uniform(0, np.pi)
+    canvas = _texture(rng, class_ids[0], height, width, short)
+    owner = np.zeros((height, width), np.uint8)
+    direction = math.pi * rng.random()
     for number, class_id in enumerate(class_ids[1:], start=1):
-        turn = rng.choice([0.0, np.pi / 2, rng.uniform(0, np.pi)])
-        field = _border_field(rng, height, width, direction + turn, patch=rng.random() < 0.25)
-        inside = field > 0
-        if not 0.08 < inside.mean() < 0.75:
-            continue
-        softness = short / rng.choice([1.2, 2.0, 4.0])
-        cover = np.clip(field * softness + 0.5, 0, 1) * 255
+        turn, patch, softness = rng.random(3).tolist()
+        angle = direction + math.pi * max(turn - 0.4, 0) / 0.6
+        field = _border_field(rng, height, width, angle, patch < 0.25)
+        inside = field >= BORDER_LEVEL
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        if not 0.08 < np.count_nonzero(inside) / inside.size < 0.75:
+            continue
         top, left = max(int(rows[0]) - 4, 0), max(int(columns[0]) - 4, 0)
         bottom, right = min(int(rows[-1]) + 5, height), min(int(columns[-1]) + 5, width)
-        texture = _texture(rng, class_id, bottom - top, right - left)
-        canvas.paste(texture, (left, top), Image.fromarray(cover[top:bottom, left:right].astype(np.uint8)))
+        texture = _texture(rng, class_id, bottom - top, right - left, short)
+        cover = _cover_table(int(4 * softness))[field[top:bottom, left:right]]
+        canvas.paste(texture, (left, top), Image.fromarray(cover))
         owner[inside] = number
-    return canvas, [(class_id, owner == number) for number, class_id in enumerate(class_ids)]
+    return [(class_id, owner == number) for number, class_id in enumerate(class_ids)], canvas
 
 
 @lru_cache(maxsize=1)
@@ -232,41 +242,60 @@ def _border_noise() -> Image.Image:
     return Image.fromarray(smooth_bank())
 
 
+@lru_cache(maxsize=4)
+def _cover_table(sharpness: int) -> np.ndarray:
+    """Border field to opacity, both (256,) uint8: 1.5 to 6 pixels from nothing to all."""
+    distance = (np.arange(256) - BORDER_LEVEL) / BORDER_STEPS
+    return (np.clip(distance / (1.5 * (1 + sharpness)) + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
 def _border_field(rng: np.random.Generator, height: int, width: int, angle: float, patch: bool) -> np.ndarray:
-    """A signed field (H, W) float32 in units of the shorter side, positive inside a half-plane or a patch."""
+    """How far inside a half-plane or a patch each pixel lies.
+
+    Returns:
+        (H, W) uint8: BORDER_LEVEL on the border, BORDER_STEPS more for each pixel further inside.
+    """
     short = min(height, width)
-    x = np.linspace(-0.5, 0.5, width, dtype=np.float32) * np.float32(width / short)
-    y = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None] * np.float32(height / short)
-    span = int(rng.integers(60, 300))
-    left, top = (int(v) for v in rng.integers(0, BANK - span, 2))
+    rows, columns = (max(side // 2, 2) for side in (height, width))
+    x = np.linspace(-0.5, 0.5, columns, dtype=np.float32) * np.float32(width / short)
+    y = np.linspace(-0.5, 0.5, rows, dtype=np.float32)[:, None] * np.float32(height / short)
+    chance = rng.random(8).tolist()
+    span = 60 + 240 * chance[0]
+    left, top = chance[1] * (BANK - span), chance[2] * (BANK - span)
     box = (left, top, left + span, top + span)
-    wobble = np.asarray(_border_noise().resize((width, height), Image.Resampling.BILINEAR, box))
-    wobble = (wobble - wobble.mean()) * np.float32(rng.uniform(0.01, 0.09))
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    wobble = np.asarray(_border_noise().resize((columns, rows), Image.Resampling.BILINEAR, box))
+    wobble = (wobble - wobble.mean()) * (0.01 + 0.08 * chance[3])
+    cos, sin = math.cos(angle), math.sin(angle)
     along, across = x * cos + y * sin, y * cos - x * sin
     if patch:
-        center, radius = rng.uniform(-0.3, 0.3, 2), rng.uniform(0.25, 0.45, 2)
-        u = (along - np.float32(center[0])) / np.float32(radius[0])
-        v = (across - np.float32(center[1])) / np.float32(radius[1])
-        return (1 - np.sqrt(u * u + v * v)) * np.float32(radius.min()) + wobble
-    wave = np.float32(rng.uniform(0, 0.05)) * np.sin(along * rng.uniform(4, 16) + rng.uniform(0, 6))
-    return across - np.float32(rng.uniform(-0.22, 0.22)) + wave.astype(np.float32) + wobble
+        u = (along - (0.6 * chance[4] - 0.3)) / (0.25 + 0.2 * chance[5])
+        v = (across - (0.6 * chance[6] - 0.3)) / (0.25 + 0.2 * chance[7])
+        inside = 0.3 - 0.3 * np.sqrt(u * u + v * v)
+    else:
+        inside = across - 0.44 * (chance[4] - 0.5)
+        inside += 0.05 * chance[5] * np.sin(along * (4 + 12 * chance[6]) + 6 * chance[7])
+    field = np.clip((inside + wobble) * (BORDER_STEPS * short) + BORDER_LEVEL, 0, 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(field).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _place_things(rng: np.random.Generator, class_ids: list[int], height: int, width: int) -> list[_Placed]:
     """Things at random sizes and places, back to front, most of them apart from one another."""
     short = min(height, width)
-    smallest = min(max(0.14, 20 / short), 0.5)
+    smallest = min(max(SMALLEST, MIN_THING_SIDE / short), 0.5)
     placed: list[_Placed] = []
     circles: list[tuple[float, float, float]] = []
     for class_id in class_ids:
-        share = smallest + (0.6 - smallest) * rng.random() ** 1.6
+        chance = rng.random(28).tolist()
+        share = smallest + (LARGEST - smallest) * chance[0] ** 1.6
         pixels = _thing(rng, class_id, share * short)
-        radius, apart = share * short / 2, rng.uniform(0.5, 1.0)
-        for _ in range(12):
-            margin = radius * rng.uniform(0.5, 1.1)
-            x, y = (rng.uniform(min(margin, side / 2), max(side - margin, side / 2)) for side in (width, height))
-            if all(np.hypot(x - cx, y - cy) > apart * (radius + r) for cx, cy, r in circles):
+        radius, apart = share * short / 2, 0.5 + 0.5 * chance[1]
+        for trial in range(2, 26, 2):
+            margin = radius * (0.5 + 0.6 * chance[26])
+            x, y = (
+                min(margin, side / 2) + place * max(side - 2 * margin, 0)
+                for side, place in ((width, chance[trial]), (height, chance[trial + 1]))
+            )
+            if all(math.hypot(x - cx, y - cy) > apart * (radius + r) for cx, cy, r in circles):
                 break
         circles.append((x, y, radius))
         left, top = round(x - pixels.width / 2), round(y - pixels.height / 2)
@@ -274,48 +303,42 @@ def _place_things(rng: np.random.Generator, class_ids: list[int], height: int, w
     return placed
 
 
-def _window(thing: _Placed, height: int, width: int) -> tuple[slice, slice, tuple[int, int, int, int]] | None:
-    """The thing's rows and columns in the picture, and its own box (left, top, right, bottom) inside it."""
-    left, top = max(thing.left, 0), max(thing.top, 0)
-    right, bottom = min(thing.left + thing.pixels.width, width), min(thing.top + thing.pixels.height, height)
-    if left >= right or top >= bottom:
-        return None
-    box = (left - thing.left, top - thing.top, right - thing.left, bottom - thing.top)
-    return slice(top, bottom), slice(left, right), box
-
-
-def _visible(placed: list[_Placed], height: int, width: int) -> np.ndarray:
-    """(H, W) uint8: which thing is in front at each pixel, counted from 1; 0 for none."""
-    front = np.zeros((height, width), np.uint8)
-    for number, thing in enumerate(placed, start=1):
-        window = _window(thing, height, width)
-        if window is not None:
-            rows, columns, box = window
-            front[rows, columns][np.asarray(thing.pixels.getchannel("A").crop(box)) > 127] = number
-    return front
+def _solid(thing: _Placed, height: int, width: int) -> tuple[tuple[slice, slice], np.ndarray, int]:
+    """Where a thing covers the picture: rows and columns, (h, w) bool mask there, and its whole area."""
+    solid = np.asarray(thing.pixels.getchannel("A")) > 127
+    top, left = max(thing.top, 0), max(thing.left, 0)
+    bottom, right = min(thing.top + solid.shape[0], height), min(thing.left + solid.shape[1], width)
+    shown = solid[top - thing.top : bottom - thing.top, left - thing.left : right - thing.left]
+    return (slice(top, bottom), slice(left, right)), shown, int(np.count_nonzero(solid))
 
 
 def _paint(
-    rng: np.random.Generator, canvas: Image.Image, regions: list[tuple[int, np.ndarray]], placed: list[_Placed]
+    rng: np.random.Generator,
+    canvas: Image.Image,
+    regions: list[tuple[int, np.ndarray]],
+    placed: list[_Placed],
 ) -> tuple[np.ndarray, list[dict]]:
     """Paints the things that stay visible onto the canvas; returns the segment map and the segments."""
     height, width = canvas.height, canvas.width
-    least = 60 * min(1.0, min(height, width) / 96) ** 2
-    counts = np.bincount(_visible(placed, height, width).ravel(), minlength=len(placed) + 1)[1:]
-    enough = [
-        seen >= max(least, 0.35 * np.count_nonzero(np.asarray(thing.pixels.getchannel("A")) > 127))
-        for seen, thing in zip(counts, placed, strict=True)
-    ]
-    placed = [thing for thing, keep in zip(placed, enough, strict=True) if keep]
-    for thing in placed:
+    least = MIN_AREA * min(1.0, min(height, width) / 96) ** 2
+    solids = [_solid(thing, height, width) for thing in placed]
+    behind = np.zeros((height, width), bool)
+    front = np.zeros((height, width), np.uint8)
+    kept: list[_Placed] = []
+    for thing, (place, shown, area) in reversed(list(zip(placed, solids, strict=True))):
+        visible = shown & ~behind[place]
+        if np.count_nonzero(visible) >= max(least, MIN_VISIBLE * area):
+            behind[place] |= shown
+            kept.append(thing)
+            front[place][visible] = len(kept)
+    for thing in reversed(kept):
         _paint_thing(rng, canvas, thing)
-    front = _visible(placed, height, width)
+    masks = [(class_id, mask & (front == 0), False) for class_id, mask in regions]
+    masks += [(thing.class_id, front == number, True) for number, thing in enumerate(kept, start=1)]
     panoptic = np.zeros((height, width), np.int32)
     segments: list[dict] = []
-    masks = [(class_id, mask & (front == 0), False) for class_id, mask in regions]
-    masks += [(thing.class_id, front == number, True) for number, thing in enumerate(placed, start=1)]
     for class_id, mask, is_thing in masks:
-        if np.count_nonzero(mask) >= (1 if is_thing else least):
+        if np.count_nonzero(mask) >= least:
             segments.append({"id": len(segments) + 1, "class_id": class_id, "isthing": is_thing})
             panoptic[mask] = len(segments)
     return panoptic, segments
@@ -325,16 +348,11 @@ def _paint_thing(rng: np.random.Generator, canvas: Image.Image, thing: _Placed) 
     """Pastes a thing, often with the shadow that it drops."""
     alpha = thing.pixels.getchannel("A")
     side = max(thing.pixels.size)
-    if rng.random() < 0.6:
-        dx, dy = (int(round(v)) for v in rng.uniform((-0.08, 0.01), (0.08, 0.09)) * side)
-        strength = rng.uniform(0.25, 0.6)
-        shadow = alpha.point(_dimmer(int(strength * 20)))
+    shadowed, dx, dy, strength = rng.random(4).tolist()
+    if shadowed < 0.6:
+        place = (thing.left + round(0.16 * side * (dx - 0.5)), thing.top + round(side * (0.01 + 0.08 * dy)))
+        shadow = Image.blend(Image.new("L", alpha.size), alpha, 0.25 + 0.35 * strength)
         if side > 24:
             shadow = shadow.filter(ImageFilter.BoxBlur(side / 40))
-        canvas.paste((10, 10, 18), (thing.left + dx, thing.top + dy), shadow)
+        canvas.paste((10, 10, 18), place, shadow)
     canvas.paste(thing.pixels, (thing.left, thing.top), alpha)
-
-
-@lru_cache(maxsize=32)
-def _dimmer(twentieths: int) -> list[int]:
-    return [value * twentieths // 20 for value in range(256)]

@@ -42,11 +42,9 @@ def _font() -> ImageFont.FreeTypeFont:
     )
 
 
-@lru_cache(maxsize=4096)
-def _glyph(codepoint: int, level: int) -> Image.Image:
-    """A pictogram cropped to its ink, premultiplied ("RGBa"), longer side GLYPH_SIDE / 2**level."""
-    if level > 0:
-        return _glyph(codepoint, level - 1).reduce(2)
+@lru_cache(maxsize=1024)
+def _glyph(codepoint: int) -> Image.Image:
+    """A pictogram cropped to its ink, premultiplied ("RGBa"), longer side GLYPH_SIDE."""
     canvas = Image.new("RGBA", (CANVAS_SIDE, CANVAS_SIDE), (0, 0, 0, 0))
     middle = (CANVAS_SIDE // 2, CANVAS_SIDE // 2)
     draw = ImageDraw.Draw(canvas)
@@ -58,6 +56,13 @@ def _glyph(codepoint: int, level: int) -> Image.Image:
     scale = GLYPH_SIDE / max(glyph.size)
     width, height = (max(round(side * scale), 1) for side in glyph.size)
     return glyph.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@lru_cache(maxsize=4096)
+def _smoothed(codepoint: int, level: int) -> Image.Image:
+    """A pictogram fit for drawings of about GLYPH_SIDE / 2**level: smoothed and magnified, no interpolation."""
+    small = _glyph(codepoint).reduce(2**level)
+    return small.resize((2 * small.width, 2 * small.height), Image.Resampling.BILINEAR)
 
 
 def num_drawings(class_id: int) -> int:
@@ -82,8 +87,9 @@ def draw_thing(
         "RGBA" image, just large enough.
     """
     codepoint = scenes_vocabulary().codepoints[class_id][drawing]
-    level = min(max(math.floor(math.log2(GLYPH_SIDE / max(side, 1.0)) + 0.25), 0), 4)
-    glyph = _glyph(codepoint, level)
+    level = min(max(round(math.log2(GLYPH_SIDE / max(side, 1.0))), 0), 4)
+    glyph = _smoothed(codepoint, level) if level > 0 else _glyph(codepoint)
+    resample = Image.Resampling.NEAREST if level > 0 else Image.Resampling.BILINEAR
     scale = side / max(glyph.size)
     scale_x, scale_y = scale * math.sqrt(stretch), scale / math.sqrt(stretch)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -96,7 +102,5 @@ def draw_thing(
     middle_x, middle_y = out_width / 2, out_height / 2
     c = glyph.width / 2 - a * middle_x - b * middle_y
     f = glyph.height / 2 - d * middle_x - e * middle_y
-    out = glyph.transform(
-        (out_width, out_height), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR
-    )
+    out = glyph.transform((out_width, out_height), Image.Transform.AFFINE, (a, b, c, d, e, f), resample)
     return out.convert("RGBA")

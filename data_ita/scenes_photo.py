@@ -1,6 +1,7 @@
 """What makes a Scenes picture photo-like: colour jitter, lighting, materials, blur, sensor noise, compression."""
 
 import io
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -13,10 +14,12 @@ BANK_TAG = 7_002
 BLUR, NOISE, COMPRESSION = 0.35, 0.65, 0.25
 """Probabilities of the three defects."""
 
-_LUMA = np.array([0.299, 0.587, 0.114])
-_GRAY = np.tile(_LUMA, (3, 1))
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-_RGB = np.linalg.inv(_YIQ)
+_TURNS = np.array(
+    [np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]], np.zeros((3, 3))]
+)
+_HUE_BASIS = np.pad(np.linalg.inv(_YIQ) @ _TURNS @ _YIQ, ((0, 0), (0, 0), (0, 1))).reshape(4, 12)
+"""What grey, cosine and sine of a turn of hue add to a 3 x 4 colour matrix."""
 
 
 @lru_cache(maxsize=1)
@@ -32,7 +35,7 @@ def _sensor_bank() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _materials() -> list[Image.Image]:
-    """Surfaces of things: grey images (BANK, BANK), 255 leaves the colour as it is."""
+    """Surfaces of things: grey "RGB" images of side BANK, 255 leaves the colour as it is."""
     rng = np.random.default_rng([BANK_TAG, 2])
     y, x = np.mgrid[:BANK, :BANK].astype(np.float32)
     fields = [
@@ -43,53 +46,60 @@ def _materials() -> list[Image.Image]:
         1.3 * np.sin((x + y) * 0.7),
         1.3 * np.sin(x * 0.9) * np.sin(y * 0.9) + 0.5 * noise(rng, 1.0, side=BANK),
     ]
-    return [Image.fromarray(np.clip(222 + 22 * field, 0, 255).astype(np.uint8)) for field in fields]
+    surfaces = [np.clip(222 + 22 * field, 0, 255).astype(np.uint8) for field in fields]
+    return [Image.fromarray(surface).convert("RGB") for surface in surfaces]
 
 
-def color_matrix(rng: np.random.Generator, degrees: float, saturation: float, gain: float) -> tuple[float, ...]:
+def color_matrix(
+    rng: np.random.Generator, degrees: float, saturation: float, gain: float
+) -> tuple[float, ...]:
     """A random mild change of hue (up to +-degrees), saturation and brightness (relative, +-) for `convert`."""
-    angle, s, g, red, blue, lift = rng.uniform(-1, 1, 6)
-    angle = np.radians(degrees) * angle
-    cos, sin = np.cos(angle), np.sin(angle)
-    hue = _RGB @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ _YIQ
-    s = 1 + saturation * s
-    matrix = (1 + gain * g) * (s * hue + (1 - s) * _GRAY)
-    matrix *= np.array([[1 + 0.06 * red], [1.0], [1 + 0.06 * blue]])
-    return tuple(np.column_stack([matrix, np.full(3, 8 * lift)]).ravel().tolist())
+    turn, vivid, bright, red, blue, lift = (2 * rng.random(6) - 1).tolist()
+    angle, strength, gain = math.radians(degrees) * turn, 1 + saturation * vivid, 1 + gain * bright
+    hue = (1.0, strength * math.cos(angle), strength * math.sin(angle), 0.0) @ _HUE_BASIS
+    rows = (gain * (1 + 0.06 * red), gain, gain * (1 + 0.06 * blue))
+    matrix = hue.reshape(3, 4) * np.array(rows)[:, None]
+    matrix[:, 3] = 8 * lift
+    return tuple(matrix.ravel().tolist())
 
 
 def give_material(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     """An "RGB" thing with a surface: fabric, brushed, speckled, ... (strength and place at random)."""
     materials = _materials()
     surface = materials[int(rng.integers(len(materials)))]
-    left, top = (int(rng.integers(max(BANK - side, 1))) for side in image.size)
-    patch = surface.crop((left, top, left + image.width, top + image.height))
+    across, down, strength = rng.random(3).tolist()
     if max(image.size) > BANK:
         patch = surface.resize(image.size)
-    return Image.blend(image, ImageChops.multiply(image, patch.convert("RGB")), float(rng.uniform(0.3, 1.0)))
+    else:
+        left, top = int(across * (BANK - image.width)), int(down * (BANK - image.height))
+        patch = surface.crop((left, top, left + image.width, top + image.height))
+    return Image.blend(image, ImageChops.multiply(image, patch), 0.3 + 0.7 * strength)
 
 
 def photograph(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
     """Light falling off across the picture, then maybe blur, noise and compression; (H, W, 3) uint8."""
-    short = min(image.size)
-    blur, grainy, compress = rng.random(3) < (BLUR, NOISE, COMPRESSION)
-    if blur:
-        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.0)) * (short / 192) ** 0.5))
+    blur, grainy, compress, softness, grain, quality, slope_x, slope_y, curve = rng.random(9).tolist()
+    if blur < BLUR:
+        image = image.filter(ImageFilter.BoxBlur((0.25 + 0.55 * softness) * math.sqrt(min(image.size) / 192)))
     pixels = np.asarray(image, np.float32)
     height, width = pixels.shape[:2]
-    slope_x, slope_y, curve = rng.uniform(-1, 1, 3)
-    across = np.linspace(-1, 1, width, dtype=np.float32)
-    down = np.linspace(-1, 1, height, dtype=np.float32)
-    light = (0.16 * slope_x * across + 0.97 - 0.06 * abs(curve) * across**2)[None] + (0.16 * slope_y * down)[:, None]
-    pixels = pixels * light[..., None]
-    if grainy:
-        pixels += _grain(rng, height, width) * np.float32(rng.uniform(2, 11))
-    picture = np.clip(pixels, 0, 255).astype(np.uint8)
-    if compress:
+    across, down = _ramp(width), _ramp(height)
+    row = 0.97 + 0.32 * (slope_x - 0.5) * across - 0.06 * curve * across * across
+    light = row[None] + (0.32 * (slope_y - 0.5) * down)[:, None]
+    pixels *= light[..., None]
+    if grainy < NOISE:
+        pixels += _grain(rng, height, width) * np.float32(2 + 9 * grain)
+    picture = np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)
+    if compress < COMPRESSION:
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=int(rng.integers(35, 90)))
+        Image.fromarray(picture).save(buffer, "JPEG", quality=int(35 + 55 * quality))
         picture = np.asarray(Image.open(buffer))
     return picture
+
+
+@lru_cache(maxsize=64)
+def _ramp(side: int) -> np.ndarray:
+    return np.linspace(-1, 1, side, dtype=np.float32)
 
 
 def _grain(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -4,7 +4,8 @@ Every texture is a function of a random generator that paints one tile; its name
 made by filtering white noise in the frequency domain, stones and leaves are Voronoi cells on a jittered grid.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image
 
 TILE = 384
 """Side of a tile, in pixels."""
-VARIANTS = 4
+VARIANTS = 3
 """Tiles of each class."""
+OVERSAMPLING = 2
+"""Tiles are kept magnified, so that cutting them out needs no interpolation (ten times faster)."""
 TILE_TAG = 7_001
 
 Painter = Callable[[np.random.Generator], np.ndarray]
@@ -105,7 +108,9 @@ def sand(rng):
     warp = 16 * noise(rng, 2.2)
     ripples = np.sin((Y + warp) * (2 * np.pi * 12 / TILE)) * 0.5
     grain = rng.standard_normal((TILE, TILE)) * 0.45
-    return ramp(unit(ripples + grain + 0.3 * noise(rng, 1.5)), (188, 150, 92), (226, 194, 134), (246, 224, 176))
+    return ramp(
+        unit(ripples + grain + 0.3 * noise(rng, 1.5)), (188, 150, 92), (226, 194, 134), (246, 224, 176)
+    )
 
 
 def water(rng):
@@ -182,9 +187,14 @@ def carpet(rng):
     u, v = (X + Y) % 48, (X - Y) % 48
     border = np.minimum(np.minimum(u, 48 - u), np.minimum(v, 48 - v))
     diamond = np.maximum(np.abs(u - 24), np.abs(v - 24))
-    base = ramp(unit(rng.standard_normal((TILE, TILE)) * 0.6 + 0.5 * noise(rng, 1.0)), (112, 6, 44), (176, 20, 76))
+    base = ramp(
+        unit(rng.standard_normal((TILE, TILE)) * 0.6 + 0.5 * noise(rng, 1.0)), (112, 6, 44), (176, 20, 76)
+    )
     base = mix(base, (226, 170, 60), step(3.5 - border, 1.5) * 0.9)
-    return mix(base, (244, 206, 170), step(6 - diamond, 1.5) * 0.9) * (0.9 + 0.1 * unit(noise(rng, 0.4)))[..., None]
+    return (
+        mix(base, (244, 206, 170), step(6 - diamond, 1.5) * 0.9)
+        * (0.9 + 0.1 * unit(noise(rng, 0.4)))[..., None]
+    )
 
 
 def tiles(rng):
@@ -226,7 +236,9 @@ def metal(rng):
 def marble(rng):
     base = ramp(unit(noise(rng, 1.9)), (222, 212, 202), (248, 244, 238))
     warp = noise(rng, 1.7)
-    veins = step(0.13 - np.abs(blobs(rng, 90, sharp=1.5) + 0.35 * warp), 0.16) * (0.4 + 0.6 * unit(noise(rng, 1.5)))
+    veins = step(0.13 - np.abs(blobs(rng, 90, sharp=1.5) + 0.35 * warp), 0.16) * (
+        0.4 + 0.6 * unit(noise(rng, 1.5))
+    )
     fine = step(0.08 - np.abs(blobs(rng, 50, sharp=1.0) + 0.3 * warp), 0.1) * 0.55
     return mix(mix(base, (184, 150, 112), fine), (70, 66, 72), veins)
 
@@ -236,7 +248,14 @@ def lava(rng):
     gap = gap + 0.06 * noise(rng, 1.4)
     glow = np.clip(1 - gap / 0.42, 0, 1)
     crust = 0.08 * unit(noise(rng, 1.0))
-    return ramp(np.clip(glow * 0.95 + crust, 0, 1), (30, 10, 8), (120, 18, 4), (238, 84, 6), (255, 176, 30), (255, 244, 150))
+    return ramp(
+        np.clip(glow * 0.95 + crust, 0, 1),
+        (30, 10, 8),
+        (120, 18, 4),
+        (238, 84, 6),
+        (255, 176, 30),
+        (255, 244, 150),
+    )
 
 
 def straw(rng):
@@ -332,41 +351,46 @@ PAINTERS: dict[str, tuple[Painter, float]] = {
 
 @lru_cache(maxsize=256)
 def tile(name: str, variant: int, level: int = 0) -> Image.Image:
-    """A tile of a texture, "RGB", TILE / 2**level on a side; the same in every process."""
-    if level > 0:
-        return tile(name, variant, level - 1).reduce(2)
+    """A tile of a texture, "RGB", magnified: OVERSAMPLING * TILE / 2**level on a side; the same everywhere."""
+    image = _painted(name, variant).reduce(2**level)
+    side = OVERSAMPLING * image.width
+    return image.resize((side, side), Image.Resampling.BILINEAR)
+
+
+@lru_cache(maxsize=256)
+def _painted(name: str, variant: int) -> Image.Image:
     rng = np.random.default_rng([TILE_TAG, list(PAINTERS).index(name), variant])
     return Image.fromarray(np.clip(PAINTERS[name][0](rng), 0, 255).astype(np.uint8))
 
 
-def draw_stuff(rng: np.random.Generator, name: str, size: tuple[int, int]) -> Image.Image:
+def draw_stuff(rng: np.random.Generator, name: str, size: tuple[int, int], picture_side: int) -> Image.Image:
     """A random cut of a texture: variant, place, scale, rotation, mirror.
 
     Args:
         rng: decides all of it.
         name: a stuff class.
-        size: (height, width) in pixels.
+        size: (height, width) of the cut, in pixels.
+        picture_side: shorter side of the picture that it is for; larger pictures show coarser patterns.
 
     Returns:
         "RGB" image.
     """
     height, width = size
-    variant, flip = int(rng.integers(VARIANTS)), rng.random() < 0.5
-    spin = PAINTERS[name][1]
-    angle = np.radians(rng.uniform(-spin, spin))
-    cos, sin = float(np.cos(angle)), float(np.sin(angle))
+    chance = rng.random(6).tolist()
+    variant, mirror = int(chance[0] * VARIANTS), -1.0 if chance[1] < 0.5 else 1.0
+    angle = math.radians(PAINTERS[name][1] * (2 * chance[2] - 1))
+    cos, sin = math.cos(angle), math.sin(angle)
     span_x = abs(cos) * width + abs(sin) * height
     span_y = abs(sin) * width + abs(cos) * height
-    wanted = (128 / min(height, width)) ** 0.5 * np.exp(rng.uniform(-0.45, 0.4))
-    scale = float(min(wanted, (TILE - 4) / max(span_x, span_y)))
-    center_x = rng.uniform(span_x * scale / 2 + 1, TILE - 1 - span_x * scale / 2)
-    center_y = rng.uniform(span_y * scale / 2 + 1, TILE - 1 - span_y * scale / 2)
-    level = 1 if scale >= 1.6 else 0
-    source, shrink = tile(name, variant, level), 0.5**level
-    mirror = -1.0 if flip else 1.0
+    wanted = (128 / picture_side) ** 0.5 * math.exp(0.85 * chance[3] - 0.45)
+    scale = min(wanted, (TILE - 4) / max(span_x, span_y))
+    center_x = span_x * scale / 2 + 1 + chance[4] * (TILE - 2 - span_x * scale)
+    center_y = span_y * scale / 2 + 1 + chance[5] * (TILE - 2 - span_y * scale)
+    level = 1 if scale >= 1.3 else 0
+    shrink = OVERSAMPLING * 0.5**level
     a, b = mirror * scale * cos * shrink, mirror * scale * sin * shrink
     d, e = -scale * sin * shrink, scale * cos * shrink
     c = center_x * shrink - a * width / 2 - b * height / 2
     f = center_y * shrink - d * width / 2 - e * height / 2
-    matrix: Sequence[float] = (a, b, c, d, e, f)
-    return source.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    source = tile(name, variant, level)
+    return source.transform((width, height), Image.Transform.AFFINE, (a, b, c, d, e, f))

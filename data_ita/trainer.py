@@ -22,6 +22,7 @@ from .training import ENDLESS, EvaluationCollator, TrainingClasses
 
 LOSS_PARTS = ("loss_ce", "loss_mask", "loss_dice")
 STEP_MILESTONES = (0.89, 0.96)  # shares of the run after each of which the learning rate falls to a tenth
+EMBEDDINGS = ("embedding", "queries", "positions")  # how the names of plain parameters of that kind end
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -116,7 +117,7 @@ class ITATrainer(Trainer):
         return [
             name
             for name, parameter in model.named_parameters()
-            if id(parameter) not in exempt and parameter.ndim > 0 and "embed" not in name.rsplit(".", 1)[-1]
+            if id(parameter) not in exempt and parameter.ndim > 0 and not name.endswith(EMBEDDINGS)
         ]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -167,7 +168,10 @@ class ITATrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Sequence[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """mIoU from one confusion matrix over the evaluation pictures; logits are never kept or gathered.
 
@@ -203,7 +207,9 @@ class ITATrainer(Trainer):
 
         scores = confusion.compute(seen=self.classes.seen)
         wanted = ("miou", "miou_seen", "miou_unseen", "fwiou", "macc", "pacc")
-        metrics = {f"{metric_key_prefix}_{name}": scores[name] for name in wanted if not math.isnan(scores[name])}
+        metrics = {
+            f"{metric_key_prefix}_{name}": scores[name] for name in wanted if not math.isnan(scores[name])
+        }
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

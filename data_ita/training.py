@@ -8,13 +8,17 @@ with classes counted in the whole vocabulary and 255 where there is none. Target
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import ClassLabel, load_from_disk
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
+
+from modeling_ita.vocabulary import normalize_vocabulary
 
 from .augmentation import LargeScaleJitter
 from .scenes import IGNORE_INDEX, scene, scenes_vocabulary
@@ -178,6 +182,67 @@ class DiskEvaluation(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.dataset[index]
         return {"image": picture_tensor(example["image"]), "label": label_array(example["label"])}
+
+
+def load_disk(
+    folder: str,
+    *,
+    train_split: str,
+    eval_split: str,
+    unseen: Sequence[str],
+    jitter: LargeScaleJitter,
+    eval_images: int,
+) -> tuple[TrainingClasses, DiskTraining, DiskEvaluation | None]:
+    """Classes, training and evaluation examples of a data set that `datasets` saved.
+
+    Args:
+        folder: of a `DatasetDict`, or of a `Dataset`, which is then all for training. Class names are those of
+            the first ClassLabel among its features; commas separate synonyms.
+        unseen: names of classes whose masks are withheld.
+        eval_images: evaluate on this many pictures at most.
+
+    Raises:
+        FileNotFoundError: no such folder, or no data set in it.
+        ValueError: a split, a column or the class names are missing, or an unseen class is none of the classes.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no data set folder {folder}")
+    loaded = load_from_disk(folder)
+    splits = loaded if isinstance(loaded, dict) else {train_split: loaded}
+    if train_split not in splits:
+        raise ValueError(f"{folder} has no split {train_split!r}, only {', '.join(splits)}")
+    train = splits[train_split]
+    columns = set(train.column_names)
+    if "image" not in columns or not ({"label"} <= columns or {"panoptic", "segments"} <= columns):
+        raise ValueError(
+            f"{folder} needs columns image and label, or image, panoptic and segments; it has {sorted(columns)}"
+        )
+    names = class_names(train.features)
+    if not names:
+        raise ValueError(f"{folder} has no class names: none of its features is or holds a ClassLabel")
+    classes = [list(synonyms) for synonyms in normalize_vocabulary(names)]
+    unknown = sorted(set(unseen) - {name for synonyms in classes for name in synonyms})
+    if unknown:
+        raise ValueError(f"{folder} has no class {', '.join(map(repr, unknown))}")
+    chosen = TrainingClasses(classes, [not set(unseen) & set(synonyms) for synonyms in classes], [])
+    evaluation = None
+    if eval_split in splits and eval_split != train_split and "label" in splits[eval_split].column_names:
+        held_out = splits[eval_split]
+        evaluation = DiskEvaluation(held_out.select(range(min(eval_images, len(held_out)))))
+    return chosen, DiskTraining(train, chosen, jitter), evaluation
+
+
+def class_names(features: Any) -> list[str]:
+    """Names of the first ClassLabel in the features of a data set, however deep; empty if there is none."""
+    if isinstance(features, ClassLabel):
+        return list(features.names)
+    if isinstance(features, dict):
+        parts = list(features.values())
+    elif isinstance(features, list):
+        parts = features
+    else:
+        parts = [features.feature] if hasattr(features, "feature") else []
+    return next((names for names in map(class_names, parts) if names), [])
 
 
 def picture_tensor(picture: Any) -> Tensor:

@@ -21,8 +21,9 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 MAX_PICTURE_PIXELS = 178_956_970  # Pillow's own limit for what it calls a decompression bomb
-PICTURE_SUFFIXES = frozenset(
-    ".avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+PICTURE_SUFFIXES = (
+    *(".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 # What Pillow's decoders raise on files that are cut off or made of something else.
@@ -43,13 +44,13 @@ class DoorError(Exception):
     """Something the user can put right, said in one line."""
 
 
-def open_door(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
-    """Runs a door's `main(argv)` on the command line's arguments and exits with its status.
+def open_door(work: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
+    """Runs `work(argv)` on the command line's arguments (None: the process's own) and exits with its status.
 
     `DoorError` becomes one line on stderr and status 1, an interrupt status 130.
     """
     try:
-        sys.exit(main(None) or 0)
+        sys.exit(work(None) or 0)
     except DoorError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
     except KeyboardInterrupt:
@@ -74,7 +75,7 @@ class DoorParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
         help_text = "YAML or JSON file of these arguments; the command line goes before it"
         self.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help_text)
 

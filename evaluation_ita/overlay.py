@@ -62,48 +62,50 @@ def draw_overlay(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
     image = image.convert("RGB")
-    present = _present_entries(ids, legend)
+    if not legend:
+        return image
+    lowest, highest = min(entry[0] for entry in legend), max(entry[0] for entry in legend)
+    places = ids.astype(np.int64).clip(lowest - 1, highest + 1) - (
+        lowest - 1
+    )  # ids outside: the first or last
+    areas = np.bincount(places.ravel(), minlength=highest - lowest + 3)
+    present = [entry for entry in legend if areas[entry[0] - lowest + 1]]
+    present.sort(key=lambda entry: -areas[entry[0] - lowest + 1])
+    if not present:
+        return image
     if image.width * image.height > MAX_PICTURE_PIXELS:
-        image, ids = _shrink(image, ids)
-    painted = _paint(image, ids, present, alpha)
-    return _with_legend(painted, present) if present else painted
+        image, places = _shrink(image, places)
+    colors, known = np.zeros((len(areas), 3), dtype=np.uint8), np.zeros(len(areas), dtype=bool)
+    for index, _, _ in present:
+        colors[index - lowest + 1], known[index - lowest + 1] = color_of(index), True
+    return _with_legend(_paint(image, places, colors, known, alpha), present)
 
 
-def _present_entries(ids: np.ndarray, legend: Sequence[LegendEntry]) -> list[LegendEntry]:
-    """The legend's entries that occur in `ids`, largest area first."""
-    values, areas = np.unique(ids, return_counts=True)
-    area_of = dict(zip(values.tolist(), areas.tolist(), strict=True))
-    return sorted((entry for entry in legend if entry[0] in area_of), key=lambda entry: -area_of[entry[0]])
-
-
-def _shrink(image: Image.Image, ids: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+def _shrink(image: Image.Image, places: np.ndarray) -> tuple[Image.Image, np.ndarray]:
     factor = math.sqrt(MAX_PICTURE_PIXELS / (image.width * image.height))
     width, height = max(1, int(image.width * factor)), max(1, int(image.height * factor))
-    rows = np.arange(height) * ids.shape[0] // height
-    columns = np.arange(width) * ids.shape[1] // width
-    return image.resize((width, height), Image.Resampling.BILINEAR), ids[rows[:, None], columns]
+    rows = np.arange(height) * places.shape[0] // height
+    columns = np.arange(width) * places.shape[1] // width
+    return image.resize((width, height), Image.Resampling.BILINEAR), places[rows[:, None], columns]
 
 
-def _paint(image: Image.Image, ids: np.ndarray, entries: Sequence[LegendEntry], alpha: float) -> Image.Image:
-    if not entries:
-        return image
-    known = np.array(sorted({entry[0] for entry in entries}))
-    place = np.searchsorted(known, ids).clip(max=len(known) - 1)
-    painted = known[place] == ids
-    colors = np.array([color_of(index) for index in known.tolist()], dtype=np.float32)[place]
-    pixels = np.asarray(image, dtype=np.float32)
-    blended = pixels + alpha * (colors - pixels)
-    edges = _outlines(ids) & painted
-    blended[edges] = OUTLINE_SHADE * colors[edges]
-    return Image.fromarray(np.where(painted[..., None], blended, pixels).round().astype(np.uint8))
+def _paint(
+    image: Image.Image, places: np.ndarray, colors: np.ndarray, known: np.ndarray, alpha: float
+) -> Image.Image:
+    """Blends in `colors` (n, 3) uint8 where `known` (n,) bool, both looked up by `places` (H, W)."""
+    inside, edges = known[places], _outlines(places)
+    blended = Image.blend(image, Image.fromarray(colors[places]), alpha)
+    blended = Image.composite(blended, image, Image.fromarray(inside))
+    dark = Image.fromarray((OUTLINE_SHADE * colors).astype(np.uint8)[places])
+    return Image.composite(dark, blended, Image.fromarray(inside & edges))
 
 
-def _outlines(ids: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels whose right or lower neighbour has another id; wider on large pictures."""
-    edges = np.zeros(ids.shape, dtype=bool)
-    for step in range(1, 2 + max(ids.shape) // 1200):
-        edges[:, :-step] |= ids[:, :-step] != ids[:, step:]
-        edges[:-step] |= ids[:-step] != ids[step:]
+def _outlines(places: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels whose right or lower neighbour is another's; wider on large pictures."""
+    edges = np.zeros(places.shape, dtype=bool)
+    for step in range(1, 2 + max(places.shape) // 1200):
+        edges[:, :-step] |= places[:, :-step] != places[:, step:]
+        edges[:-step] |= places[:-step] != places[step:]
     return edges
 
 
@@ -116,20 +118,18 @@ def _with_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.
     font = ImageFont.load_default(text_size)
     row_height, margin = round(1.5 * text_size), round(0.6 * text_size)
     column_width = math.ceil(max(font.getlength(text) for _, text in lines)) + 3 * margin + text_size
-    if picture.width > 1.4 * picture.height:
+    beneath = picture.width > 1.4 * picture.height
+    if beneath:
         columns = min(len(lines), max(1, (picture.width - margin) // column_width))
         rows = -(-len(lines) // columns)
     else:
         rows = min(len(lines), max(6, (picture.height - 2 * margin) // row_height))
         columns = -(-len(lines) // rows)
     width, height = columns * column_width + margin, rows * row_height + 2 * margin
-    beneath = picture.width > 1.4 * picture.height
-    corner = (0, picture.height) if beneath else (picture.width, 0)
-    size = (
-        (max(picture.width, width), picture.height + height)
-        if beneath
-        else (picture.width + width, max(picture.height, height))
-    )
+    if beneath:
+        corner, size = (0, picture.height), (max(picture.width, width), picture.height + height)
+    else:
+        corner, size = (picture.width, 0), (picture.width + width, max(picture.height, height))
     canvas = Image.new("RGB", size, STRIP_COLOR)
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)

@@ -32,14 +32,8 @@ def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join("| " + " | ".join(_cell(value) for value in line) + " |\n" for line in lines)
 
 
-def results_markdown(model: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The whole report: one row a benchmark, then the IoU of every class that was counted.
-
-    Args:
-        model: what was evaluated, as given by the user.
-        results: benchmark name -> scores of `ConfusionMatrix.compute` with `num_images`, and `classes`: list of
-            {"name": str, "iou": float, "seen": bool or None}.
-    """
+def summary_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row a benchmark, in Markdown; `results` as for `results_markdown`."""
     titles = ["benchmark", "images", "classes counted", *SEMANTIC_COLUMNS]
     rows = [
         [
@@ -50,7 +44,18 @@ def results_markdown(model: str, results: Mapping[str, Mapping[str, Any]]) -> st
         ]
         for name, scores in results.items()
     ]
-    text = f"# Results of `{model}`\n\nScores in per cent.\n\n" + markdown_table(titles, rows)
+    return markdown_table(titles, rows)
+
+
+def results_markdown(model: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The whole report: the summary, then the IoU of every class that was counted, best first.
+
+    Args:
+        model: what was evaluated, as given by the user.
+        results: benchmark name -> scores of `ConfusionMatrix.compute` with `num_images`, and `classes`: list of
+            {"name": str, "iou": float, "seen": bool or None}.
+    """
+    text = f"# Results of `{model}`\n\nScores in per cent.\n\n" + summary_table(results)
     for name, scores in results.items():
         words = {True: "seen", False: "unseen", None: "-"}
         counted = [entry for entry in scores["classes"] if not math.isnan(entry["iou"])]

@@ -256,14 +256,16 @@ class ClipBackbone(nn.Module):
 
     def restore_buffers(self, config: dict[str, Any]) -> None:
         """Makes again the buffers that no checkpoint holds: the causal mask, and what a trunk may precompute."""
-        tower = self.text_tower
-        lost = [name for name, _ in self.clip.named_buffers() if name not in self.clip.state_dict()]
-        if tower.attn_mask is not None:
-            size = len(tower.positional_embedding)
-            tower.attn_mask.copy_(torch.full((size, size), float("-inf")).triu_(1))
-            lost = [name for name in lost if name.split(".")[-1] != "attn_mask"]
-        if lost:
+        kept = self.clip.state_dict()
+        lost = [name for name, _ in self.clip.named_buffers() if name not in kept]
+        fresh: dict[str, Tensor] = {}
+        if any(name.split(".")[-1] != "attn_mask" for name in lost):
             fresh = dict(ClipBackbone(config).clip.named_buffers())
-            for name, buffer in self.clip.named_buffers():
-                if name in lost:
-                    buffer.copy_(fresh[name])
+        for name in lost:
+            parent, _, attribute = name.rpartition(".")
+            if attribute == "attn_mask":
+                size = len(self.text_tower.positional_embedding)
+                buffer = torch.full((size, size), float("-inf")).triu_(1)
+            else:
+                buffer = fresh[name]
+            setattr(self.clip.get_submodule(parent), attribute, buffer.to(self.device))

@@ -1,0 +1,354 @@
+"""Trains ITA on the Scenes world or on a `datasets` data set, from a CLIP or from a checkpoint.
+
+    accelerate launch run_train.py --config recipes/scenes_ita_tiny.yaml --clip CLIP_DIR --output_dir OUT
+    accelerate launch run_train.py --config ... --model_config.decoder_self_attention true --max_minutes 30
+
+A configuration file (YAML or JSON) holds the same arguments; what the command line says goes before. The end of
+a run leaves in `output_dir` a checkpoint that loads through transformers' Auto classes.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from configuration_ita import ITAConfig
+from data_ita import training as source
+from data_ita.augmentation import LargeScaleJitter
+from data_ita.trainer import ITATrainer
+from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
+
+
+class BadInput(Exception):
+    """Something the user gave cannot serve; the message says what, in one line."""
+
+
+@dataclass
+class ITAModelArguments:
+    """Where the network comes from: give `clip` for a new one, or `model` to go on with one."""
+
+    clip: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a trained CLIP: open_clip_config.json and open_clip_model.safetensors."},
+    )
+    model: str | None = field(default=None, metadata={"help": "Folder of an ITA checkpoint to fine-tune."})
+    model_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "Fields of ITAConfig, as JSON; one alone is --model_config.FIELD VALUE."},
+    )
+
+
+@dataclass
+class ITADataArguments:
+    """What is learned from."""
+
+    dataset: str = field(
+        default="scenes",
+        metadata={
+            "help": "'scenes', or the folder of a data set saved by `datasets` with columns image and label "
+            "(8-bit PNG of class ids, 255 ignored), or image, panoptic and segments."
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on, of a data set on disk."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, if there is one."})
+    unseen_classes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names of classes whose masks are withheld, of a data set on disk."},
+    )
+    image_size: int = field(
+        default=192, metadata={"help": "Side of the training pictures or crops, in pixels."}
+    )
+    min_scale: float = field(default=0.1, metadata={"help": "Large-scale jitter (data set on disk): from."})
+    max_scale: float = field(default=2.0, metadata={"help": "Large-scale jitter (data set on disk): to."})
+    scenes_seed: int = field(default=0, metadata={"help": "Which Scenes world to train in."})
+    eval_seed: int = field(default=1_000_003, metadata={"help": "Which Scenes world to evaluate in."})
+    eval_images: int = field(default=200, metadata={"help": "How many pictures an evaluation takes at most."})
+
+
+@dataclass
+class ITATrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the method's defaults, and a budget in minutes."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of AdamW after warm-up."})
+    weight_decay: float = field(default=0.05, metadata={"help": "None on norms and embeddings."})
+    max_grad_norm: float = field(default=0.01, metadata={"help": "Clips the gradient of the whole model."})
+    warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up; below 1: a share."})
+    lr_scheduler_type: Literal["step", "cosine", "linear", "constant"] = field(
+        default="step", metadata={"help": "'step': a tenth after 89% of the run, again after 96%."}
+    )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "Ends the run after so many minutes; the learning rate follows the clock."},
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Log losses every so many steps."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Trackers, as 'tensorboard'."}
+    )
+
+    def __post_init__(self) -> None:
+        schedule, self.lr_scheduler_type = self.lr_scheduler_type, "constant"
+        super().__post_init__()
+        self.lr_scheduler_type = schedule  # "step" is none of transformers' own
+        self.remove_unused_columns = False  # examples are tensors that the collator takes as they are
+        self.label_names = ["mask_labels", "class_labels"]
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
+
+
+Arguments = tuple[ITAModelArguments, ITADataArguments, ITATrainingArguments]
+ARGUMENT_CLASSES = (ITAModelArguments, ITADataArguments, ITATrainingArguments)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Command line, over the file that `--config` names, over the defaults.
+
+    Raises:
+        BadInput: an argument that does not exist, or the file cannot be read or says what is no argument.
+        SystemExit: `--help`, or a value of the wrong type.
+    """
+    parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", help="YAML or JSON file of the arguments below.")
+    arguments, config_file, model_config = [], None, {}
+    rest = iter(expand_equals(argv))
+    for word in rest:
+        following = next(rest, None) if word == "--config" or word.startswith("--model_config") else None
+        if word == "--config":
+            config_file = following
+        elif word == "--model_config":
+            model_config.update(read_mapping(following or "", "--model_config"))
+        elif word.startswith("--model_config."):
+            model_config[word.removeprefix("--model_config.")] = yaml.safe_load(following or "")
+        else:
+            arguments.append(word)
+    from_file = read_config(config_file) if config_file else {}
+    model_config = {**(from_file.pop("model_config", None) or {}), **model_config}
+    arguments = [*as_words(from_file), *bare_resume(arguments), "--model_config", json.dumps(model_config)]
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        args=arguments, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise BadInput(f"unknown argument {unknown[0]!r} (see --help)")
+    parsed[0].model_config = model_config
+    return tuple(parsed)
+
+
+def expand_equals(argv: list[str]) -> list[str]:
+    """`--key=value` -> `--key value`."""
+    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+
+
+def bare_resume(words: list[str]) -> list[str]:
+    """`--resume_from_checkpoint` without a value means the last checkpoint of the output folder."""
+    flag, result = "--resume_from_checkpoint", []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        result += [word, "last"] if word == flag and following.startswith("--") else [word]
+    return result
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The arguments in a YAML or JSON file, checked by name."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the configuration {path}: {error}") from error
+    values = read_mapping(text, path)
+    known = {f.name for arguments in ARGUMENT_CLASSES for f in dataclasses.fields(arguments)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise BadInput(f"{path}: unknown argument {', '.join(map(repr, unknown))}")
+    if not isinstance(values.get("model_config") or {}, dict):
+        raise BadInput(f"{path}: model_config must be a mapping of ITAConfig fields")
+    return values
+
+
+def read_mapping(text: str, source: str) -> dict[str, Any]:
+    """A YAML or JSON mapping."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{source} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{source} must hold a mapping of names to values, not a {type(values).__name__}")
+    return values
+
+
+def as_words(values: dict[str, Any]) -> list[str]:
+    """Values of a file as words of a command line, so that both are read by the same rules."""
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            words.append(f"--{name}={json.dumps(value)}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_data(
+    data: ITADataArguments, training: ITATrainingArguments
+) -> tuple[source.TrainingClasses, Any, Any]:
+    """Classes, training examples and evaluation examples (None if there are none)."""
+    if data.image_size < 32:
+        raise BadInput(f"image_size must be at least 32 pixels, got {data.image_size}")
+    if data.dataset == "scenes":
+        if training.max_steps <= 0 and not training.max_minutes:
+            raise BadInput("Scenes has no end: give max_steps or max_minutes")
+        evaluation = source.ScenesEvaluation(data.eval_seed, data.image_size, data.eval_images)
+        return source.scenes_classes(), source.ScenesTraining(data.scenes_seed, data.image_size), evaluation
+    return source.load_disk(
+        data.dataset,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        unseen=data.unseen_classes,
+        jitter=LargeScaleJitter(data.image_size, data.min_scale, data.max_scale),
+        eval_images=data.eval_images,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def load_model(
+    arguments: ITAModelArguments, classes: source.TrainingClasses, image_size: int
+) -> tuple[ITAForOpenVocabSegmentation, ITAImageProcessor]:
+    """Network and image processor: new on a CLIP, or a checkpoint's with these classes as its own."""
+    if (arguments.clip is None) == (arguments.model is None):
+        raise BadInput("give one of --clip DIR (a new model) and --model DIR (fine-tuning)")
+    changes = dict(arguments.model_config or {})
+    unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(ITAConfig)})
+    if unknown:
+        raise BadInput(f"model_config: ITAConfig has no field {', '.join(map(repr, unknown))}")
+    if arguments.model is not None:
+        folder = existing_folder(arguments.model, "model")
+        config = ITAConfig.from_pretrained(folder, **changes)
+        model = ITAForOpenVocabSegmentation.from_pretrained(folder, config=config)
+        model.set_vocabulary(classes.classes)
+        known = list(model.config.train_vocabulary or [])
+        model.config.train_vocabulary = known + [c for c in classes.seen_classes if c not in known]
+        return model, ITAImageProcessor.from_pretrained(folder)
+
+    clip_config, weights = read_clip(existing_folder(arguments.clip or "", "clip"))
+    fields = {
+        "clip_model_name": Path(arguments.clip or "").resolve().name,
+        "clip_model_config": clip_config["model_cfg"],
+        "vocabulary": classes.classes,
+        "train_vocabulary": classes.seen_classes,
+        "stuff_names": classes.stuff_names,
+        **changes,
+    }
+    model = ITAForOpenVocabSegmentation.from_clip(ITAConfig(**fields), weights)
+    colours = clip_config.get("preprocess_cfg") or {}
+    processor = ITAImageProcessor(
+        size={"shortest_edge": image_size, "longest_edge": 4 * image_size},
+        **{f"image_{key}": colours[key] for key in ("mean", "std") if key in colours},
+    )
+    return model, processor
+
+
+def existing_folder(path: str, name: str) -> Path:
+    if not Path(path).is_dir():
+        raise BadInput(f"--{name}: there is no folder {path}")
+    return Path(path)
+
+
+def read_clip(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and weights of a CLIP as open_clip saves it for the Hub."""
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "open_clip_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(
+            f"--clip: {folder} cannot be read as a CLIP: {' '.join(str(error).split())}"
+        ) from error
+    if "model_cfg" not in config:
+        raise BadInput(f"--clip: {folder / 'open_clip_config.json'} has no model_cfg")
+    return config, weights
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_to_resume(training: ITATrainingArguments) -> str | None:
+    """The folder to resume from; "last" is the latest checkpoint in the output folder."""
+    wanted = training.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted.lower() in ("last", "true"):
+        output = Path(training.output_dir or "")
+        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if last is None:
+            raise BadInput(f"--resume_from_checkpoint: there is no checkpoint in {output}")
+        return last
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise BadInput(f"--resume_from_checkpoint: {wanted} is no checkpoint of a training run")
+    return wanted
+
+
+def build_trainer(arguments: Arguments) -> tuple[Any, str | None]:
+    """Everything that can fail on what the user gave: data, model, trainer, and the checkpoint to resume."""
+    model_arguments, data, training = arguments
+    resume = checkpoint_to_resume(training)
+    set_seed(training.seed)
+    classes, train_dataset, eval_dataset = load_data(data, training)
+    if eval_dataset is None and training.eval_strategy != "no":
+        raise BadInput(
+            f"eval_strategy is {training.eval_strategy}, but {data.dataset} has no {data.eval_split}"
+        )
+    model, processor = load_model(model_arguments, classes, data.image_size)
+    trainer = ITATrainer(
+        model=model,
+        args=training,
+        classes=classes,
+        eval_resize=data.dataset != "scenes",
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=source.TrainingCollator(processor),
+        processing_class=processor,
+    )
+    return trainer, resume
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses, trains, evaluates once more and saves."""
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        trainer, resume = build_trainer(arguments)
+    except (BadInput, ValueError, OSError) as error:
+        sys.stderr.write(f"run_train: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from error
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics, combined=False)
+    if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(trainer.args.output_dir)
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
