@@ -40,6 +40,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MASK_STRIDE = 4  # a mask logit covers 4 x 4 pixels of the network input
+IMAGE_STRIDE = 32  # an image is segmented as if it were padded to multiples of this; a batch pads it further
 MAX_INSTANCES = 100  # (query, class) pairs that the instance read-out looks at
 BAND_BYTES = 32 * 2**20  # what one band of output rows may take, in bytes
 
@@ -237,6 +238,11 @@ class MaskBands:
         image_size: Sequence[int] | None = None,
         target_size: Sequence[int] | None = None,
     ):
+        if image_size is not None and target_size is not None:
+            rows, columns = (
+                math.ceil(side / IMAGE_STRIDE) * IMAGE_STRIDE // MASK_STRIDE for side in image_size
+            )
+            mask_logits = mask_logits[:, :rows, :columns]  # without what the batch added
         height, width = mask_logits.shape[-2:]
         self.mask_logits = mask_logits
         if target_size is not None and (len(target_size) != 2 or min(target_size) < 1):
@@ -531,7 +537,7 @@ class ITAImageProcessor(TorchvisionBackend):
         return super().preprocess(images, segmentation_maps, instance_id_to_semantic_id, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Paths, URLs and base64 strings -> RGB PIL images; images stay as they are."""
+        """PIL images, paths, URLs and base64 strings -> RGB PIL images; arrays and tensors stay as they are."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(one) for one in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
@@ -539,6 +545,8 @@ class ITAImageProcessor(TorchvisionBackend):
                 with Image.open(image_url_or_urls) as picture:
                     return picture_to_rgb(picture)
             return load_image(str(image_url_or_urls))
+        if isinstance(image_url_or_urls, Image.Image):
+            return picture_to_rgb(image_url_or_urls)
         return image_url_or_urls
 
     def process_image(  # type: ignore[override]

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from evaluation_ita.door import read_vocabulary
+from evaluation_ita.door import DoorError, read_vocabulary
 
 OVERVIEW = """
 Example: python run_convert.py --checkpoint fcclip_cocopan.pth --clip_model convnext_large_d_320
@@ -72,7 +72,7 @@ def convert(arguments: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> int:
     try:
         print(convert(parse_arguments(arguments)))
-    except (ValueError, OSError) as error:
+    except (DoorError, ValueError, OSError) as error:
         print(f"run_convert: {error}", file=sys.stderr)
         return 1
     return 0

@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from configuration_ita import ITAConfig
 from data_ita import training as source
 from data_ita.augmentation import LargeScaleJitter
+from data_ita.scenes_dataset import SPLITS
 from data_ita.trainer import ITATrainer
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 
@@ -41,10 +42,15 @@ class ITAModelArguments:
         metadata={"help": "Folder of a trained CLIP: open_clip_config.json and open_clip_model.safetensors."},
     )
     model: str | None = field(default=None, metadata={"help": "Folder of an ITA checkpoint to fine-tune."})
-    model_config: dict | str | None = field(
+    model_config: str | None = field(
         default=None,
-        metadata={"help": "Fields of ITAConfig, as JSON; one alone is --model_config.FIELD VALUE."},
+        metadata={"help": "Fields of ITAConfig, as JSON or YAML; one alone is --model_config.FIELD VALUE."},
     )
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """`model_config` as a mapping."""
+        return read_mapping(self.model_config or "", "model_config")
 
 
 @dataclass
@@ -69,8 +75,12 @@ class ITADataArguments:
     )
     min_scale: float = field(default=0.1, metadata={"help": "Large-scale jitter (data set on disk): from."})
     max_scale: float = field(default=2.0, metadata={"help": "Large-scale jitter (data set on disk): to."})
-    scenes_seed: int = field(default=0, metadata={"help": "Which Scenes world to train in."})
-    eval_seed: int = field(default=1_000_003, metadata={"help": "Which Scenes world to evaluate in."})
+    scenes_seed: int = field(
+        default=SPLITS["train"].seed, metadata={"help": "Which Scenes world to train in."}
+    )
+    eval_seed: int = field(
+        default=SPLITS["validation"].seed, metadata={"help": "Which Scenes world to evaluate in."}
+    )
     eval_images: int = field(default=200, metadata={"help": "How many pictures an evaluation takes at most."})
 
 
@@ -83,7 +93,7 @@ class ITATrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.01, metadata={"help": "Clips the gradient of the whole model."})
     warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up; below 1: a share."})
     lr_scheduler_type: Literal["step", "cosine", "linear", "constant"] = field(
-        default="step", metadata={"help": "'step': a tenth after 89% of the run, again after 96%."}
+        default="step", metadata={"help": "'step': a tenth after 0.89 of the run, again after 0.96."}
     )
     max_minutes: float | None = field(
         default=None,
@@ -106,7 +116,7 @@ class ITATrainingArguments(TrainingArguments):
 
 
 Arguments = tuple[ITAModelArguments, ITADataArguments, ITATrainingArguments]
-ARGUMENT_CLASSES = (ITAModelArguments, ITADataArguments, ITATrainingArguments)
+ARGUMENT_CLASSES: tuple[Any, ...] = (ITAModelArguments, ITADataArguments, ITATrainingArguments)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -142,8 +152,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     )
     if unknown:
         raise BadInput(f"unknown argument {unknown[0]!r} (see --help)")
-    parsed[0].model_config = model_config
-    return tuple(parsed)
+    model, data, training = parsed
+    return model, data, training
 
 
 def expand_equals(argv: list[str]) -> list[str]:
@@ -236,7 +246,7 @@ def load_model(
     """Network and image processor: new on a CLIP, or a checkpoint's with these classes as its own."""
     if (arguments.clip is None) == (arguments.model is None):
         raise BadInput("give one of --clip DIR (a new model) and --model DIR (fine-tuning)")
-    changes = dict(arguments.model_config or {})
+    changes = arguments.config_changes
     unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(ITAConfig)})
     if unknown:
         raise BadInput(f"model_config: ITAConfig has no field {', '.join(map(repr, unknown))}")
@@ -250,7 +260,7 @@ def load_model(
         return model, ITAImageProcessor.from_pretrained(folder)
 
     clip_config, weights = read_clip(existing_folder(arguments.clip or "", "clip"))
-    fields = {
+    fields: dict[str, Any] = {
         "clip_model_name": Path(arguments.clip or "").resolve().name,
         "clip_model_config": clip_config["model_cfg"],
         "vocabulary": classes.classes,

@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
             bar.update(min(done, 1.0) - bar.n)
 
         def checkpoint() -> None:
-            bar.write(json.dumps(trainer.evaluate(200)))
+            bar.write(json.dumps(trainer.evaluate(150)))
             trainer.save(options.output)
 
         trainer.train_vision(show, checkpoint)

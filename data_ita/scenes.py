@@ -7,6 +7,7 @@ OpenMoji, CC BY-SA 4.0.
 """
 
 from .scenes_classes import ScenesVocabulary, scenes_vocabulary
+from .scenes_dataset import scenes_dataset
 from .scenes_drawing import (
     IGNORE_INDEX,
     ObjectPicture,
@@ -25,6 +26,7 @@ __all__ = [
     "StuffPicture",
     "object_picture",
     "scene",
+    "scenes_dataset",
     "scenes_vocabulary",
     "stuff_picture",
 ]

@@ -85,23 +85,23 @@ def scene(seed: int, index: int, size: Size = 192, classes: Classes = "seen") ->
         classes: "seen" (nothing of an unseen class appears), "all", or class ids, at least one of them stuff.
 
     Returns:
-        The picture and its ground truth; every pixel belongs to a segment.
+        The picture and its ground truth; pixels of specks too small to count belong to none.
 
     Raises:
         ValueError: an argument is out of range.
     """
-    height, width = _check(seed, index, size)
+    height, width = check_size(size)
     things, stuff = select_classes(classes)
     if not stuff:
         raise ValueError("a scene needs at least one stuff class to stand on")
-    rng = np.random.default_rng([seed, index, SCENE_TAG])
+    rng = _generator(seed, index, SCENE_TAG)
     num_stuff = 1 + int(np.searchsorted(STUFF_COUNTS, rng.random(), side="right"))
     num_things = int(rng.integers(2, MAX_THINGS + 1))
     regions, canvas = _lay_ground(rng, _deal(stuff, seed, index, num_stuff, MAX_STUFF), height, width)
     hand = _repeat_one(rng, _deal(things, seed, index, num_things, MAX_THINGS))
     placed = _place_things(rng, hand, height, width)
     panoptic, segments = _paint(rng, canvas, regions, placed)
-    lookup = np.full(max(s["id"] for s in segments) + 1, IGNORE_INDEX, np.uint8)
+    lookup = np.full(len(segments) + 1, IGNORE_INDEX, np.uint8)
     for segment in segments:
         lookup[segment["id"]] = segment["class_id"]
     return Scene(Image.fromarray(photograph(rng, canvas)), panoptic, segments, lookup[panoptic])
@@ -117,12 +117,12 @@ def object_picture(seed: int, index: int, size: Size = 64, classes: Classes = "a
     Raises:
         ValueError: an argument is out of range, or `classes` names no thing.
     """
-    height, width = _check(seed, index, size)
+    height, width = check_size(size)
     short = min(height, width)
     things, stuff = select_classes(classes)
     if not things:
         raise ValueError("classes names no thing to draw")
-    rng = np.random.default_rng([seed, index, OBJECT_TAG])
+    rng = _generator(seed, index, OBJECT_TAG)
     class_id = _pick(rng, things)
     background_id = _pick(rng, stuff or select_classes("all")[1])
     canvas = _texture(rng, background_id, height, width, short)
@@ -146,26 +146,35 @@ def stuff_picture(seed: int, index: int, size: Size = 64, classes: Classes = "al
     Raises:
         ValueError: an argument is out of range, or `classes` names no stuff.
     """
-    height, width = _check(seed, index, size)
+    height, width = check_size(size)
     stuff = select_classes(classes)[1]
     if not stuff:
         raise ValueError("classes names no stuff to draw")
-    rng = np.random.default_rng([seed, index, STUFF_TAG])
+    rng = _generator(seed, index, STUFF_TAG)
     class_id = _pick(rng, stuff)
     canvas = _texture(rng, class_id, height, width, min(height, width))
     return StuffPicture(photograph(rng, canvas), class_id)
 
 
-def _check(seed: int, index: int, size: Size) -> tuple[int, int]:
-    for name, value in (("seed", seed), ("index", index)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+def check_size(size: Size) -> tuple[int, int]:
+    """(height, width) of a size.
+
+    Raises:
+        ValueError: it is neither an integer nor a pair, or a side is out of range.
+    """
     sides = (size, size) if isinstance(size, int | np.integer) else size
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise ValueError(f"size must be an integer or (height, width), got {size!r}")
     if not all(isinstance(side, int | np.integer) and MIN_SIDE <= side <= MAX_SIDE for side in sides):
         raise ValueError(f"each side must be an integer from {MIN_SIDE} to {MAX_SIDE} pixels, got {size!r}")
     return int(sides[0]), int(sides[1])
+
+
+def _generator(seed: int, index: int, tag: int) -> np.random.Generator:
+    for name, value in (("seed", seed), ("index", index)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    return np.random.default_rng([seed, index, tag])
 
 
 def _pick(rng: np.random.Generator, ids: tuple[int, ...]) -> int:
@@ -322,13 +331,13 @@ def _paint(
     height, width = canvas.height, canvas.width
     least = MIN_AREA * min(1.0, min(height, width) / 96) ** 2
     solids = [_solid(thing, height, width) for thing in placed]
-    behind = np.zeros((height, width), bool)
+    covered = np.zeros((height, width), bool)
     front = np.zeros((height, width), np.uint8)
     kept: list[_Placed] = []
     for thing, (place, shown, area) in reversed(list(zip(placed, solids, strict=True))):
-        visible = shown & ~behind[place]
+        visible = shown & ~covered[place]
         if np.count_nonzero(visible) >= max(least, MIN_VISIBLE * area):
-            behind[place] |= shown
+            covered[place] |= shown
             kept.append(thing)
             front[place][visible] = len(kept)
     for thing in reversed(kept):

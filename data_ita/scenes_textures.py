@@ -25,52 +25,57 @@ Color = tuple[float, float, float]
 Y, X = np.meshgrid(np.arange(TILE, dtype=np.float32), np.arange(TILE, dtype=np.float32), indexing="ij")
 
 
+@lru_cache(maxsize=64)
+def _frequency(stretch: float, side: int) -> np.ndarray:
+    fy = np.fft.fftfreq(side)[:, None] / math.sqrt(stretch)
+    fx = np.fft.rfftfreq(side)[None] * math.sqrt(stretch)
+    return np.hypot(fx, fy).astype(np.float32)
+
+
 def noise(rng: np.random.Generator, beta: float = 1.5, stretch: float = 1.0, side: int = TILE) -> np.ndarray:
     """Periodic 1/f**beta noise (side, side), zero mean, unit variance; stretch > 1 elongates it along x."""
-    fy = np.fft.fftfreq(side)[:, None] / np.sqrt(stretch)
-    fx = np.fft.rfftfreq(side)[None] * np.sqrt(stretch)
-    frequency = np.hypot(fx, fy)
-    frequency[0, 0] = np.inf
-    return _filtered(rng, frequency**-beta, side)
+    gain = np.maximum(_frequency(stretch, side), 1e-9) ** np.float32(-beta)
+    gain[0, 0] = 0
+    return _filtered(rng, gain)
 
 
 def blobs(rng: np.random.Generator, period: float, stretch: float = 1.0, sharp: float = 3.0) -> np.ndarray:
     """Band-passed noise (TILE, TILE) of about one blob every `period` pixels, zero mean, unit variance."""
-    fy = np.fft.fftfreq(TILE)[:, None] / np.sqrt(stretch)
-    fx = np.fft.rfftfreq(TILE)[None] * np.sqrt(stretch)
-    octave = np.log2(np.maximum(np.hypot(fx, fy), 1e-6) * period)
-    return _filtered(rng, np.exp(-sharp * octave**2), TILE)
+    octave = np.log2(np.maximum(_frequency(stretch, TILE), 1e-6) * np.float32(period))
+    return _filtered(rng, np.exp(np.float32(-sharp) * octave**2))
 
 
-def _filtered(rng: np.random.Generator, gain: np.ndarray, side: int) -> np.ndarray:
-    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side))) * gain, s=(side, side))
+def _filtered(rng: np.random.Generator, gain: np.ndarray) -> np.ndarray:
+    white = rng.standard_normal((len(gain), len(gain)), dtype=np.float32)
+    field = np.fft.irfft2(np.fft.rfft2(white) * gain, s=white.shape)
     return ((field - field.mean()) / (field.std() + 1e-9)).astype(np.float32)
 
 
 def cells(rng: np.random.Generator, count: int, jitter: float = 0.8) -> tuple[np.ndarray, ...]:
     """Voronoi cells of a jittered grid of count x count: distance, gap to the next cell (cell units), number."""
-    points = (rng.random((count, count, 2), dtype=np.float32) - 0.5) * jitter + 0.5
-    v, u = Y * (count / TILE), X * (count / TILE)
-    row, column = v.astype(int), u.astype(int)
-    nearest = np.full((TILE, TILE), 9.0, np.float32)
+    points = (rng.random((2, count, count), dtype=np.float32) - 0.5) * jitter + 0.5
+    along = np.arange(TILE, dtype=np.float32) * (count / TILE)
+    cell = along.astype(int)
+    nearest = np.full((TILE, TILE), 99.0, np.float32)
     second, number = nearest.copy(), np.zeros((TILE, TILE), int)
     for dy in (-1, 0, 1):
         for dx in (-1, 0, 1):
-            r, c = row + dy, column + dx
-            point = points[r % count, c % count]
-            distance = np.hypot(v - r - point[..., 0], u - c - point[..., 1])
-            closer = distance < nearest
-            second = np.where(closer, nearest, np.minimum(second, distance))
-            number = np.where(closer, (r % count) * count + c % count, number)
-            nearest = np.where(closer, distance, nearest)
-    return nearest, second - nearest, number
+            place = np.ix_((cell + dy) % count, (cell + dx) % count)
+            v = (along - cell - dy)[:, None] - points[0][place]
+            u = (along - cell - dx)[None] - points[1][place]
+            distance = u * u + v * v
+            np.copyto(number, place[0] * count + place[1], where=distance < nearest)
+            np.minimum(second, np.maximum(nearest, distance), out=second)
+            np.minimum(nearest, distance, out=nearest)
+    nearest = np.sqrt(nearest)
+    return nearest, np.sqrt(second) - nearest, number
 
 
 def ramp(values: np.ndarray, *colors: Color) -> np.ndarray:
-    """Values in [0, 1] (H, W) to a gradient of colours, (H, W, 3)."""
-    stops = np.linspace(0, 1, len(colors))
-    channels = [np.interp(values, stops, [color[k] for color in colors]) for k in range(3)]
-    return np.stack(channels, axis=-1)
+    """Values in [0, 1] (H, W) to a gradient of colours, (H, W, 3) float32."""
+    stops, fine = np.linspace(0, 1, len(colors)), np.linspace(0, 1, 1024)
+    table = np.stack([np.interp(fine, stops, channel) for channel in zip(*colors, strict=True)], axis=-1)
+    return table.astype(np.float32)[(np.clip(values, 0, 1) * 1023).astype(np.int16)]
 
 
 def unit(values: np.ndarray, spread: float = 2.0) -> np.ndarray:
@@ -85,7 +90,7 @@ def step(values: np.ndarray, width: float = 1.0) -> np.ndarray:
 
 def mix(first: np.ndarray, second: np.ndarray | Color, weight: np.ndarray) -> np.ndarray:
     """First (H, W, 3) where weight (H, W) is 0, second where it is 1."""
-    return first + (np.asarray(second) - first) * weight[..., None]
+    return first + (np.asarray(second, np.float32) - first) * weight[..., None].astype(np.float32)
 
 
 def grid_gap(period_y: float, period_x: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
@@ -107,7 +112,7 @@ def grass(rng):
 def sand(rng):
     warp = 16 * noise(rng, 2.2)
     ripples = np.sin((Y + warp) * (2 * np.pi * 12 / TILE)) * 0.5
-    grain = rng.standard_normal((TILE, TILE)) * 0.45
+    grain = rng.standard_normal((TILE, TILE), dtype=np.float32) * 0.45
     return ramp(
         unit(ripples + grain + 0.3 * noise(rng, 1.5)), (188, 150, 92), (226, 194, 134), (246, 224, 176)
     )
@@ -176,7 +181,7 @@ def dirt(rng):
 
 
 def road(rng):
-    grain = rng.standard_normal((TILE, TILE)) * 0.7 + noise(rng, 1.2) * 0.5
+    grain = rng.standard_normal((TILE, TILE), dtype=np.float32) * 0.7 + noise(rng, 1.2) * 0.5
     base = ramp(unit(grain), (48, 48, 54), (74, 74, 80), (104, 104, 108))
     across = np.abs((X + 96) % 192 - 96)
     dash = step(7 - across, 1.5) * step(28 - np.abs((Y + 48) % 96 - 48), 1.5)
@@ -188,7 +193,9 @@ def carpet(rng):
     border = np.minimum(np.minimum(u, 48 - u), np.minimum(v, 48 - v))
     diamond = np.maximum(np.abs(u - 24), np.abs(v - 24))
     base = ramp(
-        unit(rng.standard_normal((TILE, TILE)) * 0.6 + 0.5 * noise(rng, 1.0)), (112, 6, 44), (176, 20, 76)
+        unit(rng.standard_normal((TILE, TILE), dtype=np.float32) * 0.6 + 0.5 * noise(rng, 1.0)),
+        (112, 6, 44),
+        (176, 20, 76),
     )
     base = mix(base, (226, 170, 60), step(3.5 - border, 1.5) * 0.9)
     return (
@@ -282,7 +289,7 @@ def ice(rng):
 
 
 def concrete(rng):
-    grain = rng.standard_normal((TILE, TILE)) * 0.35 + noise(rng, 1.3)
+    grain = rng.standard_normal((TILE, TILE), dtype=np.float32) * 0.35 + noise(rng, 1.3)
     base = ramp(unit(grain), (140, 140, 136), (168, 168, 162), (192, 192, 186))
     base = mix(base, (96, 96, 92), step(blobs(rng, 10) - 2.4, 0.3))
     holes = np.hypot((X % 128) - 24, (Y % 128) - 24)

@@ -90,7 +90,7 @@ class ITATrainer(Trainer):
     Args:
         classes: the data set's classes. Training uses the seen ones as vocabulary, evaluation all of them.
         eval_resize: in evaluation, resize pictures as the processor says.
-        **kwargs: as of `Trainer`; `processing_class` is the `ITAImageProcessor`, and `args` has `max_minutes`.
+        **kwargs: as of `Trainer`; `processing_class` is the `ITAImageProcessor`, and `args` may have `max_minutes`.
     """
 
     def __init__(self, *, classes: TrainingClasses, eval_resize: bool = False, **kwargs: Any) -> None:
@@ -98,8 +98,9 @@ class ITATrainer(Trainer):
         self.classes = classes
         self.train_vocabulary = normalize_vocabulary(classes.seen_classes)
         self.eval_vocabulary = normalize_vocabulary(classes.classes)
-        self.eval_collator = EvaluationCollator(self.processing_class, eval_resize)
-        self.budget = MinuteBudget(self.args.max_minutes)
+        self.processor: Any = self.processing_class
+        self.eval_collator = EvaluationCollator(self.processor, eval_resize)
+        self.budget = MinuteBudget(getattr(self.args, "max_minutes", None))
         self.add_callback(self.budget)
         self._part_sums: Tensor | None = None
         self._num_summed = 0
@@ -130,12 +131,13 @@ class ITATrainer(Trainer):
                 warm = min((step + 1) / (warmup + 1), 1.0)
                 return warm * learning_rate_factor(self.args.lr_scheduler_type, progress)
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            chosen: Any = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if dataset is not None and len(dataset) == ENDLESS:
             return SequentialSampler(dataset)  # every picture is new: there is nothing to shuffle
         return super()._get_train_sampler(dataset)
@@ -179,7 +181,7 @@ class ITATrainer(Trainer):
             `eval_miou`, `eval_miou_seen`, `eval_miou_unseen`, `eval_fwiou`, `eval_macc`, `eval_pacc` in 0..1
             (those that have a value), and the time it took.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         started = time.time()
         shard = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
         loader: DataLoader = DataLoader(
@@ -197,7 +199,7 @@ class ITATrainer(Trainer):
             with self.accelerator.autocast():
                 outputs = model(**self._prepare_inputs(batch["inputs"]), vocabulary=self.eval_vocabulary)
             sizes = [label.shape for label in batch["labels"]]
-            maps = self.processing_class.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            maps = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
             for predicted, label in zip(maps, batch["labels"], strict=True):
                 confusion.update(predicted, label)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

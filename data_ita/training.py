@@ -6,6 +6,7 @@ with classes counted in the whole vocabulary and 255 where there is none. Target
 2112.01527): each thing instance is one mask, and so is each stuff class of a picture.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ class DiskTraining(Dataset):
 
     Args:
         dataset: `image` (Image); `label` (Image, 8 bits, class ids, 255 ignored), or `panoptic` (Image or array,
-            segment ids) with `segments` (list of {"id", "class_id", "isthing"}), which is taken if there is one.
+            segment ids) with `segments` (list of {"id", "category_id", "isthing"}), taken if there is one.
         classes: the data set's classes.
         jitter: augmentation.
     """
@@ -164,7 +165,8 @@ class DiskTraining(Dataset):
         image, labels = self.jitter(picture_tensor(example["image"]), torch.from_numpy(source))
         label_map = labels.numpy()
         if self.panoptic:
-            masks, class_labels = segment_targets(label_map, rows(example["segments"]), self.training_label)
+            segments = [{**row, "class_id": row["category_id"]} for row in rows(example["segments"])]
+            masks, class_labels = segment_targets(label_map, segments, self.training_label)
         else:
             masks, class_labels = semantic_targets(label_map, self.training_label)
         return {"image": image, "mask_labels": masks, "class_labels": class_labels}
@@ -196,8 +198,7 @@ def load_disk(
     """Classes, training and evaluation examples of a data set that `datasets` saved.
 
     Args:
-        folder: of a `DatasetDict`, or of a `Dataset`, which is then all for training. Class names are those of
-            the first ClassLabel among its features; commas separate synonyms.
+        folder: of a `DatasetDict`, or of a `Dataset`, which is then all for training.
         unseen: names of classes whose masks are withheld.
         eval_images: evaluate on this many pictures at most.
 
@@ -217,19 +218,52 @@ def load_disk(
         raise ValueError(
             f"{folder} needs columns image and label, or image, panoptic and segments; it has {sorted(columns)}"
         )
-    names = class_names(train.features)
-    if not names:
-        raise ValueError(f"{folder} has no class names: none of its features is or holds a ClassLabel")
-    classes = [list(synonyms) for synonyms in normalize_vocabulary(names)]
-    unknown = sorted(set(unseen) - {name for synonyms in classes for name in synonyms})
-    if unknown:
-        raise ValueError(f"{folder} has no class {', '.join(map(repr, unknown))}")
-    chosen = TrainingClasses(classes, [not set(unseen) & set(synonyms) for synonyms in classes], [])
+    chosen = disk_classes(train, unseen)
     evaluation = None
     if eval_split in splits and eval_split != train_split and "label" in splits[eval_split].column_names:
         held_out = splits[eval_split]
         evaluation = DiskEvaluation(held_out.select(range(min(eval_images, len(held_out)))))
     return chosen, DiskTraining(train, chosen, jitter), evaluation
+
+
+def disk_classes(dataset: Any, unseen: Sequence[str] = ()) -> TrainingClasses:
+    """The classes of a data set.
+
+    They are the table `classes` of `name`, `synonyms`, `isthing` and `seen` (all but the name optional) in the
+    JSON of `dataset.info.description`, as `scenes_dataset` writes it; or else the names of the first ClassLabel
+    among the features, where commas separate synonyms. Ids count in that order.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        unseen: names of classes whose masks are withheld, beside those that the table says.
+
+    Raises:
+        ValueError: there are no class names, or `unseen` has one that is none of them.
+    """
+    table = class_table(dataset.info.description) or [{"name": n} for n in class_names(dataset.features)]
+    if not table:
+        raise ValueError("the data set has no class names: none of its features is or holds a ClassLabel")
+    classes = [
+        list(names) for names in normalize_vocabulary([[r["name"], *r.get("synonyms", [])] for r in table])
+    ]
+    unknown = sorted(set(unseen) - {name for names in classes for name in names})
+    if unknown:
+        raise ValueError(f"the data set has no class {', '.join(map(repr, unknown))}")
+    seen = [
+        row.get("seen", True) and not set(unseen) & set(names)
+        for row, names in zip(table, classes, strict=True)
+    ]
+    stuff = [names[0] for row, names in zip(table, classes, strict=True) if not row.get("isthing", True)]
+    return TrainingClasses(classes, seen, stuff)
+
+
+def class_table(description: str) -> list[dict[str, Any]]:
+    """The table of classes in a data set's description; empty if it holds none."""
+    try:
+        values = json.loads(description)
+    except ValueError:
+        return []
+    return values.get("classes", []) if isinstance(values, dict) else []
 
 
 def class_names(features: Any) -> list[str]:

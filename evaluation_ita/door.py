@@ -90,7 +90,7 @@ class DoorParser(argparse.ArgumentParser):
                 wrong ends the process with status 2, as argparse does.
         """
         given = list(sys.argv[1:] if argv is None else argv)
-        finder = DoorParser.__base__(add_help=False, allow_abbrev=False)
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
         config = finder.parse_known_args(given)[0].config
         return self.parse_args((self._arguments_of(config) if config else []) + given)

@@ -7,6 +7,7 @@ Symbols in shapes: B images, Q queries, K classes, N names (a class has one or m
 C the decoder's width, k text queries.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,13 @@ AUTO_MAP = {
     "AutoModelForUniversalSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
     "AutoModelForSemanticSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
     "AutoModelForImageSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
+}
+
+CUSTOM_PIPELINES = {
+    "image-segmentation": {
+        "impl": "pipeline_ita.ITAImageSegmentationPipeline",
+        "pt": ["AutoModelForImageSegmentation"],
+    }
 }
 
 
@@ -437,6 +445,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves weights, configuration and the code they need: the folder loads where this package is not installed."""
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             copy_code(Path(save_directory), source=getattr(self.config, "_name_or_path", None))

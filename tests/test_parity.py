@@ -64,7 +64,14 @@ def test_the_text_classifier_is_the_published_one(case):
 def test_sizes_are_read_off_the_tensors(case):
     model, description, _ = case
     config = model.config
-    for field in ("hidden_dim", "mask_dim", "encoder_layers", "decoder_layers", "decoder_ffn_dim", "encoder_ffn_dim"):
+    for field in (
+        "hidden_dim",
+        "mask_dim",
+        "encoder_layers",
+        "decoder_layers",
+        "decoder_ffn_dim",
+        "encoder_ffn_dim",
+    ):
         assert getattr(config, field) == description[field]
     is_ita = description["variant"] == "ita"
     assert config.num_learned_queries == description["num_learned_queries"]
@@ -92,7 +99,9 @@ def test_masks_logits_and_probabilities(case, run, image):
     assert_close(outputs.masks_queries_logits[0], expected[f"{image}.mask_logits"], "mask logits")
     assert_close(in_vocab, expected[f"{image}.in_vocab_logits"], "in-vocabulary logits")
     probabilities = outputs.class_queries_logits[0].exp()
-    assert_close((probabilities + 1e-8).log(), expected[f"{image}.class_log_probs"], "class log probabilities")
+    assert_close(
+        (probabilities + 1e-8).log(), expected[f"{image}.class_log_probs"], "class log probabilities"
+    )
 
 
 @pytest.mark.parametrize("image", ["a", "b"])
@@ -101,7 +110,9 @@ def test_semantic_scores(case, run, image):
     size = description["sizes"][image]
     outputs = run[image][0]
     image_size = outputs.image_sizes[0].tolist()
-    scores = semantic_scores(outputs.class_queries_logits[0], outputs.masks_queries_logits[0], image_size, size)
+    scores = semantic_scores(
+        outputs.class_queries_logits[0], outputs.masks_queries_logits[0], image_size, size
+    )
     assert_close(scores[:, 1::3, 1::3], expected[f"{image}.semantic_scores"], "semantic scores")
     maps = ITAImageProcessor().post_process_semantic_segmentation(run[image][0], target_sizes=[size])[0]
     differing = (maps[1::3, 1::3] != expected[f"{image}.semantic_scores"].argmax(dim=0)).float().mean()
@@ -129,7 +140,9 @@ def test_losses_and_gradients(case, monkeypatch):
     model, description, expected = case
     points = expected["loss.points"]
     monkeypatch.setattr(
-        set_criterion, "draw_points", lambda masks, count, device: points[:count].expand(masks, -1, -1).clone()
+        set_criterion,
+        "draw_points",
+        lambda masks, count, device: points[:count].expand(masks, -1, -1).clone(),
     )
     given = description.get("train_dominant_categories")
     model.train()
@@ -143,11 +156,15 @@ def test_losses_and_gradients(case, monkeypatch):
     )
     outputs.loss.backward()
     model.eval()
-    losses = {name.removeprefix("loss."): value for name, value in expected.items() if name.startswith("loss.loss_")}
+    losses = {
+        name.removeprefix("loss."): value for name, value in expected.items() if name.startswith("loss.loss_")
+    }
     assert outputs.loss_dict.keys() == losses.keys()
     for name, value in losses.items():
         assert outputs.loss_dict[name].item() == pytest.approx(value.item(), rel=RELATIVE), name
-    norms = {name.removeprefix("grad_norm."): value for name, value in expected.items() if "grad_norm." in name}
+    norms = {
+        name.removeprefix("grad_norm."): value for name, value in expected.items() if "grad_norm." in name
+    }
     assert norms
     for name, value in norms.items():
         gradient = model.get_parameter(convert_name(name)).grad
@@ -161,7 +178,9 @@ def test_the_decoder_takes_no_short_cut_that_shows(case):
     decoder = model.image_text_aggregation
     assert isinstance(decoder, ImageTextAggregation)
     seen = {}
-    handle = decoder.register_forward_pre_hook(lambda module, args, kwargs: seen.update(args=args), with_kwargs=True)
+    handle = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(args=args), with_kwargs=True
+    )
     with torch.no_grad():
         model(**inputs)
         handle.remove()

@@ -118,6 +118,15 @@ def test_without_target_size_a_result_has_the_network_inputs_size(processor):
     assert processor.post_process_instance_segmentation(outputs)[0]["segmentation"].shape == (32, 64)
 
 
+def test_padding_to_a_larger_batch_does_not_bleed_into_an_image():
+    masks = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(1))
+    padded = torch.full((3, 24, 32), -100.0)
+    padded[:, :8, :16] = masks
+    [(_, alone)] = MaskBands(masks, (32, 64), (40, 80)).bands(3)
+    [(_, together)] = MaskBands(padded, (32, 64), (40, 80)).bands(3)
+    assert torch.equal(alone, together)
+
+
 def test_masks_are_resized_before_they_are_scored():
     class_logits, mask_logits = made_up()
     image_size, target_size = (20, 30), (35, 50)

@@ -1,0 +1,153 @@
+"""`pipeline("image-segmentation")` with a checkpoint's own classes and with candidate labels."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ImageSegmentationPipeline, pipeline
+
+from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, ITAImageProcessor
+from pipeline_ita import ITAImageSegmentationPipeline, parse_candidate_labels
+
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "timm_model_name": "convnext_atto",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "mlp",
+        "image_size": 64,
+    },
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+EVERYTHING = {"threshold": 0.0, "mask_threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+PIPELINES = {
+    "image-segmentation": {
+        "impl": "pipeline_ita.ITAImageSegmentationPipeline",
+        "pt": ["AutoModelForImageSegmentation"],
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = ITAConfig(
+        clip_model_config=TINY_CLIP,
+        hidden_dim=32,
+        mask_dim=32,
+        num_attention_heads=2,
+        num_learned_queries=8,
+        num_dominant_categories=2,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocabulary=[["cat"], ["sofa", "couch"], ["sky"]],
+        stuff_names=["sky"],
+        custom_pipelines=PIPELINES,
+    )
+    model = ITAForOpenVocabSegmentation(config).eval()
+    with torch.no_grad():  # random weights call everything void: turn the void embedding round
+        for name, parameter in model.named_parameters():
+            if "void" in name:
+                parameter.neg_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def segment(model):
+    processor = ITAImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
+    return ITAImageSegmentationPipeline(model=model, image_processor=processor, task="image-segmentation")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 60, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["cat", "sofa|couch"], [["cat"], ["sofa", "couch"]]),
+        ("cat, sofa|couch", [["cat"], ["sofa", "couch"]]),
+        ([["sofa", "couch"], " cat "], [["sofa", "couch"], ["cat"]]),
+        (["sofa, couch"], [["sofa", "couch"]]),
+    ],
+)
+def test_candidate_labels_are_classes_of_synonyms(labels, classes):
+    assert parse_candidate_labels(labels) == classes
+
+
+@pytest.mark.parametrize("labels", [[], "", ["cat", ""], ["cat|"], [3], [["cat", 3]], [[]]])
+def test_bad_candidate_labels_are_refused(segment, picture, labels):
+    with pytest.raises(ValueError, match="candidate"):
+        segment(picture, candidate_labels=labels)
+
+
+@pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic", None])
+def test_labels_are_the_primary_names_of_the_candidates(segment, picture, subtask):
+    found = segment(
+        picture, candidate_labels=["dog", "car|automobile", "lake"], subtask=subtask, **EVERYTHING
+    )
+    assert found
+    for one in found:
+        assert set(one) == {"score", "label", "mask"}
+        assert one["label"] in {"dog", "car", "lake"}
+        assert (one["score"] is None) == (subtask == "semantic")
+        assert (one["mask"].mode, one["mask"].size) == ("L", picture.size)
+        assert set(np.unique(one["mask"])) <= {0, 255}
+
+
+@pytest.mark.parametrize("subtask", ["panoptic", "semantic", None])
+def test_without_candidates_it_is_the_stock_pipeline(segment, picture, subtask):
+    stock = ImageSegmentationPipeline(
+        model=segment.model, image_processor=segment.image_processor, task="image-segmentation"
+    )
+    ours, theirs = (one(picture, subtask=subtask, **EVERYTHING) for one in (segment, stock))
+    assert [(one["score"], one["label"]) for one in ours] == [(one["score"], one["label"]) for one in theirs]
+    assert all(np.array_equal(a["mask"], b["mask"]) for a, b in zip(ours, theirs, strict=True))
+    assert {one["label"] for one in ours} <= {"cat", "sofa", "sky"}
+
+
+def test_labels_given_at_construction_hold_until_a_call_names_others(segment, picture):
+    fixed = ITAImageSegmentationPipeline(
+        model=segment.model,
+        image_processor=segment.image_processor,
+        task="image-segmentation",
+        candidate_labels=["dog"],
+    )
+    assert {one["label"] for one in fixed(picture, subtask="semantic")} == {"dog"}
+    assert {one["label"] for one in fixed(picture, subtask="semantic", candidate_labels="bus|coach")} == {
+        "bus"
+    }
+    assert {one["label"] for one in fixed(picture, subtask="semantic")} == {"dog"}
+
+
+def test_a_batch_gives_what_single_pictures_give(segment, picture):
+    arguments = {"candidate_labels": ["dog", "car|automobile"], **EVERYTHING}
+    single = segment(picture, **arguments)
+    batched = segment([picture] * 2, batch_size=2, **arguments)
+    assert [[(one["score"], one["label"]) for one in found] for found in batched] == [
+        [(pytest.approx(one["score"], abs=1e-4), one["label"]) for one in single]
+    ] * 2
+
+
+def test_a_transparent_picture_is_seen_over_white(segment):
+    inputs = segment.preprocess(Image.new("RGBA", (64, 32), (0, 0, 0, 0)))
+    white = segment.preprocess(Image.new("RGB", (64, 32), "white"))
+    assert torch.equal(inputs["pixel_values"], white["pixel_values"])
+
+
+def test_an_unknown_subtask_is_refused(segment, picture):
+    with pytest.raises(ValueError, match="subtask"):
+        segment(picture, subtask="depth")
+
+
+def test_a_checkpoint_brings_its_pipeline(segment, picture, tmp_path):
+    segment.save_pretrained(tmp_path)
+    loaded = pipeline("image-segmentation", model=str(tmp_path), trust_remote_code=True, dtype=torch.bfloat16)
+    assert type(loaded).__name__ == "ITAImageSegmentationPipeline"
+    assert {one["label"] for one in loaded(picture, subtask="semantic", candidate_labels=["dog"])} == {"dog"}
+    loaded.save_pretrained(tmp_path / "again")
+    assert loaded.model.config.custom_pipelines == PIPELINES
