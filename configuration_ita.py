@@ -61,7 +61,13 @@ class ITAConfig(PreTrainedConfig):
     """
 
     model_type = "ita"
-    keys_to_ignore_at_inference = ["loss_dict", "dominant_categories", "image_sizes", "stuff_ids", "vocabulary"]
+    keys_to_ignore_at_inference = [
+        "loss_dict",
+        "dominant_categories",
+        "image_sizes",
+        "stuff_ids",
+        "vocabulary",
+    ]
 
     clip_model_name: str = "convnext_large_d_320"
     clip_model_config: dict[str, Any] | None = None
@@ -113,7 +119,9 @@ class ITAConfig(PreTrainedConfig):
         if self.num_learned_queries + self.num_dominant_categories < 1:
             raise ValueError("a model needs at least one query: learned queries or dominant categories")
         if self.dense_upsample < 1 or 32 % self.dense_upsample:
-            raise ValueError(f"dense_upsample must divide the dense feature's stride 32, got {self.dense_upsample}")
+            raise ValueError(
+                f"dense_upsample must divide the dense feature's stride 32, got {self.dense_upsample}"
+            )
         super().__post_init__(**kwargs)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from configuration_ita import ITAConfig
 from modeling_ita.clip_backbone import resolve_clip_config
 from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.vocabulary import Vocabulary, normalize_vocabulary
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 _PIXEL_DECODER = "sem_seg_head.pixel_decoder."
 _PREDICTOR = "sem_seg_head.predictor."
@@ -30,10 +31,22 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"^void_embedding\.weight$", "void_embedding"),
     (rf"^{_PIXEL_DECODER}input_proj\.", "detail_enhancement.input_projections."),
     (rf"^{_PIXEL_DECODER}transformer\.level_embed$", "detail_enhancement.level_embedding"),
-    (rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.self_attn\.", r"detail_enhancement.layers.\1.attention."),
-    (rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.norm1\.", r"detail_enhancement.layers.\1.attention_norm."),
-    (rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.norm2\.", r"detail_enhancement.layers.\1.ffn_norm."),
-    (rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.linear", r"detail_enhancement.layers.\1.linear"),
+    (
+        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.self_attn\.",
+        r"detail_enhancement.layers.\1.attention.",
+    ),
+    (
+        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.norm1\.",
+        r"detail_enhancement.layers.\1.attention_norm.",
+    ),
+    (
+        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.norm2\.",
+        r"detail_enhancement.layers.\1.ffn_norm.",
+    ),
+    (
+        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.linear",
+        r"detail_enhancement.layers.\1.linear",
+    ),
     (rf"^{_PIXEL_DECODER}adapter_1\.norm\.", "detail_enhancement.lateral.1."),
     (rf"^{_PIXEL_DECODER}adapter_1\.", "detail_enhancement.lateral.0."),
     (rf"^{_PIXEL_DECODER}layer_1\.norm\.", "detail_enhancement.output.1."),
@@ -98,12 +111,16 @@ def load_original(path: str | Path) -> dict[str, Tensor]:
         elif suffix == ".pkl":
             content = _load_arrays(path)
         else:
-            raise ConversionError(f"{path.name}: unknown kind of checkpoint; .pth, .pkl or .safetensors is read")
+            raise ConversionError(
+                f"{path.name}: unknown kind of checkpoint; .pth, .pkl or .safetensors is read"
+            )
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         if isinstance(error, ConversionError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConversionError(f"{path.name} cannot be read safely as a checkpoint of tensors: {reason}") from error
+        raise ConversionError(
+            f"{path.name} cannot be read safely as a checkpoint of tensors: {reason}"
+        ) from error
     content = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not content:
         raise ConversionError(f"{path.name} holds no dictionary of tensors")
@@ -167,7 +184,11 @@ def convert_config(
     Raises:
         ConversionError: neither ITA nor FC-CLIP.
     """
-    needed = [_PREDICTOR + "query_feat.weight", _PREDICTOR + "query_embed.weight", _PIXEL_DECODER + "mask_features.weight"]
+    needed = [
+        _PREDICTOR + "query_feat.weight",
+        _PREDICTOR + "query_embed.weight",
+        _PIXEL_DECODER + "mask_features.weight",
+    ]
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ConversionError(f"neither an ITA nor an FC-CLIP checkpoint: it lacks {', '.join(missing)}")
@@ -254,7 +275,9 @@ def convert_checkpoint(
     tensors = dict(checkpoint) if isinstance(checkpoint, Mapping) else load_original(checkpoint)
     config = convert_config(tensors, clip_model, train_vocabulary or vocabulary, **overrides)
     config.clip_model_config = resolve_clip_config(config.clip_model_name, config.clip_model_config)
-    config.clip_model_config["custom_text"] = any(name.startswith("backbone.clip_model.text.") for name in tensors)
+    config.clip_model_config["custom_text"] = any(
+        name.startswith("backbone.clip_model.text.") for name in tensors
+    )
     converted, unknown = convert_state_dict(tensors)
     with torch.device("meta"):  # sizes only: every tensor comes from the checkpoint
         model = ITAForOpenVocabSegmentation(config)
@@ -266,10 +289,14 @@ def convert_checkpoint(
         if name not in converted:
             problems.append(f"no tensor for {name}")
         elif converted[name].shape != tensor.shape:
-            problems.append(f"{name} has shape {tuple(converted[name].shape)}, {tuple(tensor.shape)} is needed")
+            problems.append(
+                f"{name} has shape {tuple(converted[name].shape)}, {tuple(tensor.shape)} is needed"
+            )
     problems += [f"no place for {name}" for name in converted if name not in expected]
     if problems:
-        raise ConversionError(f"{len(problems)} tensors do not fit this CLIP and architecture: " + "; ".join(problems))
+        raise ConversionError(
+            f"{len(problems)} tensors do not fit this CLIP and architecture: " + "; ".join(problems)
+        )
     model.load_state_dict({name: converted[name].contiguous().float() for name in expected}, assign=True)
     model.clip_backbone.restore_buffers(config.clip_model_config)
     model.clip_backbone.freeze()

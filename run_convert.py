@@ -49,10 +49,12 @@ def convert(arguments: argparse.Namespace) -> str:
         if not path.is_file():
             raise ValueError(f"no such CLIP configuration: {path}")
         try:
-            clip_model = json.loads(path.read_text(encoding="utf-8"))
+            loaded = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path.name} is not JSON: {error}") from error
-        clip_model = clip_model.get("model_cfg", clip_model)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{path.name} does not hold an open_clip configuration")
+        clip_model = loaded.get("model_cfg", loaded)
     vocabulary = read_vocabulary(arguments.vocabulary)
     train_vocabulary = read_vocabulary(arguments.train_vocabulary) if arguments.train_vocabulary else None
     model = convert_checkpoint(arguments.checkpoint, clip_model, vocabulary, train_vocabulary)

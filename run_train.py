@@ -284,7 +284,10 @@ def existing_folder(path: str, name: str) -> Path:
 
 
 def read_clip(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and weights of a CLIP as open_clip saves it for the Hub."""
+    """Configuration (`model_cfg`, `preprocess_cfg`) and weights of a CLIP.
+
+    The folder is as open_clip saves it for the Hub; a configuration file may hold `model_cfg` alone.
+    """
     try:
         config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "open_clip_model.safetensors")
@@ -292,8 +295,7 @@ def read_clip(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise BadInput(
             f"--clip: {folder} cannot be read as a CLIP: {' '.join(str(error).split())}"
         ) from error
-    if "model_cfg" not in config:
-        raise BadInput(f"--clip: {folder / 'open_clip_config.json'} has no model_cfg")
+    config = config if "model_cfg" in config else {"model_cfg": config}
     return config, weights
 
 

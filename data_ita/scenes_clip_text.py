@@ -130,7 +130,7 @@ def train_text_tower(
     used = set(
         tokenize([name for names in sampler.classes for name in names] + sampler.templates).unique().tolist()
     )
-    vocabulary_size = text_tower.token_embedding.num_embeddings  # type: ignore[union-attr]
+    vocabulary_size = len(text_tower.token_embedding.weight)  # type: ignore[union-attr, arg-type]
     end_token = int(tokenize(["other"]).max())
 
     decayed = [p for n, p in text_tower.named_parameters() if p.ndim > 1 and "embedding" not in n]
@@ -154,9 +154,8 @@ def train_text_tower(
             texts.append(text)
             targets.append(vectors[concepts].sum(0))
         tokens = tokenize(texts)
-        for (
-            row
-        ) in unknown:  # unseen words in the place of "other": any token that no name and no template uses
+        # Unseen words in the place of "other": any token that no name and no template uses.
+        for row in unknown:
             for place in range(1, int((tokens[row] == end_token).nonzero()[0])):
                 if int(tokens[row, place]) not in used:
                     token = rng.randrange(512, vocabulary_size - 2)

@@ -3,8 +3,6 @@
 Importing this package registers its classes with transformers' Auto classes.
 """
 
-from configuration_ita import ITAConfig
-from image_processing_ita import ITAImageProcessor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -14,11 +12,16 @@ from transformers import (
     AutoModelForUniversalSegmentation,
 )
 
+from configuration_ita import ITAConfig
+from image_processing_ita import ITAImageProcessor
+
 from .modeling_ita import ITAForOpenVocabSegmentation, ITAForOpenVocabSegmentationOutput
 from .vocabulary import Vocabulary, normalize_vocabulary, parse_classes
 
 AutoConfig.register(ITAConfig.model_type, ITAConfig, exist_ok=True)
-AutoImageProcessor.register(ITAConfig, ITAImageProcessor, exist_ok=True)
+AutoImageProcessor.register(
+    ITAConfig, image_processor_classes={"torchvision": ITAImageProcessor}, exist_ok=True
+)
 for _auto_class in (
     AutoModel,
     AutoModelForImageSegmentation,

@@ -12,6 +12,7 @@ CODE_FILES = (
     "image_processing_ita.py",
     "pipeline_ita.py",
     "modeling_ita.py",
+    "batch_groups.py",
     "checkpoint_code.py",
     "clip_backbone.py",
     "vocabulary.py",
@@ -22,7 +23,9 @@ CODE_FILES = (
     "set_criterion.py",
 )
 
-_TOP_LEVEL_IMPORT = re.compile(r"^from (configuration_ita|image_processing_ita|pipeline_ita) import", re.MULTILINE)
+_TOP_LEVEL_IMPORT = re.compile(
+    r"^from (configuration_ita|image_processing_ita|pipeline_ita) import", re.MULTILINE
+)
 _PACKAGE_IMPORT = re.compile(r"^from modeling_ita\.(\w+) import", re.MULTILINE)
 
 
@@ -51,7 +54,9 @@ def copy_code(folder: Path, source: str | None = None) -> None:
     for name in CODE_FILES:
         found = next((place / name for place in places if (place / name).is_file()), None)
         if found is None:
-            raise FileNotFoundError(f"{name}, which the checkpoint needs, is in none of {[str(p) for p in places]}")
+            raise FileNotFoundError(
+                f"{name}, which the checkpoint needs, is in none of {[str(p) for p in places]}"
+            )
         texts[name] = flatten_imports(found.read_text(encoding="utf-8"))
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

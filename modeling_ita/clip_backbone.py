@@ -57,7 +57,9 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
         raise ValueError(f"the CLIP configuration lacks {', '.join(missing)}")
     vision, text = config["vision_cfg"], config["text_cfg"]
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-        raise ValueError(f"CLIP {name!r} has a text tower from the Hub, which is not supported: use an open_clip one")
+        raise ValueError(
+            f"CLIP {name!r} has a text tower from the Hub, which is not supported: use an open_clip one"
+        )
     if not vision.get("timm_model_name") and not isinstance(vision.get("layers"), list | tuple):
         raise ValueError(f"CLIP {name!r} has a plain vision transformer; a tower with four stages is needed")
     if vision.get("timm_model_name"):
@@ -104,7 +106,9 @@ class ClipBackbone(nn.Module):
         self.level_indices = [index for index, stage in enumerate(info) if stage["reduction"] in STRIDES]
         if [info[index]["reduction"] for index in self.level_indices] != list(STRIDES):
             reductions = [stage["reduction"] for stage in info]
-            raise ValueError(f"the trunk's stages have strides {reductions}; strides 4, 8, 16 and 32 are needed")
+            raise ValueError(
+                f"the trunk's stages have strides {reductions}; strides 4, 8, 16 and 32 are needed"
+            )
         return [info[index]["num_chs"] for index in self.level_indices]
 
     def freeze(self) -> None:
@@ -221,7 +225,9 @@ class ClipBackbone(nn.Module):
         tower = self.text_tower
         tokens = self.tokenizer(prompts).to(self.device)
         pool_type = tower.text_pool_type if tower is self.clip else tower.pool_type
-        plain = getattr(tower, "cls_emb", None) is None and tower.attn_mask is not None and pool_type == "argmax"
+        plain = (
+            getattr(tower, "cls_emb", None) is None and tower.attn_mask is not None and pool_type == "argmax"
+        )
         if not plain:
             return self.clip.encode_text(tokens)
         length = int(tokens.argmax(dim=-1).max()) + 1

@@ -69,7 +69,9 @@ class DeformableAttention(nn.Module):
             with torch.no_grad():
                 self.sampling_offsets.bias.copy_(offsets)
 
-    def forward(self, query: Tensor, value: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(
+        self, query: Tensor, value: Tensor, reference: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
         """Attends.
 
         Args:
@@ -112,7 +114,9 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(ffn_dim, channels)
         self.ffn_norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, positions: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, reference: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
         """x: (B, S, C), positions: (S, C), added to the attention's query only. Returns (B, S, C)."""
         x = self.attention_norm(x + self.attention(x + positions, x, reference, shapes))
         return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
@@ -127,12 +131,20 @@ class DetailEnhancement(nn.Module):
     """
 
     def __init__(
-        self, in_channels: list[int], hidden_dim: int, mask_dim: int, layers: int, heads: int, points: int, ffn_dim: int
+        self,
+        in_channels: list[int],
+        hidden_dim: int,
+        mask_dim: int,
+        layers: int,
+        heads: int,
+        points: int,
+        ffn_dim: int,
     ):
         super().__init__()
         attended = in_channels[:0:-1]  # res5, res4, res3
         self.input_projections = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, hidden_dim, 1), nn.GroupNorm(32, hidden_dim)) for channels in attended
+            nn.Sequential(nn.Conv2d(channels, hidden_dim, 1), nn.GroupNorm(32, hidden_dim))
+            for channels in attended
         )
         self.level_embedding = nn.Parameter(torch.empty(len(attended), hidden_dim))
         self.layers = nn.ModuleList(
@@ -142,23 +154,22 @@ class DetailEnhancement(nn.Module):
             nn.Conv2d(in_channels[0], hidden_dim, 1, bias=False), nn.GroupNorm(32, hidden_dim)
         )
         self.output = nn.Sequential(
-            nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False), nn.GroupNorm(32, hidden_dim), nn.ReLU()
+            nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False),
+            nn.GroupNorm(32, hidden_dim),
+            nn.ReLU(),
         )
         self.mask_features = nn.Conv2d(hidden_dim, mask_dim, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.level_embedding)
-        for projection in self.input_projections:
-            nn.init.xavier_uniform_(projection[0].weight)  # type: ignore[index]
-            nn.init.zeros_(projection[0].bias)  # type: ignore[index]
-        for layer in (self.lateral[0], self.output[0], self.mask_features):
-            nn.init.kaiming_uniform_(layer.weight, a=1)  # type: ignore[arg-type]
-        nn.init.zeros_(self.mask_features.bias)  # type: ignore[arg-type]
-        for encoder_layer in self.layers:
-            for linear in (encoder_layer.linear1, encoder_layer.linear2):
-                nn.init.xavier_uniform_(linear.weight)  # type: ignore[arg-type]
-                nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+        for name, parameter in self.named_parameters(recurse=True):
+            module, _, kind = name.rpartition(".")
+            is_linear = ".linear" in module and kind == "weight"
+            if is_linear or (module.startswith("input_projections") and parameter.ndim > 1):
+                nn.init.xavier_uniform_(parameter)
+            elif parameter.ndim == 4:
+                nn.init.kaiming_uniform_(parameter, a=1)
 
     def forward(self, levels: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         """levels: res2..res5, (B, C_l, H_l, W_l) at strides 4, 8, 16, 32.
@@ -170,7 +181,9 @@ class DetailEnhancement(nn.Module):
 
     def _forward(self, levels: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         res2, attended = levels[0], levels[:0:-1]
-        projected = [projection(level) for projection, level in zip(self.input_projections, attended, strict=True)]
+        projected = [
+            projection(level) for projection, level in zip(self.input_projections, attended, strict=True)
+        ]
         shapes = [(x.shape[-2], x.shape[-1]) for x in projected]
         x = torch.cat([level.flatten(2) for level in projected], dim=-1).transpose(1, 2)
         positions = torch.cat(

@@ -52,7 +52,9 @@ class Attention(nn.Module):
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         mask = None if allowed is None else allowed[:, None]
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return self.out_proj(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -68,7 +70,9 @@ class DecoderLayer(nn.Module):
         self.linear2 = nn.Linear(ffn_dim, channels)
         self.ffn_norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, query_positions: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, query_positions: Tensor, key: Tensor, value: Tensor, allowed: Tensor
+    ) -> Tensor:
         """x: (B, Q, C), query_positions: (Q, C), key and value: (B, S, C), allowed: (B, Q, S). Returns (B, Q, C)."""
         x = self.cross_attention_norm(x + self.cross_attention(x + query_positions, key, value, allowed))
         if self.self_attention is not None and self.self_attention_norm is not None:
@@ -113,7 +117,9 @@ class ImageTextAggregation(nn.Module):
         self.learned_queries = nn.Parameter(torch.empty(num_learned_queries, hidden_dim))
         self.query_positions = nn.Parameter(torch.empty(num_text_queries + num_learned_queries, hidden_dim))
         self.level_embedding = nn.Parameter(torch.empty(self.num_levels, hidden_dim))
-        self.layers = nn.ModuleList(DecoderLayer(hidden_dim, heads, ffn_dim, self_attention) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(hidden_dim, heads, ffn_dim, self_attention) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(hidden_dim)
         self.mask_embedding = MLP(hidden_dim, hidden_dim, mask_dim, 3)
         self.pooled_projection = nn.Sequential(nn.LayerNorm(mask_dim), nn.Linear(mask_dim, hidden_dim))
@@ -125,9 +131,9 @@ class ImageTextAggregation(nn.Module):
         for parameter in (self.learned_queries, self.query_positions, self.level_embedding):
             nn.init.normal_(parameter)
         nn.init.constant_(self.logit_scale, 2.6592600369327779)  # log(1 / 0.07)
-        for layer in self.layers:
-            for linear in (layer.linear1, layer.linear2):
-                nn.init.xavier_uniform_(linear.weight)  # type: ignore[arg-type]
+        for name, parameter in self.layers.named_parameters():
+            if "linear" in name and parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
 
     @property
     def scale(self) -> Tensor:
@@ -159,17 +165,22 @@ class ImageTextAggregation(nn.Module):
             queries = torch.cat([text_queries.to(queries.dtype), queries], dim=1)
             positions = torch.cat([self.query_positions[: text_queries.shape[1]], positions])
 
-        values = [level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(levels)]
+        values = [
+            level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(levels)
+        ]
         keys = [
-            value + sine_positions(*level.shape[-2:], value.shape[-1], like=value).flatten(1).T
+            value + sine_positions(level.shape[-2], level.shape[-1], value.shape[-1], like=value).flatten(1).T
             for value, level in zip(values, levels, strict=True)
         ]
         # Mask logits are linear in the mask features, so the features are resized to a level, once, not the logits.
         sizes = [level.shape[-2:] for level in levels]
         level_features = [
-            F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False).detach() for size in sizes
+            F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False).detach()
+            for size in sizes
         ]
-        level_valid = [None if valid is None else valid_cells(valid, size).flatten(1)[:, None] for size in sizes]
+        level_valid = [
+            None if valid is None else valid_cells(valid, size).flatten(1)[:, None] for size in sizes
+        ]
         pixel_valid = None if valid is None else valid_cells(valid, mask_features.shape[-2:])
 
         predictions = []

@@ -14,12 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from configuration_ita import ITAConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from configuration_ita import ITAConfig
+
+from .batch_groups import (
+    crop,
+    dominant_of_batch,
+    image_sizes_of,
+    merge_classes,
+    merge_masks,
+    pad_labels,
+    round_up,
+    scatter,
+    valid_pixels,
+)
 from .checkpoint_code import copy_code
 from .clip_backbone import ClipBackbone, ImageFeatures, resolve_clip_config
 from .detail_enhancement import DeformableAttention, DetailEnhancement
@@ -35,12 +47,6 @@ from .vocabulary import (
     shares_a_name,
     vocabularies_of_batch,
 )
-
-SIZE_DIVISOR = 32
-"""The image tower's largest stride: pictures are padded to multiples of it."""
-
-NO_MASK = -100.0
-"""The mask logit of pixels and queries that a batch was padded with."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_ita.ITAConfig",
@@ -128,7 +134,6 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
     config: ITAConfig
     base_model_prefix = "ita"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
     _supports_sdpa = True
 
     def __init__(self, config: ITAConfig):
@@ -193,7 +198,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         labels = self.config.id2label
         if not labels or all(label == f"LABEL_{index}" for index, label in labels.items()):
             return None
-        return normalize_vocabulary([labels[index] for index in sorted(labels)])
+        return normalize_vocabulary([label for _, label in sorted(labels.items())])
 
     def set_vocabulary(self, classes: Sequence[str | Sequence[str]]) -> None:
         """Makes `classes` the vocabulary of calls that name none, and of the saved checkpoint.
@@ -210,8 +215,12 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         self, classes: Sequence[str | Sequence[str]] | None = None, templates: Sequence[str] | None = None
     ) -> TextClassifier:
         """A vocabulary's embeddings, encoded at the first call and kept."""
-        vocabulary = vocabularies_of_batch(None, self.default_vocabulary, 1)[0] if classes is None else classes
-        return self.vocabulary_encoder.classifier(normalize_vocabulary(vocabulary), templates or self.config.templates)
+        vocabulary = (
+            vocabularies_of_batch(None, self.default_vocabulary, 1)[0] if classes is None else classes
+        )
+        return self.vocabulary_encoder.classifier(
+            normalize_vocabulary(vocabulary), templates or self.config.templates
+        )
 
     # --- the way through the house ---
 
@@ -228,7 +237,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         ensemble_alpha: float | None = None,
         ensemble_beta: float | None = None,
         return_dict: bool | None = None,
-        **_: Any,
+        **ignored: Any,
     ) -> ITAForOpenVocabSegmentationOutput | tuple:
         """Segments pictures by the words of a vocabulary.
 
@@ -250,7 +259,9 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             ValueError: no vocabulary, a malformed one, labels without masks, or inputs whose shapes do not fit.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}")
+            raise ValueError(
+                f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}"
+            )
         batch, _, height, width = pixel_values.shape
         if pixel_mask is not None and pixel_mask.shape != (batch, height, width):
             raise ValueError(f"pixel_mask must be {(batch, height, width)}, got {tuple(pixel_mask.shape)}")
@@ -266,45 +277,49 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             with_loss=mask_labels is not None,
         )
         vocabularies = vocabularies_of_batch(vocabulary, self.default_vocabulary, batch)
-        dominant = _dominant_of_batch(dominant_categories, batch)
-        sizes = _image_sizes(pixel_values, pixel_mask)
-        canvas = (_round_up(height), _round_up(width))
+        dominant = dominant_of_batch(dominant_categories, batch)
+        sizes = image_sizes_of(pixel_values, pixel_mask)
+        canvas = (round_up(height), round_up(width))
 
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[tuple[int, int], tuple, int | None], list[int]] = {}
         for index, (size, classes) in enumerate(zip(sizes, vocabularies, strict=True)):
-            padded = (_round_up(size[0]), _round_up(size[1]))
+            padded = (round_up(size[0]), round_up(size[1]))
             given = None if dominant is None else len(dominant[index])
             groups.setdefault((padded, classes.key, given), []).append(index)
         results = []
-        for (padded, *_), members in groups.items():
+        for (padded, _, _), group in groups.items():
+            own_sizes = [sizes[index] for index in group]
             results.append(
                 self._segment(
-                    _crop(pixel_values[members], [sizes[i] for i in members], padded),
-                    _valid([sizes[i] for i in members], padded, pixel_values.device),
-                    [sizes[i] for i in members],
-                    vocabularies[members[0]],
-                    None if dominant is None else [dominant[i] for i in members],
+                    crop(pixel_values[group], own_sizes, padded),
+                    valid_pixels(own_sizes, padded, pixel_values.device),
+                    own_sizes,
+                    vocabularies[group[0]],
+                    None if dominant is None else [dominant[index] for index in group],
                     request,
                 )
             )
         members = list(groups.values())
-        class_logits = [_merge_classes(list(parts), members) for parts in zip(*(r.class_logits for r in results))]
-        mask_logits = [_merge_masks(list(parts), members, canvas) for parts in zip(*(r.mask_logits for r in results))]
+        layers = range(len(results[0].class_logits))
+        class_logits = [merge_classes([r.class_logits[i] for r in results], members) for i in layers]
+        mask_logits = [merge_masks([r.mask_logits[i] for r in results], members, canvas) for i in layers]
         final = class_logits[-1]
         if not self.training:
-            final = _merge_classes([result.log_probabilities for result in results], members)  # type: ignore[misc]
+            final = merge_classes(
+                [r.log_probabilities for r in results if r.log_probabilities is not None], members
+            )
 
         output = ITAForOpenVocabSegmentationOutput(
             class_queries_logits=final,
             masks_queries_logits=mask_logits[-1],
-            dominant_categories=_scatter([result.dominant for result in results], members),
+            dominant_categories=scatter([result.dominant for result in results], members),
             image_sizes=torch.tensor(sizes, device=pixel_values.device),
             stuff_ids=[self._stuff_ids(classes) for classes in vocabularies],
             vocabulary=[[list(synonyms) for synonyms in classes] for classes in vocabularies],
         )
         if mask_labels is not None and class_labels is not None:
             output.loss_dict = self.criterion(
-                class_logits, mask_logits, [_pad_labels(masks, canvas) for masks in mask_labels], class_labels
+                class_logits, mask_logits, [pad_labels(masks, canvas) for masks in mask_labels], class_labels
             )
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -334,10 +349,14 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             text_queries, mask_features, levels, valid, every_layer=self.training or request.with_loss
         )
         scale = self.image_text_aggregation.scale
-        class_logits = [classifier.logits(p.class_embeddings, self.void_embedding, scale) for p in predictions]
+        class_logits = [
+            classifier.logits(p.class_embeddings, self.void_embedding, scale) for p in predictions
+        ]
         log_probabilities = None
         if not self.training:
-            log_probabilities = self._classify(predictions[-1], class_logits[-1], features, valid, classifier, request)
+            log_probabilities = self._classify(
+                predictions[-1], class_logits[-1], features, valid, classifier, request
+            )
         return _GroupResult(class_logits, [p.mask_logits for p in predictions], log_probabilities, names)
 
     def _unearth(
@@ -355,7 +374,9 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             return [[] for _ in pixel_values], None
         if given is not None:
             if any(len(names) > unearth.num_categories for names in given):
-                raise ValueError(f"at most {unearth.num_categories} dominant categories per image, got {len(given[0])}")
+                raise ValueError(
+                    f"at most {unearth.num_categories} dominant categories per image, got {len(given[0])}"
+                )
             if not given[0]:
                 return given, None
             bare = [self.vocabulary_encoder.bare(names, classifier.templates) for names in given]
@@ -388,7 +409,9 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             dense = F.interpolate(dense, size=masks.shape[-2:], mode="bilinear", align_corners=False)
         embeddings = self.clip_backbone.pool_masks(dense, masks)
         out_vocab_logits = classifier.logits(embeddings, self.void_embedding, self.clip_backbone.logit_scale)
-        seen = torch.tensor(shares_a_name(classifier.vocabulary, request.train_vocabulary), device=dense.device)
+        seen = torch.tensor(
+            shares_a_name(classifier.vocabulary, request.train_vocabulary), device=dense.device
+        )
         return ensemble_log_probabilities(
             in_vocab_logits,
             out_vocab_logits,
@@ -405,7 +428,9 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
     # --- checkpoints ---
 
     @classmethod
-    def from_clip(cls, config: ITAConfig, clip_state_dict: dict[str, Tensor]) -> "ITAForOpenVocabSegmentation":
+    def from_clip(
+        cls, config: ITAConfig, clip_state_dict: dict[str, Tensor]
+    ) -> "ITAForOpenVocabSegmentation":
         """A new model on a trained CLIP; everything but CLIP starts random.
 
         Args:
@@ -422,7 +447,8 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         try:
             model.clip_backbone.clip.load_state_dict(clip_state_dict)
         except RuntimeError as error:
-            raise ValueError(f"the CLIP weights do not fit the configuration: {error}") from error
+            reason = " ".join(str(error).split())[:400]
+            raise ValueError(f"the CLIP weights do not fit the configuration: {reason}") from error
         return model
 
     @classmethod
@@ -433,10 +459,13 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             ValueError: the checkpoint lacks weights of the frozen CLIP.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing = sorted(key for key in info["missing_keys"] if key.startswith("clip_backbone."))
         if missing:
-            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of the frozen CLIP, such as {missing[0]}")
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of the frozen CLIP, such as {missing[0]}"
+            )
         # The model was built without memory, and what no checkpoint holds has to be made again.
         model.clip_backbone.restore_buffers(model.config.clip_model_config)
         model.clip_backbone.freeze()
@@ -449,87 +478,3 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             copy_code(Path(save_directory), source=getattr(self.config, "_name_or_path", None))
-
-
-def _round_up(size: int) -> int:
-    return -(-size // SIZE_DIVISOR) * SIZE_DIVISOR
-
-
-def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[int, int]]:
-    """Each picture's height and width without padding."""
-    if pixel_mask is None:
-        return [tuple(pixel_values.shape[-2:])] * len(pixel_values)  # type: ignore[list-item]
-    mask = pixel_mask.bool()
-    sizes = torch.stack([mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)], dim=1).tolist()
-    if any(0 in size for size in sizes):
-        raise ValueError("pixel_mask leaves an image without a single pixel")
-    return [(height, width) for height, width in sizes]
-
-
-def _crop(pixel_values: Tensor, sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tensor:
-    """Pictures cut (or padded) to one padded size, zero outside of each one's own."""
-    height, width = padded
-    pixels = pixel_values[:, :, :height, :width]
-    pixels = F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))
-    valid = _valid(sizes, padded, pixels.device)
-    return pixels if valid is None else pixels.masked_fill(~valid[:, None], 0)
-
-
-def _valid(sizes: list[tuple[int, int]], padded: tuple[int, int], device: torch.device) -> Tensor | None:
-    """(B, H, W) bool, where pictures of these sizes lie in the padded one; None if all fill it."""
-    if all(size == padded for size in sizes):
-        return None
-    own = torch.tensor(sizes, device=device)
-    rows = torch.arange(padded[0], device=device)[None] < own[:, :1]
-    columns = torch.arange(padded[1], device=device)[None] < own[:, 1:]
-    return rows[:, :, None] & columns[:, None]
-
-
-def _dominant_of_batch(names: Sequence | None, batch: int) -> list[list[str]] | None:
-    """Dominant categories from outside, a list of names per image."""
-    if names is None:
-        return None
-    if all(isinstance(name, str) for name in names):
-        return [list(names)] * batch
-    if len(names) != batch:
-        raise ValueError(f"dominant_categories for {len(names)} images, but there are {batch}")
-    return [list(row) for row in names]
-
-
-def _scatter(parts: list[list], members: list[list[int]]) -> list:
-    """Items of groups -> items in the batch's order."""
-    placed = {index: item for part, group in zip(parts, members, strict=True) for index, item in zip(group, part)}
-    return [placed[index] for index in sorted(placed)]
-
-
-def _merge_classes(parts: list[Tensor], members: list[list[int]]) -> Tensor:
-    """Groups' (b, q, k + 1) -> (B, Q, K + 1), padded with classes that are impossible and queries that are void."""
-    if len(parts) == 1:
-        return parts[0]
-    queries, classes = (max(part.shape[dim] for part in parts) for dim in (1, 2))
-    merged = parts[0].new_full((sum(map(len, members)), queries, classes), float("-inf"))
-    merged[..., -1] = 0
-    for part, group in zip(parts, members, strict=True):
-        rows = F.pad(part[..., :-1], (0, classes - part.shape[-1]), value=float("-inf"))
-        rows = torch.cat([rows, part[..., -1:]], dim=-1)
-        merged[group, : part.shape[1]] = rows
-    return merged
-
-
-def _merge_masks(parts: list[Tensor], members: list[list[int]], canvas: tuple[int, int]) -> Tensor:
-    """Groups' (b, q, h, w) -> (B, Q, H / 4, W / 4), padded with pixels and queries that are no mask."""
-    height, width = canvas[0] // 4, canvas[1] // 4
-    if len(parts) == 1 and parts[0].shape[-2:] == (height, width):
-        return parts[0]
-    queries = max(part.shape[1] for part in parts)
-    merged = parts[0].new_full((sum(map(len, members)), queries, height, width), NO_MASK)
-    for part, group in zip(parts, members, strict=True):
-        merged[group, : part.shape[1], : part.shape[2], : part.shape[3]] = part
-    return merged
-
-
-def _pad_labels(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Masks (n, H, W) padded to the canvas, so that they and the mask logits cover the same area."""
-    if masks.ndim != 3:
-        raise ValueError(f"mask_labels must be (n, height, width) for each image, got {tuple(masks.shape)}")
-    return F.pad(masks, (0, canvas[1] - masks.shape[-1], 0, canvas[0] - masks.shape[-2]))

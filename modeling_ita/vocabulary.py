@@ -61,7 +61,9 @@ def normalize_vocabulary(classes: Iterable[str | Iterable[str]]) -> Vocabulary:
     for index, entry in enumerate(classes):
         names = [entry] if isinstance(entry, str) else entry
         if not isinstance(names, Iterable) or isinstance(names, dict):
-            raise ValueError(f"class {index} of the vocabulary is neither a name nor a list of names: {entry!r}")
+            raise ValueError(
+                f"class {index} of the vocabulary is neither a name nor a list of names: {entry!r}"
+            )
         synonyms: list[str] = []
         for name in names:
             if not isinstance(name, str):
@@ -104,12 +106,15 @@ def vocabularies_of_batch(
         if default is None:
             raise ValueError("no vocabulary: pass vocabulary=[...] or call set_vocabulary on the model first")
         return [default] * batch_size
-    if isinstance(vocabulary, Vocabulary) or isinstance(vocabulary, str):
+    if isinstance(vocabulary, Vocabulary | str):
         return [normalize_vocabulary(vocabulary)] * batch_size
     entries = list(vocabulary)
     nested = bool(entries) and all(isinstance(entry, list | tuple) for entry in entries)
     per_image = nested and (
-        any(isinstance(entry, Vocabulary) or any(not isinstance(name, str) for name in entry) for entry in entries)
+        any(
+            isinstance(entry, Vocabulary) or any(not isinstance(name, str) for name in entry)
+            for entry in entries
+        )
         or len(entries) == batch_size > 1
     )
     if not per_image:
@@ -153,7 +158,9 @@ class TextClassifier:
 
         Returns: (B, Q, K + 1).
         """
-        text = torch.cat([self.templated.to(embeddings.dtype), F.normalize(void.to(embeddings.dtype), dim=-1)])
+        text = torch.cat(
+            [self.templated.to(embeddings.dtype), F.normalize(void.to(embeddings.dtype), dim=-1)]
+        )
         logits = scale * F.normalize(embeddings, dim=-1) @ text.T
         names, void_logit = logits[..., :-1], logits[..., -1:]
         if len(self.class_of_name) == self.num_classes:

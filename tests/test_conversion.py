@@ -6,13 +6,13 @@ import pickle
 
 import pytest
 import torch
-from conversion_ita import ConversionError, convert_checkpoint, load_original
-from parity_checkpoint import load_parity, original_tensors
-from run_convert import main
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel
 
+from conversion_ita import ConversionError, convert_checkpoint, load_original
 from evaluation_ita.door import read_vocabulary
+from parity_checkpoint import load_parity, original_tensors
+from run_convert import main
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def test_every_format_gives_the_same_tensors(tmp_path, suffix):
         torch.save({"model": tensors, "iteration": 7}, path)
     elif suffix == ".pkl":
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody", "matching_heuristics": True}))
+        path.write_bytes(
+            pickle.dumps({"model": arrays, "__author__": "somebody", "matching_heuristics": True})
+        )
     else:
         save_file(tensors, path)
     loaded = load_original(path)
@@ -83,7 +85,11 @@ def test_tensors_that_do_not_fit_are_listed(original):
 
 def test_buffers_of_real_checkpoints_are_passed_over(original):
     description, tensors = original
-    extra = {"criterion.empty_weight": torch.ones(134), "pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    extra = {
+        "criterion.empty_weight": torch.ones(134),
+        "pixel_mean": torch.zeros(3, 1, 1),
+        "pixel_std": torch.ones(3, 1, 1),
+    }
     convert_checkpoint({**tensors, **extra}, description["clip_model_config"])
 
 
@@ -99,7 +105,16 @@ def test_the_command_converts_and_the_result_loads(original, tmp_path):
     clip.write_text(json.dumps(description["clip_model_config"]))
     vocabulary.write_text("0:invalid_class_id\n1:cat,kitty\n2:dog\n")
     output = tmp_path / "converted"
-    command = ["--checkpoint", checkpoint, "--clip_model", clip, "--vocabulary", vocabulary, "--output", output]
+    command = [
+        "--checkpoint",
+        checkpoint,
+        "--clip_model",
+        clip,
+        "--vocabulary",
+        vocabulary,
+        "--output",
+        output,
+    ]
     assert main([str(argument) for argument in command]) == 0
     model = AutoModel.from_pretrained(output)
     assert model.config.id2label == {0: "cat", 1: "dog"}
@@ -111,7 +126,16 @@ def test_the_command_converts_and_the_result_loads(original, tmp_path):
 def test_the_command_answers_bad_input_in_one_line(tmp_path, capsys):
     good = tmp_path / "classes.txt"
     good.write_text("1:cat\n")
-    arguments = ["--checkpoint", "missing.pth", "--clip_model", "RN50", "--vocabulary", str(good), "--output", "x"]
+    arguments = [
+        "--checkpoint",
+        "missing.pth",
+        "--clip_model",
+        "RN50",
+        "--vocabulary",
+        str(good),
+        "--output",
+        "x",
+    ]
     assert main(arguments) != 0
     error = capsys.readouterr().err
     assert "missing.pth" in error and error.count("\n") == 1

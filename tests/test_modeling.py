@@ -4,15 +4,21 @@ import logging
 
 import pytest
 import torch
-from tiny_checkpoint import tiny_config
 from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, normalize_vocabulary
+from tiny_checkpoint import tiny_config
 
 CLASSES = ["cat", ["sofa", "couch"], "wall", "grass", "tree"]
 RESNET = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None},
+    "vision_cfg": {
+        "image_size": 64,
+        "layers": [1, 1, 1, 1],
+        "width": 8,
+        "head_width": 16,
+        "patch_size": None,
+    },
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 CONVNEXT = {
@@ -20,7 +26,12 @@ CONVNEXT = {
     "vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "mlp", "image_size": 64},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
-TOWERS = {"resnet10t": {}, "convnext": {"clip_model_config": CONVNEXT}, "modified_resnet": {"clip_model_config": RESNET}}
+PLAIN_VIT = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 64}
+TOWERS = {
+    "resnet10t": {},
+    "convnext": {"clip_model_config": CONVNEXT},
+    "modified_resnet": {"clip_model_config": RESNET},
+}
 
 
 def build(**changes) -> ITAForOpenVocabSegmentation:
@@ -28,7 +39,7 @@ def build(**changes) -> ITAForOpenVocabSegmentation:
     model = ITAForOpenVocabSegmentation(tiny_config(**changes)).eval()
     for module in model.clip_backbone.clip.visual.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # statistics that keep random features apart
-            torch.nn.init.normal_(module.running_mean, std=0.1)
+            module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     return model
 
@@ -73,7 +84,9 @@ def test_dominant_names_are_the_nearest_of_all_names_and_the_word_other(model):
     outputs = segment(model, pixels(1, 3, 64, 64))
     features = model.clip_backbone(pixels(1, 3, 64, 64))
     everywhere = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    image = torch.nn.functional.normalize(model.clip_backbone.pool_masks(features.dense, everywhere)[0, 0], dim=0)
+    image = torch.nn.functional.normalize(
+        model.clip_backbone.pool_masks(features.dense, everywhere)[0, 0], dim=0
+    )
     names = ["cat", "sofa", "couch", "wall", "grass", "tree", "other"]
     similarity = model.vocabulary_encoder.bare(names, model.config.templates) @ image
     assert outputs.dominant_categories[0] == [names[i] for i in similarity.argsort(descending=True)[:3]]
@@ -85,12 +98,16 @@ def test_the_thumbnail_is_the_same_as_open_clips_own_embedding(model):
 
     from modeling_ita.clip_backbone import CLIP_MEAN, CLIP_STD
 
-    picture = torch.randint(0, 256, (3, 70, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = torch.randint(
+        0, 256, (3, 70, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
     transform = open_clip.image_transform(64, is_train=False, mean=CLIP_MEAN, std=CLIP_STD)
     with torch.no_grad():
         ours = model.clip_backbone.embed_thumbnail((picture / 255 - mean) / std)
-        theirs = model.clip_backbone.clip.encode_image(transform(Image.fromarray(picture.permute(1, 2, 0).numpy()))[None])
+        theirs = model.clip_backbone.clip.encode_image(
+            transform(Image.fromarray(picture.permute(1, 2, 0).numpy()))[None]
+        )
     assert torch.equal(ours, theirs)
 
 
@@ -117,7 +134,9 @@ def test_padding_never_changes_an_images_result(tower_model, size):
     outputs = segment(tower_model, batch, pixel_mask=mask)
     assert outputs.image_sizes[0].tolist() == list(size)
     assert_same(outputs.class_queries_logits[0], expected.class_queries_logits[0])
-    assert_same(outputs.masks_queries_logits[0, :, : height // 4, : width // 4], expected.masks_queries_logits[0])
+    assert_same(
+        outputs.masks_queries_logits[0, :, : height // 4, : width // 4], expected.masks_queries_logits[0]
+    )
     assert outputs.dominant_categories[0] == expected.dominant_categories[0]
 
 
@@ -153,7 +172,9 @@ def test_each_image_may_have_its_own_vocabulary(model):
         alone = segment(model, pictures[index : index + 1], vocabulary=classes)
         count = len(classes)
         queries = alone.class_queries_logits.shape[1]
-        assert_same(outputs.class_queries_logits[index, :queries, :count], alone.class_queries_logits[0, :, :count])
+        assert_same(
+            outputs.class_queries_logits[index, :queries, :count], alone.class_queries_logits[0, :, :count]
+        )
         assert_same(outputs.class_queries_logits[index, :queries, -1], alone.class_queries_logits[0, :, -1])
         assert_same(outputs.masks_queries_logits[index, :queries], alone.masks_queries_logits[0])
     assert (outputs.class_queries_logits[0, :, 2:4] == float("-inf")).all()
@@ -179,7 +200,11 @@ def test_a_class_scores_the_maximum_of_its_names(model):
 
 def test_one_class_a_thousand_and_duplicates_all_work(model):
     one = segment(model, pixels(1, 3, 64, 64), vocabulary=["cat"])
-    assert one.class_queries_logits.shape == (1, 8, 2)  # "cat" and "other" are all the text queries there can be
+    assert one.class_queries_logits.shape == (
+        1,
+        8,
+        2,
+    )  # "cat" and "other" are all the text queries there can be
     assert sorted(one.dominant_categories[0]) == ["cat", "other"]
     many = segment(model, pixels(1, 3, 64, 64), vocabulary=[f"thing {i}" for i in range(1000)])
     assert many.class_queries_logits.shape == (1, 9, 1001)
@@ -188,12 +213,22 @@ def test_one_class_a_thousand_and_duplicates_all_work(model):
 
 
 def test_commas_in_a_name_separate_synonyms():
-    assert normalize_vocabulary(["cat,kitty", ["sofa, couch", "settee"]]) == [["cat", "kitty"], ["sofa", "couch", "settee"]]
+    assert normalize_vocabulary(["cat,kitty", ["sofa, couch", "settee"]]) == [
+        ["cat", "kitty"],
+        ["sofa", "couch", "settee"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("classes", "words"),
-    [([], "empty"), (["cat", ""], "empty name"), ([["cat", " "]], "empty name"), ([[]], "no name"), ("cat", "list"), ([3], "neither")],
+    [
+        ([], "empty"),
+        (["cat", ""], "empty name"),
+        ([["cat", " "]], "empty name"),
+        ([[]], "no name"),
+        ("cat", "list"),
+        ([3], "neither"),
+    ],
 )
 def test_a_malformed_vocabulary_is_refused_in_one_line(model, classes, words):
     with pytest.raises(ValueError, match=words) as refusal:
@@ -253,9 +288,13 @@ def test_plain_id2label_is_a_vocabulary():
 def test_templates_and_ensemble_weights_can_be_given_per_call(model):
     picture = pixels(1, 3, 64, 64)
     usual = segment(model, picture).class_queries_logits
-    assert not torch.allclose(segment(model, picture, templates=["a drawing of a {}."]).class_queries_logits, usual)
+    assert not torch.allclose(
+        segment(model, picture, templates=["a drawing of a {}."]).class_queries_logits, usual
+    )
     alone = segment(model, picture, ensemble_alpha=0.0, ensemble_beta=0.0).class_queries_logits
-    trained = segment(model, picture, ensemble_alpha=0.0, ensemble_beta=0.7, train_vocabulary=["couch"]).class_queries_logits
+    trained = segment(
+        model, picture, ensemble_alpha=0.0, ensemble_beta=0.7, train_vocabulary=["couch"]
+    ).class_queries_logits
     assert not torch.allclose(alone, usual)
     assert not torch.allclose(trained, alone)
     with pytest.raises(ValueError, match="template"):
@@ -360,7 +399,12 @@ def test_weights_of_another_clip_are_refused(model):
         ({"clip_model_name": "ViT-B-32"}, "four stages"),
         ({"clip_model_config": {"embed_dim": 8}}, "lacks vision_cfg, text_cfg"),
         (
-            {"clip_model_config": {**CONVNEXT, "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 64}}},
+            {
+                "clip_model_config": {
+                    **CONVNEXT,
+                    "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 64},
+                }
+            },
             "strides",
         ),
     ],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from conversion_ita import convert_checkpoint, convert_name
 from image_processing_ita import ITAImageProcessor, semantic_scores
 from modeling_ita import normalize_vocabulary, set_criterion

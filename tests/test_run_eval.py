@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoint import CLASSES, save_tiny_checkpoint
 
 import run_eval
 from evaluation_ita.benchmarks import BENCHMARKS, Benchmark
 from evaluation_ita.door import DoorError, load_checkpoint
+from tiny_checkpoint import CLASSES, save_tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SEEN = [True, True, False, False]

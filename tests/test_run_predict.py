@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny_checkpoint import CLASSES, save_tiny_checkpoint
 
 import run_predict
 from evaluation_ita import door
+from tiny_checkpoint import CLASSES, save_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
