@@ -99,6 +99,10 @@ class ITATrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Ends the run after so many minutes; the learning rate follows the clock."},
     )
+    half_weights: bool = field(
+        default=False,
+        metadata={"help": "Write the final checkpoint's weights in float16, half the size; it loads in float32."},
+    )
     logging_steps: float = field(default=50, metadata={"help": "Log losses every so many steps."})
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Trackers, as 'tensorboard'."}
@@ -358,8 +362,16 @@ def main(argv: list[str] | None = None) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
     if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(trainer.args.output_dir)
-        trainer.processing_class.save_pretrained(trainer.args.output_dir)
+        save(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, trainer.args)
+
+
+def save(model: ITAForOpenVocabSegmentation, processor: ITAImageProcessor, training: ITATrainingArguments) -> None:
+    """The complete checkpoint. Weights written in half precision still load, and compute, in float32."""
+    weights = model.state_dict()
+    if training.half_weights:
+        weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
+    model.save_pretrained(training.output_dir, state_dict=weights)
+    processor.save_pretrained(training.output_dir)
 
 
 if __name__ == "__main__":
