@@ -416,6 +416,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             in_vocab_logits,
             out_vocab_logits,
             seen,
+            torch.tensor(classifier.vocabulary.repeats, device=dense.device),
             request.alpha,
             request.beta,
             counts=masks.flatten(2).any(dim=-1) if config.ensemble_on_valid_mask else None,

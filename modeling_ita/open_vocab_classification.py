@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+IMPOSSIBLE = -1e4
+"""A logit whose probability is zero in float32."""
+
 
 def masks_on_dense_feature(mask_logits: Tensor, dense: Tensor, upsample: int, valid: Tensor | None) -> Tensor:
     """Which cells of the dense feature each mask covers.
@@ -33,6 +36,7 @@ def ensemble_log_probabilities(
     in_vocab_logits: Tensor,
     out_vocab_logits: Tensor,
     seen: Tensor,
+    repeats: Tensor,
     alpha: float,
     beta: float,
     counts: Tensor | None = None,
@@ -45,17 +49,20 @@ def ensemble_log_probabilities(
     Args:
         in_vocab_logits, out_vocab_logits: (B, Q, K + 1), void last.
         seen: (K,) bool.
+        repeats: (K,) bool, classes that stand in the vocabulary once more; all their probability goes to the first.
         counts: (B, Q) bool, masks for which CLIP's opinion counts; None where it does for all.
 
     Returns: (B, Q, K + 1) float32.
     """
-    in_vocab_logits, out_vocab_logits = in_vocab_logits.float(), out_vocab_logits.float()
-    log_in = in_vocab_logits[..., :-1].log_softmax(dim=-1)
-    log_out = out_vocab_logits[..., :-1].log_softmax(dim=-1)
+    void_logit = in_vocab_logits[..., -1:].float()
+    in_vocab_logits = in_vocab_logits[..., :-1].float().masked_fill(repeats, IMPOSSIBLE)
+    out_vocab_logits = out_vocab_logits[..., :-1].float().masked_fill(repeats, IMPOSSIBLE)
+    log_in = in_vocab_logits.log_softmax(dim=-1)
+    log_out = out_vocab_logits.log_softmax(dim=-1)
     weight = torch.where(seen, alpha, beta).to(log_in)
     if counts is not None:
         weight = weight * counts[..., None]
     log_classes = ((1 - weight) * log_in + weight * log_out).log_softmax(dim=-1)
-    total = in_vocab_logits.logsumexp(dim=-1, keepdim=True)
-    log_not_void = in_vocab_logits[..., :-1].logsumexp(dim=-1, keepdim=True) - total
-    return torch.cat([log_classes + log_not_void, in_vocab_logits[..., -1:] - total], dim=-1)
+    any_class = in_vocab_logits.logsumexp(dim=-1, keepdim=True)
+    total = torch.logaddexp(any_class, void_logit)
+    return torch.cat([log_classes + any_class - total, void_logit - total], dim=-1)

@@ -38,6 +38,13 @@ class Vocabulary(list):
         return [index for index, synonyms in enumerate(self) for _ in synonyms]
 
     @property
+    def repeats(self) -> list[bool]:
+        """For each class, whether one before it has the very same names."""
+        names = [frozenset(synonyms) for synonyms in self]
+        first = {synonyms: index for index, synonyms in reversed(list(enumerate(names)))}
+        return [first[synonyms] != index for index, synonyms in enumerate(names)]
+
+    @property
     def key(self) -> tuple[tuple[str, ...], ...]:
         """A hashable form."""
         return tuple(tuple(synonyms) for synonyms in self)
