@@ -101,7 +101,9 @@ class ITATrainingArguments(TrainingArguments):
     )
     half_weights: bool = field(
         default=False,
-        metadata={"help": "Write the final checkpoint's weights in float16, half the size; it loads in float32."},
+        metadata={
+            "help": "Write the final checkpoint's weights in float16, half the size; it loads in float32."
+        },
     )
     logging_steps: float = field(default=50, metadata={"help": "Log losses every so many steps."})
     report_to: None | str | list[str] = field(
@@ -245,9 +247,13 @@ def load_data(
 
 
 def load_model(
-    arguments: ITAModelArguments, classes: source.TrainingClasses, image_size: int
+    arguments: ITAModelArguments, classes: source.TrainingClasses, data: ITADataArguments
 ) -> tuple[ITAForOpenVocabSegmentation, ITAImageProcessor]:
-    """Network and image processor: new on a CLIP, or a checkpoint's with these classes as its own."""
+    """Network and image processor: new on a CLIP, or a checkpoint's with these classes as its own.
+
+    The processor feeds pictures at the size of training; a checkpoint fine-tuned on other data keeps its own size.
+    """
+    picture_size = {"shortest_edge": data.image_size, "longest_edge": 4 * data.image_size}
     if (arguments.clip is None) == (arguments.model is None):
         raise BadInput("give one of --clip DIR (a new model) and --model DIR (fine-tuning)")
     changes = arguments.config_changes
@@ -261,6 +267,8 @@ def load_model(
         model.set_vocabulary(classes.classes)
         known = list(model.config.train_vocabulary or [])
         model.config.train_vocabulary = known + [c for c in classes.seen_classes if c not in known]
+        if data.dataset == "scenes":
+            return model, ITAImageProcessor.from_pretrained(folder, size=picture_size)
         return model, ITAImageProcessor.from_pretrained(folder)
 
     clip_config, weights = read_clip(existing_folder(arguments.clip or "", "clip"))
@@ -275,7 +283,7 @@ def load_model(
     model = ITAForOpenVocabSegmentation.from_clip(ITAConfig(**fields), weights)
     colours = clip_config.get("preprocess_cfg") or {}
     processor = ITAImageProcessor(
-        size={"shortest_edge": image_size, "longest_edge": 4 * image_size},
+        size=picture_size,
         **{f"image_{key}": colours[key] for key in ("mean", "std") if key in colours},
     )
     return model, processor
@@ -332,7 +340,7 @@ def build_trainer(arguments: Arguments) -> tuple[Any, str | None]:
         raise BadInput(
             f"eval_strategy is {training.eval_strategy}, but {data.dataset} has no {data.eval_split}"
         )
-    model, processor = load_model(model_arguments, classes, data.image_size)
+    model, processor = load_model(model_arguments, classes, data)
     trainer = ITATrainer(
         model=model,
         args=training,
@@ -365,13 +373,16 @@ def main(argv: list[str] | None = None) -> None:
         save(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, trainer.args)
 
 
-def save(model: ITAForOpenVocabSegmentation, processor: ITAImageProcessor, training: ITATrainingArguments) -> None:
+def save(
+    model: ITAForOpenVocabSegmentation, processor: ITAImageProcessor, training: ITATrainingArguments
+) -> None:
     """The complete checkpoint. Weights written in half precision still load, and compute, in float32."""
+    folder = Path(training.output_dir or ".")
     weights = model.state_dict()
     if training.half_weights:
         weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
-    model.save_pretrained(training.output_dir, state_dict=weights)
-    processor.save_pretrained(training.output_dir)
+    model.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)
 
 
 if __name__ == "__main__":
