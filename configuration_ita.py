@@ -100,10 +100,12 @@ class ITAConfig(PreTrainedConfig):
     importance_sample_ratio: float | int = 0.75
 
     def __post_init__(self, **kwargs):
-        if self.vocabulary is not None and self.id2label is None:
-            self.id2label = {index: primary_name(entry) for index, entry in enumerate(self.vocabulary)}
-        if self.id2label is not None and self.label2id is None:
+        if self.vocabulary is not None:
+            self._label_by_vocabulary()
+        elif self.id2label is not None and self.label2id is None:
             self.label2id = {label: int(index) for index, label in self.id2label.items()}
+        check_weight("ensemble_alpha", self.ensemble_alpha)
+        check_weight("ensemble_beta", self.ensemble_beta)
         self.stuff_names = list(self.stuff_names or [])
         self.templates = list(self.templates)
         if self.dominant_category_source not in DOMINANT_CATEGORY_SOURCES:
@@ -124,11 +126,37 @@ class ITAConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Keeps labels and vocabulary one: whichever is set later is the checkpoint's own vocabulary."""
+        super().__setattr__(key, value)
+        if not self.__dict__.get("_post_init_done") or value is None:
+            return
+        if key == "vocabulary":
+            self._label_by_vocabulary()
+        elif key == "id2label" and self.vocabulary is not None:
+            labels = [label for _, label in sorted((int(index), label) for index, label in value.items())]
+            if labels != [primary_name(entry) for entry in self.vocabulary]:
+                super().__setattr__("vocabulary", None)
+
+    def _label_by_vocabulary(self) -> None:
+        labels = {index: primary_name(entry) for index, entry in enumerate(self.vocabulary or [])}
+        super().__setattr__("id2label", labels)
+        super().__setattr__("label2id", {label: index for index, label in labels.items()})
+
 
 def primary_name(entry: str | list[str]) -> str:
     """The first name of a class, given as a name, comma-separated names or a list of names."""
+    if not entry:
+        raise ValueError("a class of the vocabulary has no name")
     name = entry if isinstance(entry, str) else entry[0]
     return name.split(",")[0].strip()
+
+
+def check_weight(name: str, value: float) -> float:
+    """An ensemble weight. Raises ValueError unless it is in 0..1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    return value
 
 
 __all__ = ["VILD_TEMPLATES", "ITAConfig"]

@@ -118,6 +118,8 @@ def load_original(path: str | Path) -> dict[str, Tensor]:
         if isinstance(error, ConversionError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in reason:
+            reason = "it holds something other than tensors, which is refused"
         raise ConversionError(
             f"{path.name} cannot be read safely as a checkpoint of tensors: {reason}"
         ) from error

@@ -179,7 +179,13 @@ def segment_picture(
                 least = {"panoptic": 0.8, "instance": 0.5}[task] if threshold is None else threshold
                 result = read_out(outputs, threshold=least, target_sizes=size)[0]
                 labels, scores = result["segmentation"], result["segments_info"]
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # A GPU out of memory has an error of its own; without one torch says it in words.
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
+            error
+        )
+        if not out_of_memory:
+            raise
         raise DoorError(f"not enough memory for a picture of {picture.width} x {picture.height}") from error
     classes = outputs.vocabulary[0]
     if scores is None:

@@ -263,8 +263,12 @@ def load_model(
     if arguments.model is not None:
         folder = existing_folder(arguments.model, "model")
         config = ITAConfig.from_pretrained(folder, **changes)
-        model = ITAForOpenVocabSegmentation.from_pretrained(folder, config=config)
+        try:
+            model = ITAForOpenVocabSegmentation.from_pretrained(folder, config=config)
+        except (SafetensorError, RuntimeError) as error:
+            raise BadInput(f"--model: the weights in {folder} cannot be read: {error}") from error
         model.set_vocabulary(classes.classes)
+        model.config.stuff_names = sorted({*(model.config.stuff_names or []), *classes.stuff_names})
         known = list(model.config.train_vocabulary or [])
         model.config.train_vocabulary = known + [c for c in classes.seen_classes if c not in known]
         if data.dataset == "scenes":

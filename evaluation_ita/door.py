@@ -313,6 +313,8 @@ def load_checkpoint(path: Path, device: str | None = None) -> tuple[Any, Any]:
         raise DoorError(f"{path} is not a checkpoint folder: it has no config.json")
     if not any((path / name).is_file() for name in WEIGHT_FILES):
         raise DoorError(f"the checkpoint folder {path} has no weights (model.safetensors)")
+    if not (path / "preprocessor_config.json").is_file():
+        raise DoorError(f"the checkpoint folder {path} has no image processor (preprocessor_config.json)")
 
     import torch
     from safetensors import SafetensorError

@@ -29,6 +29,12 @@ def image_sizes_of(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tupl
     sizes = torch.stack([mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)], dim=1).tolist()
     if any(0 in size for size in sizes):
         raise ValueError("pixel_mask leaves an image without a single pixel")
+    areas = mask.sum(dim=(1, 2)).tolist()
+    corners = mask[:, 0, 0].tolist()
+    if any(area != h * w or not corner for area, (h, w), corner in zip(areas, sizes, corners, strict=True)):
+        raise ValueError(
+            "pixel_mask must be a rectangle at the top left: padding is at the bottom and on the right"
+        )
     return [(height, width) for height, width in sizes]
 
 
@@ -57,11 +63,15 @@ def dominant_of_batch(names: Sequence | None, batch: int) -> list[list[str]] | N
     """Dominant categories from outside, a list of names per image."""
     if names is None:
         return None
-    if all(isinstance(name, str) for name in names):
-        return [list(names)] * batch
-    if len(names) != batch:
-        raise ValueError(f"dominant_categories for {len(names)} images, but there are {batch}")
-    return [list(row) for row in names]
+    rows = [list(names)] * batch if all(isinstance(name, str) for name in names) else names
+    if len(rows) != batch:
+        raise ValueError(f"dominant_categories for {len(rows)} images, but there are {batch}")
+    for row in rows:
+        if not isinstance(row, list | tuple) or not all(
+            isinstance(name, str) and name.strip() for name in row
+        ):
+            raise ValueError(f"dominant_categories are names, a list of them for each image, got {row!r}")
+    return [list(row) for row in rows]
 
 
 def scatter(parts: list[list], members: list[list[int]]) -> list:
@@ -100,8 +110,39 @@ def merge_masks(parts: list[Tensor], members: list[list[int]], canvas: tuple[int
     return merged
 
 
+def check_labels(
+    mask_labels: list[Tensor],
+    class_labels: list[Tensor],
+    sizes: list[tuple[int, int]],
+    padded: tuple[int, int],
+    num_classes: list[int],
+) -> None:
+    """Checks ground truth against pictures and vocabularies.
+
+    Raises:
+        ValueError: not as many labels as images, masks of neither the picture's own nor the padded size, not as many
+            classes as masks, or a class that the vocabulary does not have.
+    """
+    if not len(mask_labels) == len(class_labels) == len(sizes):
+        raise ValueError(
+            f"labels for {len(mask_labels)} and {len(class_labels)} images, but there are {len(sizes)}"
+        )
+    for masks, labels, size in zip(mask_labels, class_labels, sizes, strict=True):
+        if masks.ndim != 3 or tuple(masks.shape[-2:]) not in (size, padded):
+            raise ValueError(f"mask_labels must be (n, {padded[0]}, {padded[1]}), got {tuple(masks.shape)}")
+        if labels.shape != masks.shape[:1]:
+            raise ValueError(f"{len(masks)} masks, but class_labels have shape {tuple(labels.shape)}")
+    # One number crosses to the host, not one for each image.
+    limits = torch.cat(
+        [labels.new_full(labels.shape, k) for labels, k in zip(class_labels, num_classes, strict=True)]
+    )
+    classes = torch.cat(list(class_labels))
+    if bool(((classes < 0) | (classes >= limits)).any()):
+        raise ValueError(
+            f"class_labels must be at least 0 and below the number of classes, got {classes.tolist()}"
+        )
+
+
 def pad_labels(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
     """Masks (n, H, W) padded to the canvas, so that they and the mask logits cover the same area."""
-    if masks.ndim != 3:
-        raise ValueError(f"mask_labels must be (n, height, width) for each image, got {tuple(masks.shape)}")
     return F.pad(masks, (0, canvas[1] - masks.shape[-1], 0, canvas[0] - masks.shape[-2]))

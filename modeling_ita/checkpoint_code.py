@@ -23,6 +23,12 @@ CODE_FILES = (
     "set_criterion.py",
 )
 
+CARRIED_ALONG = (
+    "from .image_processing_ita import ITAImageProcessor  # noqa: E402, F401",
+    "from .pipeline_ita import ITAImageSegmentationPipeline  # noqa: E402, F401",
+)
+"""End the flat `modeling_ita.py`: the loader copies what is imported, so that a loaded model can be saved again."""
+
 _TOP_LEVEL_IMPORT = re.compile(
     r"^from (configuration_ita|image_processing_ita|pipeline_ita) import", re.MULTILINE
 )
@@ -35,13 +41,11 @@ def flatten_imports(source: str) -> str:
     return _PACKAGE_IMPORT.sub(r"from .\1 import", source)
 
 
-def copy_code(folder: Path, source: str | None = None) -> None:
-    """Writes the code into a checkpoint's folder.
+def collect_code(source: str | None = None) -> dict[str, str]:
+    """The files of code that a checkpoint's folder needs, their text by name.
 
     Args:
-        folder: where the checkpoint is.
-        source: the folder that the model was loaded from, if any: a model that runs from a checkpoint's own code finds
-            there what the loader did not need to copy.
+        source: the folder that the model was loaded from, if any, as a last place to look.
 
     Raises:
         FileNotFoundError: a file of the code is nowhere to be found.
@@ -58,5 +62,6 @@ def copy_code(folder: Path, source: str | None = None) -> None:
                 f"{name}, which the checkpoint needs, is in none of {[str(p) for p in places]}"
             )
         texts[name] = flatten_imports(found.read_text(encoding="utf-8"))
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    missing = [line for line in CARRIED_ALONG if line not in texts["modeling_ita.py"]]
+    texts["modeling_ita.py"] += "".join(f"{line}\n" for line in missing)
+    return texts

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.image_transforms import to_pil_image
 
+from .image_text_aggregation import mask_means
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 STRIDES = (4, 8, 16, 32)
@@ -168,9 +170,7 @@ class ClipBackbone(nn.Module):
         """
         if self.is_resnet:
             return self._attention_pool(dense, masks)
-        weights = masks.to(dense.dtype)
-        weights = weights / (weights.sum(dim=(-2, -1), keepdim=True) + 1e-8)
-        pooled = torch.einsum("bqhw,bchw->bqc", weights, dense)
+        pooled = mask_means(dense, masks).to(dense.dtype)
         batch, queries, channels = pooled.shape
         visual = self.clip.visual
         embeddings = visual.head(visual.trunk.forward_head(pooled.reshape(batch * queries, channels, 1, 1)))

@@ -76,7 +76,7 @@ class DeformableAttention(nn.Module):
 
         Args:
             query: (B, S, C). value: (B, S, C), the levels' cells one after the other.
-            reference: (S, 2), each query's own (x, y) in 0..1. shapes: each level's (height, width).
+            reference: (S, 2) float32, each query's own (x, y) in 0..1. shapes: each level's (height, width).
 
         Returns: (B, S, C).
         """
@@ -87,12 +87,13 @@ class DeformableAttention(nn.Module):
         # Heads join the batch: (B heads, S, levels, points).
         weights = weights.transpose(1, 2).reshape(batch * heads, length, levels, points)
         value = self.value_proj(value).view(batch, -1, heads, channels // heads).permute(0, 2, 3, 1)
-        value = value.flatten(0, 1).contiguous()
+        # Positions in float32 whatever the weights are: half precision cannot tell neighbouring cells apart.
+        value, offsets, weights = value.flatten(0, 1).float().contiguous(), offsets.float(), weights.float()
 
         attended = value.new_zeros(batch * heads, channels // heads, length)
         start = 0
         for level, (height, width) in enumerate(shapes):
-            size = query.new_tensor([width, height])
+            size = offsets.new_tensor([width, height])
             locations = reference[None, :, None, None] + offsets[:, :, :, level] / size
             grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
             cells = value[:, :, start : start + height * width].unflatten(-1, (height, width))
@@ -100,7 +101,7 @@ class DeformableAttention(nn.Module):
             attended = attended + (samples * weights[:, None, :, level]).sum(dim=-1)
             start += height * width
         attended = attended.view(batch, channels, length).transpose(1, 2)
-        return self.output_proj(attended)
+        return self.output_proj(attended.to(query.dtype))
 
 
 class EncoderLayer(nn.Module):
@@ -192,7 +193,7 @@ class DetailEnhancement(nn.Module):
                 for (height, width), embedding in zip(shapes, self.level_embedding, strict=True)
             ]
         )
-        reference = torch.cat([cell_centres(height, width, like=x) for height, width in shapes])
+        reference = torch.cat([cell_centres(height, width, x.device) for height, width in shapes])
         for layer in self.layers:
             x = layer(x, positions, reference, shapes)
         parts = x.transpose(1, 2).split([height * width for height, width in shapes], dim=-1)
@@ -203,8 +204,8 @@ class DetailEnhancement(nn.Module):
         return self.mask_features(self.output(lateral + upsampled)), features
 
 
-def cell_centres(height: int, width: int, like: Tensor) -> Tensor:
-    """(height * width, 2): (x, y) of each cell's centre in 0..1, row by row."""
-    y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
-    x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """(height * width, 2) float32: (x, y) of each cell's centre in 0..1, row by row."""
+    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)

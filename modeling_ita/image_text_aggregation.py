@@ -212,10 +212,19 @@ class ImageTextAggregation(nn.Module):
     ) -> Prediction:
         mask_logits = torch.einsum("bqc,bchw->bqhw", mask_embeddings, mask_features)
         inside = (mask_logits.detach() > 0) if valid is None else (mask_logits.detach() > 0) & valid[:, None]
-        inside = inside.to(mask_features.dtype)
-        pooled = torch.einsum("bqhw,bchw->bqc", inside, mask_features)
-        pooled = pooled / (inside.sum(dim=(-2, -1))[..., None] + 1e-8)
+        pooled = mask_means(mask_features, inside).to(normed.dtype)
         return Prediction(self.class_embedding(normed + self.pooled_projection(pooled)), mask_logits)
+
+
+def mask_means(features: Tensor, masks: Tensor) -> Tensor:
+    """Mean of features (B, C, h, w) inside masks (B, Q, h, w) bool, zero for an empty one: (B, Q, C) float32.
+
+    In float32 whatever surrounds it: half precision can hold neither the sum over a large mask nor its area.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        weights = masks.float()
+        weights = weights / (weights.sum(dim=(-2, -1), keepdim=True) + 1e-8)
+        return torch.einsum("bqhw,bchw->bqc", weights, features.float())
 
 
 def valid_cells(valid: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:

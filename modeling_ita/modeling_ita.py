@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from configuration_ita import ITAConfig
+from configuration_ita import ITAConfig, check_weight
 
 from .batch_groups import (
+    check_labels,
     crop,
     dominant_of_batch,
     image_sizes_of,
@@ -32,7 +33,7 @@ from .batch_groups import (
     scatter,
     valid_pixels,
 )
-from .checkpoint_code import copy_code
+from .checkpoint_code import collect_code
 from .clip_backbone import ClipBackbone, ImageFeatures, resolve_clip_config
 from .detail_enhancement import DeformableAttention, DetailEnhancement
 from .dominant_categories import DominantCategories
@@ -207,9 +208,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             ValueError: an empty vocabulary or an empty name.
         """
         vocabulary = normalize_vocabulary(classes)
-        self.config.vocabulary = [list(synonyms) for synonyms in vocabulary]
-        self.config.id2label = {index: synonyms[0] for index, synonyms in enumerate(vocabulary)}
-        self.config.label2id = {name: index for index, name in self.config.id2label.items()}
+        self.config.vocabulary = [list(synonyms) for synonyms in vocabulary]  # brings id2label along
 
     def text_classifier(
         self, classes: Sequence[str | Sequence[str]] | None = None, templates: Sequence[str] | None = None
@@ -219,7 +218,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             vocabularies_of_batch(None, self.default_vocabulary, 1)[0] if classes is None else classes
         )
         return self.vocabulary_encoder.classifier(
-            normalize_vocabulary(vocabulary), templates or self.config.templates
+            normalize_vocabulary(vocabulary), self.config.templates if templates is None else templates
         )
 
     # --- the way through the house ---
@@ -237,7 +236,6 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         ensemble_alpha: float | None = None,
         ensemble_beta: float | None = None,
         return_dict: bool | None = None,
-        **ignored: Any,
     ) -> ITAForOpenVocabSegmentationOutput | tuple:
         """Segments pictures by the words of a vocabulary.
 
@@ -265,6 +263,10 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         batch, _, height, width = pixel_values.shape
         if pixel_mask is not None and pixel_mask.shape != (batch, height, width):
             raise ValueError(f"pixel_mask must be {(batch, height, width)}, got {tuple(pixel_mask.shape)}")
+        if not pixel_values.is_floating_point() or not batch:
+            raise ValueError(
+                f"pixel_values must be floats of at least one picture, got {pixel_values.dtype} x {batch}"
+            )
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("losses need both mask_labels and class_labels")
         config = self.config
@@ -272,8 +274,12 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         request = _Request(
             templates=config.templates if templates is None else templates,
             train_vocabulary=normalize_vocabulary(train_vocabulary) if train_vocabulary else None,
-            alpha=config.ensemble_alpha if ensemble_alpha is None else ensemble_alpha,
-            beta=config.ensemble_beta if ensemble_beta is None else ensemble_beta,
+            alpha=check_weight(
+                "ensemble_alpha", config.ensemble_alpha if ensemble_alpha is None else ensemble_alpha
+            ),
+            beta=check_weight(
+                "ensemble_beta", config.ensemble_beta if ensemble_beta is None else ensemble_beta
+            ),
             with_loss=mask_labels is not None,
         )
         vocabularies = vocabularies_of_batch(vocabulary, self.default_vocabulary, batch)
@@ -318,6 +324,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             vocabulary=[[list(synonyms) for synonyms in classes] for classes in vocabularies],
         )
         if mask_labels is not None and class_labels is not None:
+            check_labels(mask_labels, class_labels, sizes, (height, width), [len(v) for v in vocabularies])
             output.loss_dict = self.criterion(
                 class_logits, mask_logits, [pad_labels(masks, canvas) for masks in mask_labels], class_labels
             )
@@ -476,6 +483,8 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         """Saves weights, configuration and the code they need: the folder loads where this package is not installed."""
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        code = collect_code(source=getattr(self.config, "_name_or_path", None))
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            copy_code(Path(save_directory), source=getattr(self.config, "_name_or_path", None))
+            for name, text in code.items():
+                (Path(save_directory) / name).write_text(text, encoding="utf-8")

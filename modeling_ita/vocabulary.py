@@ -39,8 +39,8 @@ class Vocabulary(list):
 
     @property
     def repeats(self) -> list[bool]:
-        """For each class, whether one before it has the very same names."""
-        names = [frozenset(synonyms) for synonyms in self]
+        """For each class, whether one before it has the very same names (the text tower knows no case)."""
+        names = [frozenset(" ".join(name.casefold().split()) for name in synonyms) for synonyms in self]
         first = {synonyms: index for index, synonyms in reversed(list(enumerate(names)))}
         return [first[synonyms] != index for index, synonyms in enumerate(names)]
 
@@ -128,6 +128,13 @@ def vocabularies_of_batch(
         return [normalize_vocabulary(entries)] * batch_size
     if len(entries) != batch_size:
         raise ValueError(f"{len(entries)} vocabularies for {batch_size} images")
+    if not any(
+        isinstance(entry, Vocabulary) or any(not isinstance(name, str) for name in entry) for entry in entries
+    ):
+        logger.warning_once(
+            f"{batch_size} lists of names for {batch_size} images are read as one vocabulary per image; for classes "
+            "with synonyms pass normalize_vocabulary(vocabulary)"
+        )
     return [normalize_vocabulary(entry) for entry in entries]
 
 
@@ -253,7 +260,12 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     if not templates:
         raise ValueError("no prompt template: give at least one, such as 'a photo of a {}.'")
     for template in templates:
-        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
+        if (
+            not isinstance(template, str)
+            or template.count("{}") != 1
+            or template.count("{") != 1
+            or template.count("}") != 1
+        ):
             raise ValueError(f"a prompt template has exactly one '{{}}' for the name, got {template!r}")
     return templates
 

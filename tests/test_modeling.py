@@ -1,12 +1,17 @@
 """The model as its users meet it: vocabularies, batches, options, saving and loading."""
 
+import copy
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, normalize_vocabulary
+from modeling_ita.image_text_aggregation import mask_means
 from tiny_checkpoint import tiny_config
 
 CLASSES = ["cat", ["sofa", "couch"], "wall", "grass", "tree"]
@@ -424,3 +429,110 @@ def test_the_default_configuration_is_the_papers_model():
         model = ITAForOpenVocabSegmentation(config)
     assert model.clip_backbone.channels == [192, 384, 768, 1536]
     assert model.clip_backbone.embed_dim == 768
+
+
+# --- precision, mistakes and overrides ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_finite_results_near_those_of_single(dtype):
+    model = build(train_vocabulary=CLASSES)
+    picture = pixels(1, 3, 128, 128)
+    expected = segment(model, picture)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = segment(model, picture)
+    half = segment(copy.deepcopy(model).to(dtype), picture.to(dtype))
+    for outputs in (mixed, half):
+        assert outputs.class_queries_logits.isfinite().all()
+        assert outputs.masks_queries_logits.isfinite().all()
+    difference = mixed.class_queries_logits.exp() - expected.class_queries_logits.exp()
+    assert difference.abs().max() < 0.1
+
+
+def test_pooling_holds_large_and_empty_masks_in_half_precision():
+    features = torch.full((1, 2, 300, 300), 60.0, dtype=torch.float16)
+    masks = torch.stack([torch.ones(300, 300), torch.zeros(300, 300)]).bool()[None]
+    assert torch.allclose(mask_means(features, masks)[0], torch.tensor([[60.0, 60.0], [0.0, 0.0]]), rtol=1e-3)
+
+
+def test_a_misspelt_argument_is_an_error(model):
+    with pytest.raises(TypeError, match="vocabularies"):
+        segment(model, pixels(1, 3, 64, 64), vocabularies=[CLASSES])
+
+
+@pytest.mark.parametrize(
+    ("masks", "labels", "words"),
+    [
+        (torch.ones(1, 192, 192), [0], "mask_labels"),
+        (torch.ones(2, 64, 64), [0], "class_labels"),
+        (torch.ones(1, 64, 64), [5], "below the number of classes"),
+        (torch.ones(1, 64, 64), [-1], "at least 0"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(model, masks, labels, words):
+    with pytest.raises(ValueError, match=words):
+        segment(model, pixels(1, 3, 64, 64), mask_labels=[masks], class_labels=[torch.tensor(labels)])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"ensemble_beta": 2.0}, "between 0 and 1"),
+        ({"ensemble_alpha": float("nan")}, "between 0 and 1"),
+        ({"dominant_categories": [""]}, "dominant_categories"),
+        ({"dominant_categories": [3]}, "dominant_categories"),
+        ({"templates": [3]}, "template"),
+        ({"pixel_mask": torch.ones(1, 64, 64).index_fill(1, torch.arange(10), 0)}, "rectangle"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(model, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        segment(model, pixels(1, 3, 64, 64), **kwargs)
+
+
+def test_classes_that_differ_only_in_case_change_nothing(model):
+    once = segment(model, pixels(1, 3, 64, 64), vocabulary=["cat", "wall"], dominant_categories=["cat"])
+    twice = segment(
+        model, pixels(1, 3, 64, 64), vocabulary=["cat", "wall", "Cat"], dominant_categories=["cat"]
+    )
+    assert_same(twice.class_queries_logits[..., [0, 1, 3]], once.class_queries_logits)
+
+
+def test_classes_overridden_at_load_are_the_vocabulary(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    other = AutoModel.from_pretrained(tmp_path, vocabulary=["lamp", ["road", "street"]])
+    assert other.config.id2label == {0: "lamp", 1: "road"}
+    labels = {0: "lamp", 1: "road"}
+    other = AutoModel.from_pretrained(tmp_path, id2label=labels, label2id={"lamp": 0, "road": 1})
+    assert other.default_vocabulary == [["lamp"], ["road"]]
+    assert other.config.id2label == labels
+
+
+def test_a_model_that_runs_from_its_checkpoints_code_can_be_saved_when_the_checkpoint_is_gone(
+    model, tmp_path
+):
+    """In a process of its own, where this package cannot be imported."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    model.save_pretrained(first)
+    program = f"""
+import shutil, sys, torch
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if path is None and name in {{"modeling_ita", "configuration_ita", "image_processing_ita", "pipeline_ita"}}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(first)!r}, trust_remote_code=True).eval()
+shutil.rmtree({str(first)!r})
+model.save_pretrained({str(second)!r})
+again = AutoModel.from_pretrained({str(second)!r}, trust_remote_code=True).eval()
+picture = torch.ones(1, 3, 64, 64)
+with torch.no_grad():
+    results = [m(picture, vocabulary=["cat", "sky"]).class_queries_logits for m in (model, again)]
+assert torch.equal(*results)
+torch.save(results[0], {str(third)!r})
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, timeout=300)
+    here = segment(model, torch.ones(1, 3, 64, 64), vocabulary=["cat", "sky"])
+    assert torch.equal(torch.load(third), here.class_queries_logits)
