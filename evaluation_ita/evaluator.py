@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from evaluation_ita.benchmarks import Benchmark
 from evaluation_ita.semantic import ConfusionMatrix
+from modeling_ita.vocabulary import normalize_vocabulary
 
 
 @torch.inference_mode()
@@ -43,11 +44,12 @@ def evaluate_semantic(
     count = len(benchmark.pictures) if limit is None else min(limit, len(benchmark.pictures))
     starts = range(0, count, batch_size)[state.process_index :: state.num_processes]
     confusion = ConfusionMatrix(len(benchmark.classes), benchmark.ignore_index)
+    vocabulary = normalize_vocabulary(benchmark.classes)
     for start in tqdm(starts, desc=title, unit="batch", disable=not state.is_main_process):
         rows = [benchmark.pictures[index] for index in range(start, min(start + batch_size, count))]
         references = [np.array(row["label"]) for row in rows]
         inputs = processor(images=[row["image"] for row in rows], return_tensors="pt").to(model.device)
-        outputs = model(**inputs, vocabulary=benchmark.classes)
+        outputs = model(**inputs, vocabulary=vocabulary)
         sizes = [reference.shape for reference in references]
         maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
         for prediction, reference in zip(maps, references, strict=True):

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import logging
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -317,6 +318,8 @@ def test_a_checkpoint_that_is_none_is_one_line(checkpoint, tmp_path, door_run):
     (folder / "config.json").write_text(json.dumps(config))
     assert "no weights" in error_of(folder)
     (folder / "model.safetensors").write_bytes(b"not weights at all")
+    assert "no image processor" in error_of(folder)
+    shutil.copy(checkpoint / "preprocessor_config.json", folder)
     assert "cannot be loaded" in error_of(folder)
     config["clip_model_config"], config["clip_model_name"] = None, "no_such_clip"
     (folder / "config.json").write_text(json.dumps(config))
