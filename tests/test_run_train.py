@@ -437,3 +437,19 @@ def test_masks_are_padded_like_their_pictures():
             }
         ]
     )
+
+
+def test_half_weights_halve_the_file_and_still_load_in_float32(tmp_path):
+    from types import SimpleNamespace
+
+    from tiny_checkpoint import tiny_config
+
+    model = ITAForOpenVocabSegmentation(tiny_config())
+    sizes = {}
+    for half in (False, True):
+        folder = tmp_path / str(half)
+        run_train.save(model, ITAImageProcessor(), SimpleNamespace(output_dir=str(folder), half_weights=half))
+        sizes[half] = (folder / "model.safetensors").stat().st_size
+        loaded = ITAForOpenVocabSegmentation.from_pretrained(folder)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert sizes[True] < 0.52 * sizes[False]
