@@ -12,6 +12,7 @@ import modeling_ita  # noqa: F401  (registers the Auto classes)
 from data_ita.scenes import scene, scenes_vocabulary
 from data_ita.scenes_dataset import SPLITS
 from evaluation_ita.semantic import ConfusionMatrix
+from modeling_ita.checkpoint_code import CODE_FILES, collect_code
 
 FOLDER = Path(__file__).parent.parent / "models" / "ita-tiny"
 SEED = SPLITS["validation"].seed
@@ -108,3 +109,7 @@ def test_the_pipeline_segments_words_of_ones_own(model, processor):
     found = segmenter(drawn.image, candidate_labels=["automobile|car", "grass", "sky"], subtask="semantic")
     assert {segment["label"] for segment in found} <= {"automobile", "grass", "sky"}
     assert all(segment["mask"].size == drawn.image.size for segment in found)
+
+
+def test_the_code_in_the_folder_is_this_code():
+    assert {name: (FOLDER / name).read_text() for name in CODE_FILES} == collect_code()

@@ -1,0 +1,277 @@
+"""The frozen CLIP (open_clip): one image tower for features at four strides, one text tower for names.
+
+ConvNeXt and any other timm trunk with four stages, and OpenAI's ModifiedResNets. Everything is frozen and stays in
+eval mode; the dense feature is turned into CLIP embeddings by pooling it over masks first and applying CLIP's head
+after (FC-CLIP, arXiv 2308.02487, section 3).
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from open_clip import get_model_config, image_transform, list_models
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import text_global_pool
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.image_transforms import to_pil_image
+
+from .image_text_aggregation import mask_means
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+STRIDES = (4, 8, 16, 32)
+
+
+@dataclass
+class ImageFeatures:
+    """What the image tower gives for (B, 3, H, W).
+
+    Attributes:
+        levels: res2, res3, res4, res5: (B, C_l, H / s, W / s) at strides 4, 8, 16, 32.
+        dense: (B, C_5, H / 32, W / 32), the feature that CLIP's own head understands.
+    """
+
+    levels: tuple[Tensor, Tensor, Tensor, Tensor]
+    dense: Tensor
+
+
+def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, Any]:
+    """The open_clip configuration to build, from a dictionary of one's own or else from open_clip's registry.
+
+    Raises:
+        ValueError: an unknown name, or a configuration that cannot serve: no tower with four stages, or a text tower
+            that would have to be downloaded.
+    """
+    if config is None:
+        config = get_model_config(name) if ":" not in name else None
+        if config is None:
+            close = [known for known in list_models() if known.split("_")[0] == name.split("_")[0]][:8]
+            hint = f"; did you mean one of {', '.join(close)}?" if close else ""
+            raise ValueError(f"open_clip knows no CLIP named {name!r}{hint}")
+    config = copy.deepcopy(config)
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise ValueError(f"the CLIP configuration lacks {', '.join(missing)}")
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise ValueError(
+            f"CLIP {name!r} has a text tower from the Hub, which is not supported: use an open_clip one"
+        )
+    if not vision.get("timm_model_name") and not isinstance(vision.get("layers"), list | tuple):
+        raise ValueError(f"CLIP {name!r} has a plain vision transformer; a tower with four stages is needed")
+    if vision.get("timm_model_name"):
+        vision["timm_model_pretrained"] = False
+    return config
+
+
+class ClipBackbone(nn.Module):
+    """Both towers of a frozen CLIP.
+
+    Args:
+        config: an open_clip configuration; `custom_text: true` keeps the text tower in a module of its own
+            (`open_clip.model.CustomTextCLIP`).
+
+    Raises:
+        ValueError: a timm trunk that does not give four levels at strides 4, 8, 16 and 32.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        config = copy.deepcopy(config)
+        custom_text = config.pop("custom_text", False)
+        self.clip = (CustomTextCLIP if custom_text else CLIP)(**config)
+        text_config = config["text_cfg"]
+        self.tokenizer = SimpleTokenizer(
+            context_length=text_config.get("context_length", 77), **text_config.get("tokenizer_kwargs") or {}
+        )
+        self.embed_dim: int = config["embed_dim"]
+        self.image_size: int | tuple[int, int] = config["vision_cfg"].get("image_size", 224)
+        self.is_resnet = isinstance(self.clip.visual, ModifiedResNet)
+        if self.is_resnet:
+            width = config["vision_cfg"].get("width", 64)
+            self.channels = [width * 4, width * 8, width * 16, width * 32]
+        else:
+            self.channels = self._timm_channels()
+        self.freeze()
+
+    def _timm_channels(self) -> list[int]:
+        visual = self.clip.visual
+        if not isinstance(visual, TimmModel) or not hasattr(visual.trunk, "forward_intermediates"):
+            raise ValueError(f"{type(visual).__name__} is no image tower with four stages")
+        info = visual.trunk.feature_info
+        info = info if isinstance(info, list) else info.info
+        self.level_indices = [index for index, stage in enumerate(info) if stage["reduction"] in STRIDES]
+        if [info[index]["reduction"] for index in self.level_indices] != list(STRIDES):
+            reductions = [stage["reduction"] for stage in info]
+            raise ValueError(
+                f"the trunk's stages have strides {reductions}; strides 4, 8, 16 and 32 are needed"
+            )
+        return [info[index]["num_chs"] for index in self.level_indices]
+
+    def freeze(self) -> None:
+        """No gradients, eval mode; and transformers is told that nothing in here is its to initialise."""
+        self.clip.requires_grad_(False)
+        self.clip.eval()
+        for module in self.clip.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def train(self, mode: bool = True) -> "ClipBackbone":
+        """CLIP stays in eval mode whatever the rest of the network does."""
+        super().train(False)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_tower.token_embedding.weight.device
+
+    @property
+    def text_tower(self) -> Any:
+        """The module that holds the text transformer: CLIP itself, or its `text` part."""
+        return self.clip.text if isinstance(self.clip, CustomTextCLIP) else self.clip
+
+    @property
+    def context_length(self) -> int:
+        return self.clip.context_length
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """CLIP's own logit scale: min(exp(logit_scale), 100), a scalar."""
+        return self.clip.logit_scale.reshape(()).exp().clamp(max=100)
+
+    # --- images ---
+
+    def forward(self, pixel_values: Tensor) -> ImageFeatures:
+        """Features of normalised RGB pictures (B, 3, H, W), H and W multiples of 32."""
+        visual = self.clip.visual
+        if self.is_resnet:
+            x = visual.stem(pixel_values)
+            levels = []
+            for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+                x = layer(x)
+                levels.append(x)
+            return ImageFeatures(tuple(levels), levels[-1])  # type: ignore[arg-type]
+        dense, levels = visual.trunk.forward_intermediates(pixel_values, indices=self.level_indices)
+        return ImageFeatures(tuple(levels), dense)
+
+    def pool_masks(self, dense: Tensor, masks: Tensor) -> Tensor:
+        """CLIP embeddings of regions.
+
+        Args:
+            dense: (B, C, h, w), `ImageFeatures.dense`, possibly upsampled.
+            masks: (B, Q, h, w) bool. On timm towers an empty mask pools to the embedding of a zero feature, as
+                published; on ResNets it attends everywhere.
+
+        Returns: (B, Q, D), not normalised.
+        """
+        if self.is_resnet:
+            return self._attention_pool(dense, masks)
+        pooled = mask_means(dense, masks).to(dense.dtype)
+        batch, queries, channels = pooled.shape
+        visual = self.clip.visual
+        embeddings = visual.head(visual.trunk.forward_head(pooled.reshape(batch * queries, channels, 1, 1)))
+        return embeddings.reshape(batch, queries, -1)
+
+    def _attention_pool(self, dense: Tensor, masks: Tensor) -> Tensor:
+        """CLIP's attention pool, its keys limited to each mask, its positions resampled to the feature's size."""
+        pool = self.clip.visual.attnpool
+        batch, channels, height, width = dense.shape
+        positions = pool.positional_embedding.to(dense.dtype)
+        side = round((len(positions) - 1) ** 0.5)
+        grid = positions[1:].T.reshape(1, channels, side, side)
+        grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=False)
+        tokens = dense.flatten(2).transpose(1, 2)
+        keys = tokens + grid.flatten(2).transpose(1, 2)
+        query = tokens.mean(dim=1, keepdim=True) + positions[:1]
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+
+        allowed = masks.flatten(2)
+        allowed = allowed | ~allowed.any(dim=-1, keepdim=True)
+        queries = heads(pool.q_proj(query)).expand(-1, -1, allowed.shape[1], -1)
+        attended = F.scaled_dot_product_attention(
+            queries, heads(pool.k_proj(keys)), heads(pool.v_proj(keys)), attn_mask=allowed[:, None]
+        )
+        return pool.c_proj(attended.transpose(1, 2).flatten(2))
+
+    def embed_thumbnail(self, pixel_values: Tensor) -> Tensor:
+        """CLIP embedding of a whole picture by a second pass, as the published ITA does it.
+
+        The picture before normalisation, as an 8-bit RGB image, goes through open_clip's evaluation transform.
+
+        Args:
+            pixel_values: (3, H, W), one normalised picture without padding.
+
+        Returns: (1, D), not normalised.
+        """
+        mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        pixels = ((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        picture = to_pil_image(pixels.cpu().numpy(), do_rescale=False, input_data_format="channels_first")
+        transform = image_transform(self.image_size, is_train=False, mean=CLIP_MEAN, std=CLIP_STD)
+        return self.clip.encode_image(transform(picture)[None].to(pixel_values))
+
+    # --- text ---
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Text embeddings at the end-of-text token, (len(prompts), D), not normalised.
+
+        Attention is causal, so the tokens after the longest prompt's end change nothing and are left out.
+        """
+        tower = self.text_tower
+        tokens = self.tokenizer(prompts).to(self.device)
+        pool_type = tower.text_pool_type if tower is self.clip else tower.pool_type
+        plain = (
+            getattr(tower, "cls_emb", None) is None and tower.attn_mask is not None and pool_type == "argmax"
+        )
+        if not plain:
+            return self.clip.encode_text(tokens)
+        length = int(tokens.argmax(dim=-1).max()) + 1
+        tokens = tokens[:, :length]
+        dtype = tower.transformer.get_cast_dtype()
+        x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+        mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu_(1)
+        x = tower.ln_final(tower.transformer(x, attn_mask=mask))
+        x = text_global_pool(x, tokens, pool_type)
+        if tower.text_projection is None:
+            return x
+        if isinstance(tower.text_projection, nn.Linear):
+            return tower.text_projection(x)
+        return x @ tower.text_projection
+
+    def prompts_too_long(self, prompts: list[str]) -> int:
+        """How many of the prompts do not fit into the text tower's context."""
+        # Two tokens of the context mark the start and the end of the text.
+        return sum(len(self.tokenizer.encode(prompt)) + 2 > self.context_length for prompt in prompts)
+
+    def text_fingerprint(self) -> tuple:
+        """Changes whenever the text tower's weights may have."""
+        tower = self.text_tower
+        tensors = [tower.positional_embedding, tower.text_projection, tower.token_embedding.weight]
+        tensors += list(tower.transformer.parameters()) + list(tower.ln_final.parameters())
+        tensors = [tensor.weight if isinstance(tensor, nn.Linear) else tensor for tensor in tensors]
+        return tuple(
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
+            for tensor in tensors
+            if tensor is not None
+        )
+
+    def restore_buffers(self, config: dict[str, Any]) -> None:
+        """Makes again the buffers that no checkpoint holds: the causal mask, and what a trunk may precompute."""
+        kept = self.clip.state_dict()
+        lost = [name for name, _ in self.clip.named_buffers() if name not in kept]
+        fresh: dict[str, Tensor] = {}
+        if any(name.split(".")[-1] != "attn_mask" for name in lost):
+            fresh = dict(ClipBackbone(config).clip.named_buffers())
+        for name in lost:
+            parent, _, attribute = name.rpartition(".")
+            if attribute == "attn_mask":
+                size = len(self.text_tower.positional_embedding)
+                buffer = torch.full((size, size), float("-inf")).triu_(1)
+            else:
+                buffer = fresh[name]
+            setattr(self.clip.get_submodule(parent), attribute, buffer.to(self.device))

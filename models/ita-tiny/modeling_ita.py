@@ -1,0 +1,492 @@
+"""ITA: image-text aggregation for open-vocabulary segmentation (Cheng et al., Neurocomputing 2025).
+
+One frozen CLIP; dominant category unearthing turns the image's nearest category names into queries; detail
+enhancement gives multi-scale features; the image-text aggregation decoder makes masks and classes in a single stage.
+
+Symbols in shapes: B images, Q queries, K classes, N names (a class has one or more), D CLIP's embedding width,
+C the decoder's width, k text queries.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_ita import ITAConfig, check_weight
+
+from .batch_groups import (
+    check_labels,
+    crop,
+    dominant_of_batch,
+    image_sizes_of,
+    merge_classes,
+    merge_masks,
+    pad_labels,
+    round_up,
+    scatter,
+    valid_pixels,
+)
+from .checkpoint_code import collect_code
+from .clip_backbone import ClipBackbone, ImageFeatures, resolve_clip_config
+from .detail_enhancement import DeformableAttention, DetailEnhancement
+from .dominant_categories import DominantCategories
+from .image_text_aggregation import Attention, ImageTextAggregation, Prediction
+from .open_vocab_classification import ensemble_log_probabilities, masks_on_dense_feature
+from .set_criterion import SetCriterion
+from .vocabulary import (
+    TextClassifier,
+    Vocabulary,
+    VocabularyEncoder,
+    normalize_vocabulary,
+    shares_a_name,
+    vocabularies_of_batch,
+)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_ita.ITAConfig",
+    "AutoModel": "modeling_ita.ITAForOpenVocabSegmentation",
+    "AutoModelForUniversalSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
+    "AutoModelForSemanticSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
+    "AutoModelForImageSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
+}
+
+CUSTOM_PIPELINES = {
+    "image-segmentation": {
+        "impl": "pipeline_ita.ITAImageSegmentationPipeline",
+        "pt": ["AutoModelForImageSegmentation"],
+    }
+}
+
+
+@dataclass
+class ITAForOpenVocabSegmentationOutput(ModelOutput):
+    """What a segmented batch is.
+
+    Attributes:
+        loss: scalar, the sum of `loss_dict`, when labels were given.
+        loss_dict: the weighted losses by name: `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the
+            same with `_0`, `_1`, ... of the earlier ones.
+        class_queries_logits: (B, Q, K + 1), void last. In eval mode log probabilities of the ensemble, in training
+            the decoder's logits.
+        masks_queries_logits: (B, Q, H / 4, W / 4) of the padded picture.
+        dominant_categories: for each image its dominant names, nearest first.
+        image_sizes: (B, 2) int64, height and width of each picture within the padded one.
+        stuff_ids: for each image the indices of its classes that are stuff.
+        vocabulary: for each image its classes, each a list of names.
+
+    In a batch with a vocabulary per image, classes are padded to the largest K with -inf (void stays last), and
+    queries with rows that are certainly void.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    dominant_categories: list[list[str]] | None = None
+    image_sizes: Tensor | None = None
+    stuff_ids: list[list[int]] | None = None
+    vocabulary: list[list[list[str]]] | None = None
+
+
+@dataclass
+class _Request:
+    """What a call asks for beside pictures; the same for all images of the call."""
+
+    templates: Sequence[str]
+    train_vocabulary: Vocabulary | None
+    alpha: float
+    beta: float
+    with_loss: bool
+
+
+@dataclass
+class _GroupResult:
+    """One group of images of one size and one vocabulary, all predictions of the decoder (the last one last)."""
+
+    class_logits: list[Tensor]
+    mask_logits: list[Tensor]
+    log_probabilities: Tensor | None
+    dominant: list[list[str]]
+
+
+class ITAForOpenVocabSegmentation(PreTrainedModel):
+    """Open-vocabulary segmentation by image-text aggregation.
+
+    Example:
+        ```python
+        model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
+        outputs = model(**processor(images=image, return_tensors="pt"), vocabulary=["cat", ["sofa", "couch"], "wall"])
+        maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])
+        ```
+
+    Raises:
+        ValueError: an unknown CLIP, or one whose image tower does not have four stages.
+    """
+
+    config_class = ITAConfig
+    config: ITAConfig
+    base_model_prefix = "ita"
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: ITAConfig):
+        super().__init__(config)
+        config.clip_model_config = resolve_clip_config(config.clip_model_name, config.clip_model_config)
+        self.clip_backbone = ClipBackbone(config.clip_model_config)
+        embed_dim = self.clip_backbone.embed_dim
+        self.dominant_categories = (
+            DominantCategories(embed_dim, config.hidden_dim, config.num_dominant_categories)
+            if config.num_dominant_categories
+            else None
+        )
+        self.detail_enhancement = DetailEnhancement(
+            self.clip_backbone.channels,
+            config.hidden_dim,
+            config.mask_dim,
+            layers=config.encoder_layers,
+            heads=config.num_attention_heads,
+            points=config.encoder_points,
+            ffn_dim=config.encoder_ffn_dim,
+        )
+        self.image_text_aggregation = ImageTextAggregation(
+            config.hidden_dim,
+            config.mask_dim,
+            embed_dim,
+            num_text_queries=config.num_dominant_categories,
+            num_learned_queries=config.num_learned_queries,
+            layers=config.decoder_layers,
+            heads=config.num_attention_heads,
+            ffn_dim=config.decoder_ffn_dim,
+            self_attention=config.decoder_self_attention,
+        )
+        self.void_embedding = nn.Parameter(torch.empty(1, embed_dim))
+        self.criterion = SetCriterion(config)
+        self.vocabulary_encoder = VocabularyEncoder(self.clip_backbone)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            nn.init.normal_(self.void_embedding)
+        elif isinstance(
+            module,
+            nn.Linear
+            | nn.Conv2d
+            | nn.GroupNorm
+            | nn.LayerNorm
+            | Attention
+            | DeformableAttention
+            | DominantCategories
+            | DetailEnhancement
+            | ImageTextAggregation,
+        ):
+            module.reset_parameters()
+
+    # --- vocabulary ---
+
+    @property
+    def default_vocabulary(self) -> Vocabulary | None:
+        """The checkpoint's own vocabulary, or what `set_vocabulary` made of it; None for a model that has none."""
+        if self.config.vocabulary is not None:
+            return normalize_vocabulary(self.config.vocabulary)
+        labels = self.config.id2label
+        if not labels or all(label == f"LABEL_{index}" for index, label in labels.items()):
+            return None
+        return normalize_vocabulary([label for _, label in sorted(labels.items())])
+
+    def set_vocabulary(self, classes: Sequence[str | Sequence[str]]) -> None:
+        """Makes `classes` the vocabulary of calls that name none, and of the saved checkpoint.
+
+        Raises:
+            ValueError: an empty vocabulary or an empty name.
+        """
+        vocabulary = normalize_vocabulary(classes)
+        self.config.vocabulary = [list(synonyms) for synonyms in vocabulary]  # brings id2label along
+
+    def text_classifier(
+        self, classes: Sequence[str | Sequence[str]] | None = None, templates: Sequence[str] | None = None
+    ) -> TextClassifier:
+        """A vocabulary's embeddings, encoded at the first call and kept."""
+        vocabulary = (
+            vocabularies_of_batch(None, self.default_vocabulary, 1)[0] if classes is None else classes
+        )
+        return self.vocabulary_encoder.classifier(
+            normalize_vocabulary(vocabulary), self.config.templates if templates is None else templates
+        )
+
+    # --- the way through the house ---
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        vocabulary: Sequence | None = None,
+        mask_labels: list[Tensor] | None = None,
+        class_labels: list[Tensor] | None = None,
+        dominant_categories: Sequence | None = None,
+        templates: Sequence[str] | None = None,
+        train_vocabulary: Sequence | None = None,
+        ensemble_alpha: float | None = None,
+        ensemble_beta: float | None = None,
+        return_dict: bool | None = None,
+    ) -> ITAForOpenVocabSegmentationOutput | tuple:
+        """Segments pictures by the words of a vocabulary.
+
+        Images of a batch that differ in size (by `pixel_mask`) or in vocabulary go through the network in groups of
+        their own, each cropped to its size rounded up to a multiple of 32: padding to a common size changes nothing.
+
+        Args:
+            pixel_values: (B, 3, H, W) float, normalised RGB, padded at the bottom and on the right.
+            pixel_mask: (B, H, W), 1 for pixels and 0 for padding; None if nothing is padded.
+            vocabulary: a list of classes, each a name or a list of synonyms; or one such list per image; or None for
+                the checkpoint's own.
+            mask_labels: for each image (n, H, W), its n ground-truth masks; with
+            class_labels: for each image (n,) int64, their classes: losses are computed.
+            dominant_categories: names that take the place of the k nearest: a list for all images or one per image.
+            templates, train_vocabulary, ensemble_alpha, ensemble_beta: in the place of the config's.
+            return_dict: False gives a tuple.
+
+        Raises:
+            ValueError: no vocabulary, a malformed one, labels without masks, or inputs whose shapes do not fit.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}"
+            )
+        batch, _, height, width = pixel_values.shape
+        if pixel_mask is not None and pixel_mask.shape != (batch, height, width):
+            raise ValueError(f"pixel_mask must be {(batch, height, width)}, got {tuple(pixel_mask.shape)}")
+        if not pixel_values.is_floating_point() or not batch:
+            raise ValueError(
+                f"pixel_values must be floats of at least one picture, got {pixel_values.dtype} x {batch}"
+            )
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("losses need both mask_labels and class_labels")
+        config = self.config
+        train_vocabulary = config.train_vocabulary if train_vocabulary is None else train_vocabulary
+        request = _Request(
+            templates=config.templates if templates is None else templates,
+            train_vocabulary=normalize_vocabulary(train_vocabulary) if train_vocabulary else None,
+            alpha=check_weight(
+                "ensemble_alpha", config.ensemble_alpha if ensemble_alpha is None else ensemble_alpha
+            ),
+            beta=check_weight(
+                "ensemble_beta", config.ensemble_beta if ensemble_beta is None else ensemble_beta
+            ),
+            with_loss=mask_labels is not None,
+        )
+        vocabularies = vocabularies_of_batch(vocabulary, self.default_vocabulary, batch)
+        dominant = dominant_of_batch(dominant_categories, batch)
+        sizes = image_sizes_of(pixel_values, pixel_mask)
+        canvas = (round_up(height), round_up(width))
+
+        groups: dict[tuple[tuple[int, int], tuple, int | None], list[int]] = {}
+        for index, (size, classes) in enumerate(zip(sizes, vocabularies, strict=True)):
+            padded = (round_up(size[0]), round_up(size[1]))
+            given = None if dominant is None else len(dominant[index])
+            groups.setdefault((padded, classes.key, given), []).append(index)
+        results = []
+        for (padded, _, _), group in groups.items():
+            own_sizes = [sizes[index] for index in group]
+            results.append(
+                self._segment(
+                    crop(pixel_values[group], own_sizes, padded),
+                    valid_pixels(own_sizes, padded, pixel_values.device),
+                    own_sizes,
+                    vocabularies[group[0]],
+                    None if dominant is None else [dominant[index] for index in group],
+                    request,
+                )
+            )
+        members = list(groups.values())
+        layers = range(len(results[0].class_logits))
+        class_logits = [merge_classes([r.class_logits[i] for r in results], members) for i in layers]
+        mask_logits = [merge_masks([r.mask_logits[i] for r in results], members, canvas) for i in layers]
+        final = class_logits[-1]
+        if not self.training:
+            final = merge_classes(
+                [r.log_probabilities for r in results if r.log_probabilities is not None], members
+            )
+
+        output = ITAForOpenVocabSegmentationOutput(
+            class_queries_logits=final,
+            masks_queries_logits=mask_logits[-1],
+            dominant_categories=scatter([result.dominant for result in results], members),
+            image_sizes=torch.tensor(sizes, device=pixel_values.device),
+            stuff_ids=[self._stuff_ids(classes) for classes in vocabularies],
+            vocabulary=[[list(synonyms) for synonyms in classes] for classes in vocabularies],
+        )
+        if mask_labels is not None and class_labels is not None:
+            check_labels(mask_labels, class_labels, sizes, (height, width), [len(v) for v in vocabularies])
+            output.loss_dict = self.criterion(
+                class_logits, mask_logits, [pad_labels(masks, canvas) for masks in mask_labels], class_labels
+            )
+            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _segment(
+        self,
+        pixel_values: Tensor,
+        valid: Tensor | None,
+        sizes: list[tuple[int, int]],
+        vocabulary: Vocabulary,
+        given: list[list[str]] | None,
+        request: _Request,
+    ) -> _GroupResult:
+        """The network on pictures of one padded size with one vocabulary.
+
+        Args:
+            pixel_values: (B, 3, H, W), H and W multiples of 32. valid: (B, H, W) bool or None.
+            sizes: each picture's own height and width. given: dominant categories from outside, or None.
+        """
+        classifier = self.vocabulary_encoder.classifier(vocabulary, request.templates)
+        with torch.no_grad():
+            features = self.clip_backbone(pixel_values)
+        names, text_queries = self._unearth(pixel_values, valid, sizes, features, classifier, given)
+        mask_features, levels = self.detail_enhancement(features.levels)
+        predictions = self.image_text_aggregation(
+            text_queries, mask_features, levels, valid, every_layer=self.training or request.with_loss
+        )
+        scale = self.image_text_aggregation.scale
+        class_logits = [
+            classifier.logits(p.class_embeddings, self.void_embedding, scale) for p in predictions
+        ]
+        log_probabilities = None
+        if not self.training:
+            log_probabilities = self._classify(
+                predictions[-1], class_logits[-1], features, valid, classifier, request
+            )
+        return _GroupResult(class_logits, [p.mask_logits for p in predictions], log_probabilities, names)
+
+    def _unearth(
+        self,
+        pixel_values: Tensor,
+        valid: Tensor | None,
+        sizes: list[tuple[int, int]],
+        features: ImageFeatures,
+        classifier: TextClassifier,
+        given: list[list[str]] | None,
+    ) -> tuple[list[list[str]], Tensor | None]:
+        """Dominant category unearthing: for each image its dominant names, and the text queries (B, k, C)."""
+        unearth = self.dominant_categories
+        if unearth is None:
+            return [[] for _ in pixel_values], None
+        if given is not None:
+            if any(len(names) > unearth.num_categories for names in given):
+                raise ValueError(
+                    f"at most {unearth.num_categories} dominant categories per image, got {len(given[0])}"
+                )
+            if not given[0]:
+                return given, None
+            bare = [self.vocabulary_encoder.bare(names, classifier.templates) for names in given]
+            return given, unearth(torch.stack(bare))
+        with torch.no_grad():
+            if self.config.dominant_category_source == "thumbnail":
+                pictures = [image[:, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
+                embeddings = torch.cat([self.clip_backbone.embed_thumbnail(picture) for picture in pictures])
+            else:
+                everything = torch.ones_like(pixel_values[:, :1, ::4, ::4])
+                masks = masks_on_dense_feature(everything, features.dense, 1, valid)
+                embeddings = self.clip_backbone.pool_masks(features.dense, masks)[:, 0]
+            nearest = unearth.nearest(embeddings, classifier.candidates)
+        names = [[classifier.candidate_names[i] for i in row] for row in nearest.tolist()]
+        return names, unearth(classifier.candidates[nearest])
+
+    def _classify(
+        self,
+        prediction: Prediction,
+        in_vocab_logits: Tensor,
+        features: ImageFeatures,
+        valid: Tensor | None,
+        classifier: TextClassifier,
+        request: _Request,
+    ) -> Tensor:
+        """Log of the final class probabilities, (B, Q, K + 1)."""
+        config, dense = self.config, features.dense
+        masks = masks_on_dense_feature(prediction.mask_logits, dense, config.dense_upsample, valid)
+        if config.dense_upsample > 1:
+            dense = F.interpolate(dense, size=masks.shape[-2:], mode="bilinear", align_corners=False)
+        embeddings = self.clip_backbone.pool_masks(dense, masks)
+        out_vocab_logits = classifier.logits(embeddings, self.void_embedding, self.clip_backbone.logit_scale)
+        seen = torch.tensor(
+            shares_a_name(classifier.vocabulary, request.train_vocabulary), device=dense.device
+        )
+        return ensemble_log_probabilities(
+            in_vocab_logits,
+            out_vocab_logits,
+            seen,
+            torch.tensor(classifier.vocabulary.repeats, device=dense.device),
+            request.alpha,
+            request.beta,
+            counts=masks.flatten(2).any(dim=-1) if config.ensemble_on_valid_mask else None,
+        )
+
+    def _stuff_ids(self, vocabulary: Vocabulary) -> list[int]:
+        stuff = set(self.config.stuff_names or [])
+        return [index for index, synonyms in enumerate(vocabulary) if stuff.intersection(synonyms)]
+
+    # --- checkpoints ---
+
+    @classmethod
+    def from_clip(
+        cls, config: ITAConfig, clip_state_dict: dict[str, Tensor]
+    ) -> "ITAForOpenVocabSegmentation":
+        """A new model on a trained CLIP; everything but CLIP starts random.
+
+        Args:
+            config: names or holds the CLIP's open_clip configuration.
+            clip_state_dict: the weights of that CLIP (`open_clip.model.CLIP` or `CustomTextCLIP`).
+
+        Raises:
+            ValueError: the weights do not fit the configuration.
+        """
+        clip_config = resolve_clip_config(config.clip_model_name, config.clip_model_config)
+        clip_config["custom_text"] = any(key.startswith("text.") for key in clip_state_dict)
+        config.clip_model_config = clip_config
+        model = cls(config)
+        try:
+            model.clip_backbone.clip.load_state_dict(clip_state_dict)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:400]
+            raise ValueError(f"the CLIP weights do not fit the configuration: {reason}") from error
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Loads a checkpoint, as `PreTrainedModel.from_pretrained`, with the frozen CLIP in it.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the frozen CLIP.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing = sorted(key for key in info["missing_keys"] if key.startswith("clip_backbone."))
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of the frozen CLIP, such as {missing[0]}"
+            )
+        # The model was built without memory, and what no checkpoint holds has to be made again.
+        model.clip_backbone.restore_buffers(model.config.clip_model_config)
+        model.clip_backbone.freeze()
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves weights, configuration and the code they need: the folder loads where this package is not installed."""
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        code = collect_code(source=getattr(self.config, "_name_or_path", None))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            for name, text in code.items():
+                (Path(save_directory) / name).write_text(text, encoding="utf-8")
+from .image_processing_ita import ITAImageProcessor  # noqa: E402, F401
+from .pipeline_ita import ITAImageSegmentationPipeline  # noqa: E402, F401

@@ -1,0 +1,276 @@
+"""Vocabulary -> text classifier: names, synonyms and prompt templates, encoded once.
+
+A *class* is one or more *names* (synonyms). Each name is put into every prompt template; the normalised embeddings of
+its prompts are averaged and normalised again (ViLD, arXiv 2104.13921; FC-CLIP, arXiv 2308.02487). The same pass gives
+the *bare* embedding of the name alone, which dominant category unearthing compares with the image.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .clip_backbone import ClipBackbone
+
+logger = logging.get_logger(__name__)
+
+OTHER = "other"
+"""The word that joins every vocabulary when dominant categories are looked for."""
+
+MAX_CACHED_NAMES = 65_536
+MAX_CACHED_VOCABULARIES = 16
+
+
+class Vocabulary(list):
+    """A checked vocabulary: a list of classes, each a non-empty list of names. Made by `normalize_vocabulary`."""
+
+    @property
+    def names(self) -> list[str]:
+        """All names of all classes, in order; N of them."""
+        return [name for synonyms in self for name in synonyms]
+
+    @property
+    def class_of_name(self) -> list[int]:
+        """For each of the N names, the index of its class."""
+        return [index for index, synonyms in enumerate(self) for _ in synonyms]
+
+    @property
+    def repeats(self) -> list[bool]:
+        """For each class, whether one before it has the very same names (the text tower knows no case)."""
+        names = [frozenset(" ".join(name.casefold().split()) for name in synonyms) for synonyms in self]
+        first = {synonyms: index for index, synonyms in reversed(list(enumerate(names)))}
+        return [first[synonyms] != index for index, synonyms in enumerate(names)]
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], ...]:
+        """A hashable form."""
+        return tuple(tuple(synonyms) for synonyms in self)
+
+
+def normalize_vocabulary(classes: Iterable[str | Iterable[str]]) -> Vocabulary:
+    """Checks a vocabulary and brings it to one form.
+
+    Args:
+        classes: K classes. A class is a name, several names in one string separated by commas (as published category
+            lists write synonyms), or a list of names.
+
+    Raises:
+        ValueError: nothing in it, an empty name, or something that is no name.
+    """
+    if isinstance(classes, Vocabulary):
+        return classes
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise ValueError(f"a vocabulary is a list of classes, got {type(classes).__name__}: {classes!r}")
+    vocabulary = Vocabulary()
+    for index, entry in enumerate(classes):
+        names = [entry] if isinstance(entry, str) else entry
+        if not isinstance(names, Iterable) or isinstance(names, dict):
+            raise ValueError(
+                f"class {index} of the vocabulary is neither a name nor a list of names: {entry!r}"
+            )
+        synonyms: list[str] = []
+        for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"class {index} of the vocabulary holds something that is no name: {name!r}")
+            parts = [part.strip() for part in name.split(",")]
+            if not all(parts):
+                raise ValueError(f"class {index} of the vocabulary has an empty name: {entry!r}")
+            synonyms.extend(part for part in parts if part not in synonyms)
+        if not synonyms:
+            raise ValueError(f"class {index} of the vocabulary has no name: {entry!r}")
+        vocabulary.append(synonyms)
+    if not vocabulary:
+        raise ValueError("the vocabulary is empty: give at least one class")
+    return vocabulary
+
+
+def parse_classes(text: str) -> Vocabulary:
+    """Reads `"cat, sofa|couch, wall"`: commas between classes, bars between synonyms.
+
+    Raises:
+        ValueError: no class in the text, or an empty name.
+    """
+    if not text.strip():
+        raise ValueError("the vocabulary is empty: give at least one class, such as 'cat, sofa|couch'")
+    return normalize_vocabulary([part.split("|") for part in text.split(",")])
+
+
+def vocabularies_of_batch(
+    vocabulary: Sequence[str | Sequence] | None, default: Vocabulary | None, batch_size: int
+) -> list[Vocabulary]:
+    """One vocabulary for each image of a batch.
+
+    `vocabulary` is one list of classes for all images, or one such list per image. A list of B >= 2 lists of names
+    for B images is read as one vocabulary per image; wrap classes with `normalize_vocabulary` to say otherwise.
+
+    Raises:
+        ValueError: no vocabulary at all, one that is malformed, or not as many as there are images.
+    """
+    if vocabulary is None:
+        if default is None:
+            raise ValueError("no vocabulary: pass vocabulary=[...] or call set_vocabulary on the model first")
+        return [default] * batch_size
+    if isinstance(vocabulary, Vocabulary | str):
+        return [normalize_vocabulary(vocabulary)] * batch_size
+    entries = list(vocabulary)
+    nested = bool(entries) and all(isinstance(entry, list | tuple) for entry in entries)
+    per_image = nested and (
+        any(
+            isinstance(entry, Vocabulary) or any(not isinstance(name, str) for name in entry)
+            for entry in entries
+        )
+        or len(entries) == batch_size > 1
+    )
+    if not per_image:
+        return [normalize_vocabulary(entries)] * batch_size
+    if len(entries) != batch_size:
+        raise ValueError(f"{len(entries)} vocabularies for {batch_size} images")
+    if not any(
+        isinstance(entry, Vocabulary) or any(not isinstance(name, str) for name in entry) for entry in entries
+    ):
+        logger.warning_once(
+            f"{batch_size} lists of names for {batch_size} images are read as one vocabulary per image; for classes "
+            "with synonyms pass normalize_vocabulary(vocabulary)"
+        )
+    return [normalize_vocabulary(entry) for entry in entries]
+
+
+@dataclass
+class TextClassifier:
+    """A vocabulary as CLIP sees it.
+
+    Attributes:
+        vocabulary: its K classes, N names.
+        templated: (N, D), a unit row per name, the mean over the prompt templates.
+        class_of_name: (N,) int64, the class of each name.
+        candidate_names: the unique names plus `other`, M of them: what dominant categories are chosen from.
+        candidates: (M, D), their unit bare embeddings.
+        templates: the prompt templates.
+    """
+
+    vocabulary: Vocabulary
+    templated: Tensor
+    class_of_name: Tensor
+    candidate_names: list[str]
+    candidates: Tensor
+    templates: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.vocabulary)
+
+    def logits(self, embeddings: Tensor, void: Tensor, scale: Tensor) -> Tensor:
+        """Class logits of embeddings: scaled cosine, the maximum over a class's names; void last.
+
+        Args:
+            embeddings: (B, Q, D), any length.
+            void: (1, D), the void embedding, any length.
+            scale: the logit scale, a scalar.
+
+        Returns: (B, Q, K + 1).
+        """
+        text = torch.cat(
+            [self.templated.to(embeddings.dtype), F.normalize(void.to(embeddings.dtype), dim=-1)]
+        )
+        logits = scale * F.normalize(embeddings, dim=-1) @ text.T
+        names, void_logit = logits[..., :-1], logits[..., -1:]
+        if len(self.class_of_name) == self.num_classes:
+            return logits
+        index = self.class_of_name.expand_as(names)
+        classes = names.new_full((*names.shape[:-1], self.num_classes), float("-inf"))
+        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
+        return torch.cat([classes, void_logit], dim=-1)
+
+
+class VocabularyEncoder:
+    """Encodes names with the frozen text tower and keeps what it encoded.
+
+    Every name is encoded by itself, in a batch of its own prompts, so its embedding does not depend on the company it
+    came in, to the bit. The cache empties itself when the text tower's weights change.
+    """
+
+    def __init__(self, clip: ClipBackbone):
+        self.clip = clip
+        self._fingerprint: tuple = ()
+        self._rows: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._classifiers: dict[tuple, TextClassifier] = {}
+        self.names_encoded = 0
+
+    def classifier(self, vocabulary: Vocabulary, templates: Sequence[str]) -> TextClassifier:
+        """The text classifier of a vocabulary. Raises ValueError for a template without `{}`."""
+        templates = check_templates(templates)
+        self._drop_if_stale()
+        key = (vocabulary.key, templates)
+        if key not in self._classifiers:
+            rows = [self._encode(name, templates) for name in vocabulary.names]
+            candidate_names = list(dict.fromkeys([*vocabulary.names, OTHER]))
+            if len(self._classifiers) >= MAX_CACHED_VOCABULARIES:
+                self._classifiers.pop(next(iter(self._classifiers)))
+            with torch.inference_mode(False), torch.no_grad():
+                templated = torch.stack([row for row, _ in rows])
+                self._classifiers[key] = TextClassifier(
+                    vocabulary=vocabulary,
+                    templated=templated,
+                    class_of_name=torch.tensor(vocabulary.class_of_name, device=templated.device),
+                    candidate_names=candidate_names,
+                    candidates=torch.stack([self._encode(name, templates)[1] for name in candidate_names]),
+                    templates=templates,
+                )
+        return self._classifiers[key]
+
+    def bare(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Unit bare embeddings of names, (len(names), D)."""
+        self._drop_if_stale()
+        return torch.stack([self._encode(name, check_templates(templates))[1] for name in names])
+
+    def _encode(self, name: str, templates: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        key = (name, templates)
+        if key not in self._rows:
+            if len(self._rows) >= MAX_CACHED_NAMES:
+                self._rows.pop(next(iter(self._rows)))
+            prompts = [name, *(template.format(name) for template in templates)]
+            too_long = self.clip.prompts_too_long(prompts)
+            if too_long:
+                logger.warning(
+                    f"the name {name!r} is longer than the text tower's context of {self.clip.context_length} tokens "
+                    f"in {too_long} of its {len(prompts)} prompts; what is beyond is cut off"
+                )
+            # Outside of inference mode, so that what is kept can take part in training later.
+            device_type = self.clip.device.type
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+                embeddings = F.normalize(self.clip.encode_text(prompts), dim=-1)
+                self._rows[key] = (F.normalize(embeddings[1:].mean(dim=0), dim=-1), embeddings[0])
+            self.names_encoded += 1
+        return self._rows[key]
+
+    def _drop_if_stale(self) -> None:
+        fingerprint = self.clip.text_fingerprint()
+        if fingerprint != self._fingerprint:
+            self._rows.clear()
+            self._classifiers.clear()
+            self._fingerprint = fingerprint
+
+
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """The templates as a tuple. Raises ValueError if there is none or one does not have exactly one `{}`."""
+    templates = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not templates:
+        raise ValueError("no prompt template: give at least one, such as 'a photo of a {}.'")
+    for template in templates:
+        if (
+            not isinstance(template, str)
+            or template.count("{}") != 1
+            or template.count("{") != 1
+            or template.count("}") != 1
+        ):
+            raise ValueError(f"a prompt template has exactly one '{{}}' for the name, got {template!r}")
+    return templates
+
+
+def shares_a_name(vocabulary: Vocabulary, train_vocabulary: Vocabulary | None) -> list[bool]:
+    """For each class, whether any of its names is a name seen in training (compared exactly)."""
+    seen = set(train_vocabulary.names) if train_vocabulary else set()
+    return [any(name in seen for name in synonyms) for synonyms in vocabulary]
