@@ -169,7 +169,7 @@ def test_losses_and_gradients(case, monkeypatch):
     assert norms
     for name, value in norms.items():
         gradient = model.get_parameter(convert_name(name)).grad
-        assert gradient.norm().item() == pytest.approx(value.item(), rel=1e-3), name
+        assert gradient.norm().item() == pytest.approx(value.item(), rel=RELATIVE), name
     assert all(parameter.grad is None for parameter in model.clip_backbone.parameters())
 
 
