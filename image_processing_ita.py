@@ -270,14 +270,17 @@ class MaskBands:
         step = max(1, BAND_BYTES // (4 * width * max(1, values_per_pixel)))
         for start in range(0, height, step):
             rows = slice(start, min(start + step, height))
-            if self._as_they_are:
-                yield rows, self.mask_logits[:, rows].to(torch.float32, copy=True)
-                continue
-            weights = self._row_weights[rows]
-            touched = weights.any(0).nonzero()
-            source = slice(int(touched[0]), int(touched[-1]) + 1)
-            logits = _resize_columns(self.mask_logits[:, None, source].float(), self._column_steps)[:, 0]
-            yield rows, weights[:, source].to(logits.device) @ logits
+            yield rows, self.rows(rows)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Logits (Q, rows, W) float32 of some rows of the output, at least one; the caller's to change."""
+        if self._as_they_are:
+            return self.mask_logits[:, rows].to(torch.float32, copy=True)
+        weights = self._row_weights[rows]
+        touched = weights.any(0).nonzero()
+        source = slice(int(touched[0]), int(touched[-1]) + 1)
+        logits = _resize_columns(self.mask_logits[:, None, source].float(), self._column_steps)[:, 0]
+        return weights[:, source].to(logits.device) @ logits
 
 
 def _resize_columns(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
@@ -299,7 +302,7 @@ def _resize_rows(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
 # Read-out of one image
 
 
-def _class_probabilities(class_logits: Tensor) -> Tensor:
+def class_probabilities(class_logits: Tensor) -> Tensor:
     """(Q, K + 1) logits or log-probabilities, void last -> (Q, K + 1) float32 probabilities."""
     return class_logits.float().softmax(-1)
 
@@ -310,7 +313,7 @@ def _semantic_bands(
     image_size: Sequence[int] | None,
     target_size: Sequence[int] | None,
 ) -> tuple[tuple[int, int], Iterator[tuple[slice, Tensor]]]:
-    probabilities = _class_probabilities(class_logits)[:, :-1]
+    probabilities = class_probabilities(class_logits)[:, :-1]
     chosen = (probabilities > 0).any(-1)  # rows of padding have no share in any class
     weights = probabilities[chosen].T.contiguous()
     masks = MaskBands(mask_logits[chosen], image_size, target_size)
@@ -366,7 +369,7 @@ def panoptic_segments(
     or more); it is dropped if own, won or both are empty or won / own is below `overlap_mask_area_threshold`.
     Queries of one class among `label_ids_to_fuse` make one segment, whose score is the best of theirs.
     """
-    scores, labels = _class_probabilities(class_logits).max(-1)
+    scores, labels = class_probabilities(class_logits).max(-1)
     kept = (labels != class_logits.shape[-1] - 1) & (scores > threshold)
     scores, label_list = scores[kept], labels[kept].tolist()
     masks = MaskBands(mask_logits[kept], image_size, target_size)
@@ -431,7 +434,7 @@ def instance_segments(
     the better of two instances hides the other (0: none), or, with `binary_maps`, one mask for each, (n, H,
     W) bool; and their information.
     """
-    probabilities = _class_probabilities(class_logits)[:, :-1]
+    probabilities = class_probabilities(class_logits)[:, :-1]
     num_classes = probabilities.shape[1]
     class_scores, pairs = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()))
     things = torch.tensor(
