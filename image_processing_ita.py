@@ -7,7 +7,8 @@ statistics, pad at the bottom and on the right to a common multiple of 32. Befor
 The way out is the read-out of Mask2Former (arXiv 2112.01527, section 3) and FC-CLIP (arXiv 2308.02487): each
 query's mask logits are brought to the size asked for, and scored there. Both bilinear resizes (mask to
 network input, image part of the input to the size asked for) are separable, so a band of output rows needs a
-few mask rows only: nothing of size (queries, height, width) or (classes, height, width) is ever held.
+few mask rows only: nothing of size (queries, height, width) or (classes, height, width) is ever held. Bands
+lie in memory with queries last, so that a step of resizing is one long loop, and scoring a matrix product.
 
 Symbols: Q queries, K classes, (h, w) a mask's size, (H, W) the output's size.
 """
@@ -42,7 +43,9 @@ logger = logging.get_logger(__name__)
 MASK_STRIDE = 4  # a mask logit covers 4 x 4 pixels of the network input
 IMAGE_STRIDE = 32  # an image is segmented as if it were padded to multiples of this; a batch pads it further
 MAX_INSTANCES = 100  # (query, class) pairs that the instance read-out looks at
-BAND_BYTES = 32 * 2**20  # what one band of output rows may take, in bytes
+BAND_BYTES = 8 * 2**20  # what one band of output rows may take, in bytes; caches hold it, mostly
+GROUP_SIZE = 8  # queries, and classes, that share one bound on what they say for each other
+ROUNDING = 1e-4  # what sums of a few hundred float32 may be off, relative, and more
 
 
 class ITAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -259,13 +262,16 @@ class MaskBands:
             self._row_steps = (network[0], int(cropped[0]), int(target[0]))
             self._column_steps = (network[1], int(cropped[1]), int(target[1]))
         self.size = (self._row_steps[-1], self._column_steps[-1])
-        identity = torch.eye(height).view(1, 1, height, height)
-        self._row_weights = _resize_rows(identity, self._row_steps)[0, 0]  # (H, h), at most four in a row
+        identity = torch.eye(height)[:, :, None]
+        self._row_weights = _resize(identity, self._row_steps)[:, :, 0].T  # (H, h), at most four in a row
+        self._cells = mask_logits.permute(1, 2, 0)  # (h, w, Q)
+        if not self._as_they_are:
+            self._cells = self._cells.float().contiguous()
 
     def bands(self, values_per_pixel: int) -> Iterator[tuple[slice, Tensor]]:
         """Yields (rows, logits (Q, rows, W) float32, the caller's to change), so many rows at once that
         `values_per_pixel` float32 numbers for each of their pixels take `BAND_BYTES` or less (one row at
-        least)."""
+        least). In memory, logits have their queries last."""
         height, width = self.size
         step = max(1, BAND_BYTES // (4 * width * max(1, values_per_pixel)))
         for start in range(0, height, step):
@@ -275,27 +281,28 @@ class MaskBands:
     def rows(self, rows: slice) -> Tensor:
         """Logits (Q, rows, W) float32 of some rows of the output, at least one; the caller's to change."""
         if self._as_they_are:
-            return self.mask_logits[:, rows].to(torch.float32, copy=True)
+            return self._cells[rows].to(torch.float32, copy=True).permute(2, 0, 1)
         weights = self._row_weights[rows]
         touched = weights.any(0).nonzero()
         source = slice(int(touched[0]), int(touched[-1]) + 1)
-        logits = _resize_columns(self.mask_logits[:, None, source].float(), self._column_steps)[:, 0]
-        return weights[:, source].to(logits.device) @ logits
+        cells = self._cells[source]
+        logits = (weights[:, source].to(cells.device) @ cells.flatten(1)).unflatten(1, cells.shape[1:])
+        return _resize(logits, self._column_steps).permute(2, 0, 1)
 
 
-def _resize_columns(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
-    """(Q, 1, h, w) -> (Q, 1, h, W): to the network input's width, cropped, to the output's width."""
+def _resize(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
+    """(rows, w, Q) -> (rows, W, Q): to the network input's width, cropped, to the output's width."""
     network, cropped, target = steps
     for width, keep in ((network, cropped), (target, target)):
-        if values.shape[-1] != width:
-            values = interpolate(values, size=(values.shape[-2], width), mode="bilinear", align_corners=False)
-        values = values[..., :keep]
+        if values.numel() == 0:
+            values = values.new_zeros(len(values), width, values.shape[2])
+        elif values.shape[1] != width:
+            picture = values[None].permute(0, 3, 1, 2)  # channels last, which is how it lies in memory already
+            size = (len(values), width)
+            picture = interpolate(picture, size=size, mode="bilinear", align_corners=False)
+            values = picture.permute(0, 2, 3, 1)[0]
+        values = values[:, :keep]
     return values
-
-
-def _resize_rows(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
-    """(Q, 1, h, w) -> (Q, 1, H, w), likewise."""
-    return _resize_columns(values.transpose(-1, -2), steps).transpose(-1, -2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -307,22 +314,34 @@ def class_probabilities(class_logits: Tensor) -> Tensor:
     return class_logits.float().softmax(-1)
 
 
-def _semantic_bands(
+def _presence(
     class_logits: Tensor,
     mask_logits: Tensor,
     image_size: Sequence[int] | None,
     target_size: Sequence[int] | None,
-) -> tuple[tuple[int, int], Iterator[tuple[slice, Tensor]]]:
+    more_per_pixel: int,
+) -> tuple[Tensor, tuple[int, int], Iterator[tuple[slice, Tensor]]]:
+    """Class probabilities (Q', K) of the queries that have a share in any class; the output's size; and for each
+    band its rows and mask probabilities (pixels, Q'). `more_per_pixel`: numbers that the caller adds to Q'.
+
+    Queries are ordered by their best class and cut into G groups of `GROUP_SIZE` (the last is filled up with queries
+    of probability zero); the groups' first members come first, then their second ones, and so on: Q' = 8 G.
+    """
     probabilities = class_probabilities(class_logits)[:, :-1]
-    chosen = (probabilities > 0).any(-1)  # rows of padding have no share in any class
-    weights = probabilities[chosen].T.contiguous()
-    masks = MaskBands(mask_logits[chosen], image_size, target_size)
+    best = probabilities.max(-1)
+    chosen = (best.values > 0).nonzero().flatten()  # rows of padding have no share in any class
+    chosen = chosen[best.indices[chosen].argsort(stable=True)]
+    missing = -len(chosen) % GROUP_SIZE
+    weights = pad(probabilities[chosen], (0, 0, 0, missing))
+    weights = weights.unflatten(0, (-1, GROUP_SIZE)).transpose(0, 1).flatten(0, 1)
+    members = torch.cat([chosen, chosen[-1:].expand(missing)]).view(-1, GROUP_SIZE)
+    masks = MaskBands(mask_logits[members.T.flatten()], image_size, target_size)
 
     def bands() -> Iterator[tuple[slice, Tensor]]:
-        for rows, logits in masks.bands(sum(weights.shape)):
-            yield rows, (weights @ logits.sigmoid_().flatten(1)).unflatten(1, logits.shape[1:])
+        for rows, logits in masks.bands(len(weights) + more_per_pixel):
+            yield rows, logits.permute(1, 2, 0).sigmoid_().flatten(0, 1)
 
-    return masks.size, bands()
+    return weights, masks.size, bands()
 
 
 def semantic_scores(
@@ -333,8 +352,12 @@ def semantic_scores(
 ) -> Tensor:
     """Score of each class in each pixel, (K, H, W) float32: the sum over queries of class probability times
     mask probability. class_logits (Q, K + 1), void last; mask_logits (Q, h, w); sizes as for `MaskBands`."""
-    _, bands = _semantic_bands(class_logits, mask_logits, image_size, target_size)
-    return torch.cat([scores for _, scores in bands], dim=1)
+    num_classes = class_logits.shape[1] - 1
+    weights, size, bands = _presence(class_logits, mask_logits, image_size, target_size, num_classes)
+    scores = weights.new_zeros(weights.shape[1], *size)
+    for rows, presence in bands:
+        scores[:, rows] = (weights.T @ presence.T).unflatten(1, (-1, size[1]))
+    return scores
 
 
 def semantic_map(
@@ -344,11 +367,61 @@ def semantic_map(
     target_size: Sequence[int] | None = None,
 ) -> Tensor:
     """Class of the highest score in each pixel, (H, W) int64. Arguments as for `semantic_scores`."""
-    size, bands = _semantic_bands(class_logits, mask_logits, image_size, target_size)
+    num_classes = class_logits.shape[1] - 1
+    weights, size, bands = _presence(
+        class_logits, mask_logits, image_size, target_size, num_classes // GROUP_SIZE
+    )
     labels = torch.zeros(size, dtype=torch.int64, device=mask_logits.device)
-    for rows, scores in bands:
-        labels[rows] = scores.max(0).indices
+    contest = _Contest(weights)
+    for rows, presence in bands:
+        labels[rows] = contest.winners(presence).unflatten(0, (-1, size[1]))
     return labels
+
+
+class _Contest:
+    """Finds the class of the highest score for the pixels of one band after the other.
+
+    Most classes win nowhere, and that can be known without their scores. For a group of queries and a group of
+    classes, no class gets more from these queries than the highest probability among them times the queries' summed
+    presence. Where these bounds, summed over the groups of queries, stay below the score of some class in every pixel
+    of a band, that group of classes is left out there. The classes to beat are those that won in the band before. The
+    result is the same as without.
+
+    weights: (Q, K), class probabilities in the order of `_presence`.
+    """
+
+    def __init__(self, weights: Tensor):
+        num_classes = weights.shape[1]
+        self.weights = weights
+        # Waiting for the outcome of a band would cost another device more than the scores of all classes.
+        self.bounded = weights.device.type == "cpu" and num_classes >= 4 * GROUP_SIZE and len(weights) > 0
+        self.leaders = torch.arange(num_classes, device=weights.device)
+        frequent_first = weights.sum(0).argsort(descending=True)
+        self.groups = pad(frequent_first, (0, -num_classes % GROUP_SIZE), value=num_classes).view(-1, GROUP_SIZE)
+        bounds = pad(weights, (0, 1))[:, self.groups].amax(2)  # (Q, groups of classes)
+        self.bounds = bounds.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (1 + ROUNDING)  # (groups of queries, same)
+
+    def winners(self, presence: Tensor) -> Tensor:
+        """presence: (pixels, Q), mask probabilities. Returns (pixels,) int64."""
+        if not self.bounded:
+            return (presence @ self.weights).argmax(1)
+        classes = self._contenders(presence)
+        weights = self.weights[:, classes]
+        parts = presence.split(max(1, BAND_BYTES // (4 * len(classes))))
+        winners = classes[torch.cat([(part @ weights).argmax(1) for part in parts])]
+        self.leaders = winners.bincount().nonzero().flatten()
+        return winners
+
+    def _contenders(self, presence: Tensor) -> Tensor:
+        """Classes, in order, that may win a pixel of the band, and a few more."""
+        num_classes = self.weights.shape[1]
+        if 2 * len(self.leaders) > num_classes:
+            return torch.arange(num_classes, device=presence.device)
+        to_beat = (presence @ self.weights[:, self.leaders]).amax(1, keepdim=True)
+        together = presence.unflatten(1, (GROUP_SIZE, -1)).sum(1)
+        may_win = torch.addmm(to_beat, together, self.bounds, beta=-1).amax(0) >= 0
+        classes = torch.cat([self.groups[may_win].flatten(), self.leaders]).unique()
+        return classes[classes < num_classes]
 
 
 def panoptic_segments(
