@@ -367,10 +367,7 @@ def semantic_map(
     target_size: Sequence[int] | None = None,
 ) -> Tensor:
     """Class of the highest score in each pixel, (H, W) int64. Arguments as for `semantic_scores`."""
-    num_classes = class_logits.shape[1] - 1
-    weights, size, bands = _presence(
-        class_logits, mask_logits, image_size, target_size, num_classes // GROUP_SIZE
-    )
+    weights, size, bands = _presence(class_logits, mask_logits, image_size, target_size, more_per_pixel=0)
     labels = torch.zeros(size, dtype=torch.int64, device=mask_logits.device)
     contest = _Contest(weights)
     for rows, presence in bands:
@@ -381,11 +378,11 @@ def semantic_map(
 class _Contest:
     """Finds the class of the highest score for the pixels of one band after the other.
 
-    Most classes win nowhere, and that can be known without their scores. For a group of queries and a group of
-    classes, no class gets more from these queries than the highest probability among them times the queries' summed
-    presence. Where these bounds, summed over the groups of queries, stay below the score of some class in every pixel
-    of a band, that group of classes is left out there. The classes to beat are those that won in the band before. The
-    result is the same as without.
+    Most classes win nowhere, and that can be known without their scores: from a group of queries, a class gets no
+    more than its highest probability among them times the queries' summed presence. A class for which these bounds,
+    summed over the groups, stay below the score of some other class in every pixel of a band is left out there;
+    groups of classes first, single ones where many groups remain. The classes to beat are those that won in the band
+    before. The result is the same as without.
 
     weights: (Q, K), class probabilities in the order of `_presence`.
     """
@@ -395,20 +392,22 @@ class _Contest:
         self.weights = weights
         # Waiting for the outcome of a band would cost another device more than the scores of all classes.
         self.bounded = weights.device.type == "cpu" and num_classes >= 4 * GROUP_SIZE and len(weights) > 0
-        self.leaders = torch.arange(num_classes, device=weights.device)
+        if not self.bounded:
+            return
+        self.leaders = torch.arange(num_classes)
+        self.bounds = weights.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (1 + ROUNDING)  # (groups of queries, K)
         frequent_first = weights.sum(0).argsort(descending=True)
         self.groups = pad(frequent_first, (0, -num_classes % GROUP_SIZE), value=num_classes).view(-1, GROUP_SIZE)
-        bounds = pad(weights, (0, 1))[:, self.groups].amax(2)  # (Q, groups of classes)
-        self.bounds = bounds.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (1 + ROUNDING)  # (groups of queries, same)
+        self.group_bounds = pad(self.bounds, (0, 1))[:, self.groups].amax(2)
 
     def winners(self, presence: Tensor) -> Tensor:
         """presence: (pixels, Q), mask probabilities. Returns (pixels,) int64."""
         if not self.bounded:
-            return (presence @ self.weights).argmax(1)
+            parts = _parts(presence, self.weights.shape[1])
+            return torch.cat([(part @ self.weights).argmax(1) for part in parts])
         classes = self._contenders(presence)
         weights = self.weights[:, classes]
-        parts = presence.split(max(1, BAND_BYTES // (4 * len(classes))))
-        winners = classes[torch.cat([(part @ weights).argmax(1) for part in parts])]
+        winners = classes[torch.cat([(part @ weights).argmax(1) for part in _parts(presence, len(classes))])]
         self.leaders = winners.bincount().nonzero().flatten()
         return winners
 
@@ -416,12 +415,27 @@ class _Contest:
         """Classes, in order, that may win a pixel of the band, and a few more."""
         num_classes = self.weights.shape[1]
         if 2 * len(self.leaders) > num_classes:
-            return torch.arange(num_classes, device=presence.device)
+            return torch.arange(num_classes)
         to_beat = (presence @ self.weights[:, self.leaders]).amax(1, keepdim=True)
         together = presence.unflatten(1, (GROUP_SIZE, -1)).sum(1)
-        may_win = torch.addmm(to_beat, together, self.bounds, beta=-1).amax(0) >= 0
-        classes = torch.cat([self.groups[may_win].flatten(), self.leaders]).unique()
-        return classes[classes < num_classes]
+        groups = self.groups[_reaches(together, self.group_bounds, to_beat)]
+        classes = torch.cat([groups.flatten(), self.leaders]).unique()
+        classes = classes[classes < num_classes]
+        if 4 * len(classes) > num_classes:
+            single = classes[_reaches(together, self.bounds[:, classes], to_beat)]
+            classes = torch.cat([single, self.leaders]).unique()
+        return classes
+
+
+def _reaches(together: Tensor, bounds: Tensor, to_beat: Tensor) -> Tensor:
+    """Whether `together` (pixels, groups) @ `bounds` (groups, n) reaches `to_beat` (pixels, 1) anywhere, (n,)."""
+    parts = zip(_parts(together, bounds.shape[1]), _parts(to_beat, bounds.shape[1]), strict=True)
+    return torch.stack([torch.addmm(beat, part, bounds, beta=-1).amax(0) for part, beat in parts]).amax(0) >= 0
+
+
+def _parts(pixels: Tensor, values_per_pixel: int) -> tuple[Tensor, ...]:
+    """(pixels, n) cut so that `values_per_pixel` float32 numbers for each of a part's take `BAND_BYTES` at most."""
+    return pixels.split(max(1, BAND_BYTES // (4 * values_per_pixel)))
 
 
 def panoptic_segments(
@@ -454,10 +468,10 @@ def panoptic_segments(
     own_by_winner = torch.empty(masks.size, dtype=torch.bool, device=device)
     own_areas = torch.zeros(count, dtype=torch.int64, device=device)
     for rows, logits in masks.bands(2 * count):
-        probabilities = logits.sigmoid_()
-        own_areas += (probabilities >= mask_threshold).flatten(1).sum(1)
-        winner[rows] = (probabilities * scores[:, None, None]).argmax(0)
-        own_by_winner[rows] = probabilities.gather(0, winner[rows][None])[0] >= mask_threshold
+        presence = logits.sigmoid_().permute(1, 2, 0)
+        own_areas += (presence >= mask_threshold).flatten(0, 1).float().sum(0).long()
+        winner[rows] = (presence * scores).argmax(-1)
+        own_by_winner[rows] = presence.gather(-1, winner[rows][..., None])[..., 0] >= mask_threshold
     won_areas = winner.flatten().bincount(minlength=count).tolist()
     segment_areas = winner[own_by_winner].bincount(minlength=count).tolist()
 
@@ -523,9 +537,10 @@ def instance_segments(
     areas = torch.zeros(len(queries), dtype=torch.int64, device=pairs.device)
     totals = torch.zeros(len(queries), dtype=torch.float32, device=pairs.device)
     for _, logits in masks.bands(2 * len(queries)):
-        inside = logits > cut
-        areas += inside.flatten(1).sum(1)
-        totals += (logits.sigmoid_() * inside).flatten(1).sum(1)
+        logits = logits.permute(1, 2, 0).flatten(0, 1)
+        inside = (logits > cut).float()
+        areas += inside.sum(0).long()
+        totals += (logits.sigmoid_() * inside).sum(0)
     scores = class_scores * (totals / areas.clamp(min=1))[query_of_pair]
 
     order = scores.argsort(descending=True, stable=True)

@@ -1,0 +1,112 @@
+"""Speed and memory of the network and the semantic read-out, beside the frozen backbone in the same process.
+
+Each size and vocabulary is measured in a process of its own (`measure.py`). Writes `speed.json` and `speed.md`.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import ROOMS
+from tqdm import tqdm
+
+MEASURE = Path(__file__).with_name("measure.py")
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """Reads `512` or `800x1333`: height and width."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found or "0" in found.groups():
+        raise argparse.ArgumentTypeError(f"a size is a number of pixels or HEIGHTxWIDTH, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def run(clip: str, size: tuple[int, int], classes: int, repeats: int, threads: int) -> dict[str, Any]:
+    """One measurement in a process of its own. Raises RuntimeError with the last line of what went wrong."""
+    settings = {
+        "clip": clip,
+        "height": size[0],
+        "width": size[1],
+        "classes": classes,
+        "repeats": repeats,
+        "threads": threads,
+    }
+    command = [
+        sys.executable,
+        str(MEASURE),
+        *(str(part) for key, value in settings.items() for part in (f"--{key}", value)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise RuntimeError(f"{size[0]} x {size[1]}, {classes} classes: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine(threads: int) -> str:
+    """The machine in words."""
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return f"{names[0] if names else platform.machine()}, {threads} threads, torch {torch.__version__}"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table; times in milliseconds, memory in GiB."""
+    heads = ["size", "classes", "names", *ROOMS, "rest", "total", "x backbone", "first call", "GiB"]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for result in results:
+        milliseconds = [f"{1000 * result['seconds'][room]:.0f}" for room in (*ROOMS, "rest", "total")]
+        cells = [
+            f"{result['height']} x {result['width']}",
+            str(result["classes"]),
+            str(result["names"]),
+            *milliseconds,
+            f"{result['ratio']:.2f}",
+            f"{1000 * result['first_call_seconds']:.0f}",
+            f"{result['peak_bytes'] / 2**30:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clip", default="convnext_large_d_320", help="open_clip's name of the frozen CLIP")
+    parser.add_argument(
+        "--sizes", nargs="+", type=picture_size, default=[(512, 512), (640, 640), (800, 1333), (1024, 1024)]
+    )
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=[20, 150, 847, 10_000])
+    parser.add_argument("--repeats", type=int, default=3, help="warm calls, of which the middle one counts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=Path("outputs/speed"), help="a folder")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = []
+    pairs = [(size, classes) for size in args.sizes for classes in args.vocabularies]
+    for size, classes in tqdm(pairs, unit="measurement"):
+        try:
+            results.append(run(args.clip, size, classes, args.repeats, args.threads))
+        except RuntimeError as error:
+            sys.exit(f"speed.py: {error}")
+    about = {
+        "machine": machine(args.threads),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        "clip": args.clip,
+    }
+    (args.output / "speed.json").write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+    text = f"{table(results)}\n*{about['machine']}; `{about['command']}`, {about['date']}.*\n"
+    (args.output / "speed.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
