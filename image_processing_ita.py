@@ -297,7 +297,9 @@ def _resize(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
         if values.numel() == 0:
             values = values.new_zeros(len(values), width, values.shape[2])
         elif values.shape[1] != width:
-            picture = values[None].permute(0, 3, 1, 2)  # channels last, which is how it lies in memory already
+            picture = values[None].permute(
+                0, 3, 1, 2
+            )  # channels last, which is how it lies in memory already
             size = (len(values), width)
             picture = interpolate(picture, size=size, mode="bilinear", align_corners=False)
             values = picture.permute(0, 2, 3, 1)[0]
@@ -395,9 +397,13 @@ class _Contest:
         if not self.bounded:
             return
         self.leaders = torch.arange(num_classes)
-        self.bounds = weights.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (1 + ROUNDING)  # (groups of queries, K)
+        self.bounds = weights.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (
+            1 + ROUNDING
+        )  # (groups of queries, K)
         frequent_first = weights.sum(0).argsort(descending=True)
-        self.groups = pad(frequent_first, (0, -num_classes % GROUP_SIZE), value=num_classes).view(-1, GROUP_SIZE)
+        self.groups = pad(frequent_first, (0, -num_classes % GROUP_SIZE), value=num_classes).view(
+            -1, GROUP_SIZE
+        )
         self.group_bounds = pad(self.bounds, (0, 1))[:, self.groups].amax(2)
 
     def winners(self, presence: Tensor) -> Tensor:
@@ -430,7 +436,9 @@ class _Contest:
 def _reaches(together: Tensor, bounds: Tensor, to_beat: Tensor) -> Tensor:
     """Whether `together` (pixels, groups) @ `bounds` (groups, n) reaches `to_beat` (pixels, 1) anywhere, (n,)."""
     parts = zip(_parts(together, bounds.shape[1]), _parts(to_beat, bounds.shape[1]), strict=True)
-    return torch.stack([torch.addmm(beat, part, bounds, beta=-1).amax(0) for part, beat in parts]).amax(0) >= 0
+    return (
+        torch.stack([torch.addmm(beat, part, bounds, beta=-1).amax(0) for part, beat in parts]).amax(0) >= 0
+    )
 
 
 def _parts(pixels: Tensor, values_per_pixel: int) -> tuple[Tensor, ...]:

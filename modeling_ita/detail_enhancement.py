@@ -300,7 +300,9 @@ class DetailEnhancement(nn.Module):
         for layer in self.layers:
             x = layer(x, positions, plan)
         parts = x.split([height * width for height, width in shapes], dim=1)
-        features = [part.unflatten(1, shape).movedim(-1, 1) for part, shape in zip(parts, shapes, strict=True)]
+        features = [
+            part.unflatten(1, shape).movedim(-1, 1) for part, shape in zip(parts, shapes, strict=True)
+        ]
 
         lateral = self.lateral(res2)
         upsampled = F.interpolate(features[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
