@@ -17,7 +17,7 @@ from PIL import Image
 
 import run_eval
 from evaluation_ita.door import DoorError, load_checkpoint
-from evaluation_ita.eval_options import Candidate
+from evaluation_ita.eval_options import Candidate, read_words
 from evaluation_ita.predictors import TASKS, Instances, Prediction
 from prepared_squares import IGNORE, SIZES, row, save_rows, save_squares
 from tiny_checkpoint import save_tiny_checkpoint
@@ -436,3 +436,33 @@ def test_a_bad_picture_is_named(scored, tmp_path, kind, message):
     save_rows(tmp_path / "data" / "bad", rows)
     with pytest.raises(DoorError, match=message):
         scored(benchmark="bad", folder=tmp_path / "data")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The synonym lists published with FC-CLIP are not ours to ship; where a copy lies beside this repository, it is read
+
+LISTS = ROOT.parent / "shared" / "reference" / "prompt_synonyms"
+PUBLISHED_LISTS = {
+    "ade20k-150": "ade20k_150",
+    "ade20k-847": "ade20k_847",
+    "pascal-context-59": "pascal_ctx_59",
+    "pascal-context-459": "pascal_ctx_459",
+    "pascal-voc-21": "pascal_voc_21",
+    "coco-panoptic": "coco_panoptic",
+    "cityscapes": "cityscapes",
+}
+
+
+@pytest.mark.skipif(not LISTS.is_dir(), reason="the published synonym lists do not lie beside the repository")
+@pytest.mark.parametrize("benchmark", sorted(PUBLISHED_LISTS))
+def test_published_synonym_lists_fit_the_benchmarks_classes(benchmark):
+    from data_ita.categories import load_categories
+
+    own = [[word.strip() for word in one.name.split(",")] for one in load_categories(benchmark)]
+    words = read_words(LISTS / f"{PUBLISHED_LISTS[benchmark]}_with_prompt_eng.txt", own)
+    assert len(words) == len(own)
+    alike = [
+        {w.casefold() for w in one} & {w.casefold() for w in other}
+        for one, other in zip(words, own, strict=True)
+    ]
+    assert sum(map(bool, alike)) >= 0.9 * len(own)
