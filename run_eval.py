@@ -10,7 +10,6 @@ any number of processes gives the same scores, and the same command goes on wher
 from __future__ import annotations
 
 import argparse
-import io
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from evaluation_ita.door import DoorError, one_line, open_door, output_folder, write_files
+from evaluation_ita.door import DoorError, one_line, open_door, output_folder
 from evaluation_ita.eval_options import Candidate, build_parser, check_options, read_words, vocabulary_files
 
 
@@ -67,9 +66,6 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     if accelerator.is_main_process:
         results = {run.name: run.results for run in runs}
         confusions = {run.name: run.confusion for run in runs if run.confusion is not None}
-        write_files(
-            {options.output / f"confusion_{_file_name(name)}.npz": _npz(m) for name, m in confusions.items()}
-        )
         paths = write_results(
             options.output, str(options.model), results, confusions, {run.name: run.examples for run in runs}
         )
@@ -166,12 +162,6 @@ def _versions() -> dict[str, str]:
 
 def _file_name(name: str) -> str:
     return Path(name).name or "benchmark"
-
-
-def _npz(matrix: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, confusion=matrix)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     results.md              tables beside published scores, classes, confusions
     report.html             the same to click through, with pictures, in one file
     model_index.yaml        front matter for the model card
-    BENCHMARK/              per_class.csv, confusion.png, best_1.jpg, worst_1.jpg, ...
+    BENCHMARK/              per_class.csv, confusion.npz and .png, best_1.jpg, worst_1.jpg, ...
 
 A score that was not measured (nan) is null in JSON, empty in CSV and a dash in tables; it is never written as a number.
 """
@@ -104,7 +104,10 @@ def _overall_files(evaluation: Evaluation) -> dict[str, bytes]:
 def _benchmark_files(evaluation: Evaluation, benchmark: str) -> dict[str, bytes]:
     """The files of one benchmark, by their names under the output folder."""
     files = {"per_class.csv": _encode(per_class_csv(evaluation.results[benchmark]["classes"]))}
-    if benchmark in evaluation.confusion_pictures:
+    if benchmark in evaluation.confusions:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, confusion=evaluation.confusions[benchmark])
+        files["confusion.npz"] = buffer.getvalue()
         files["confusion.png"] = encode_picture(evaluation.confusion_pictures[benchmark], "PNG")
     for name, example in numbered(evaluation.examples.get(benchmark, ())).items():
         files[f"{name}.jpg"] = encode_picture(side_by_side(example), "JPEG", JPEG_QUALITY)

@@ -65,7 +65,7 @@ def scored(checkpoint, data, tmp_path):
 
 def read(output: Path, benchmark: str = "squares") -> tuple[dict, np.ndarray]:
     results = json.loads((output / "results.json").read_text())["benchmarks"][benchmark]
-    return results, np.load(output / f"confusion_{benchmark}.npz")["confusion"]
+    return results, np.load(output / benchmark / "confusion.npz")["confusion"]
 
 
 def pictures(folder: Path) -> list[tuple[Image.Image, np.ndarray]]:
@@ -224,7 +224,7 @@ def test_files_of_a_run(checkpoint, data, tmp_path):
     assert list(results["benchmarks"]) == ["squares", "scenes"]
     assert results["benchmarks"]["scenes"]["num_images"] == 3
     names = {path.name for path in output.iterdir()}
-    assert {"results.json", "results.md", "report.html", "confusion_squares.npz"} <= names
+    assert {"results.json", "results.md", "report.html", "model_index.yaml", "squares", "scenes"} <= names
     report = (output / "report.html").read_text()
     assert "square_" in report
     assert not list(output.rglob("*.tmp"))
