@@ -24,7 +24,8 @@ def as_integers(labels: Any, role: str) -> np.ndarray:
     array = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{role} must hold integer labels, got {array.dtype}")
-    return array.astype(array.dtype.newbyteorder("="), copy=False)  # 16-bit PNGs may have the other byte order
+    native = array.dtype.newbyteorder("=")  # pictures with 16 bits may have the other byte order
+    return array.astype(native, copy=False)
 
 
 def run_ends(changed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -143,6 +143,39 @@ def test_a_perfect_detector_scores_one_and_a_shifted_one_what_is_worked_out_by_h
     assert np.isnan(shifted.compute()["apl"])
 
 
+def columns(*ranges: tuple[int, int], height: int = 10, width: int = 30) -> np.ndarray:
+    """Masks that each fill some neighbouring columns of a picture."""
+    masks = np.zeros((len(ranges), height, width), dtype=bool)
+    for mask, (first, end) in zip(masks, ranges, strict=True):
+        mask[:, first:end] = True
+    return masks
+
+
+def test_of_references_that_overlap_alike_the_last_one_is_taken():
+    rng = np.random.default_rng(6)
+    detections = columns((5, 15), (8, 18))
+    # The first overlaps both references by 7/13, the second is one of them. At 0.50 the first takes the last one
+    # listed; if that is the second's, one of the two is left without. Above, only the second finds its own.
+    for order, average_recall in (([0, 1], 0.5), ([1, 0], (1 + 9 * 0.5) / 10)):
+        references = columns((2, 12), (8, 18))[order]
+        image = (1, [0.9, 0.8], [0, 0], detections, [0, 0], references, np.zeros(2, bool), None)
+        check_against_coco(rng, 1, [image])
+        average = MaskAveragePrecision(1)
+        average.update(*image)
+        assert average.compute()["ar100"] == pytest.approx(average_recall)
+
+
+def test_an_area_on_the_border_of_two_ranges_is_in_both():
+    average = MaskAveragePrecision(1)
+    square = np.ones((1, 32, 32), dtype=bool)
+    image = (1, [0.9], [0], square, [0], square, np.zeros(1, bool), None)
+    average.update(*image)
+    scores = average.compute()
+    assert scores["ars"] == scores["arm"] == 1.0
+    assert np.isnan(scores["arl"])
+    check_against_coco(np.random.default_rng(7), 1, [image])
+
+
 def test_states_of_several_processes_are_one_whatever_order_they_are_added_in():
     rng = np.random.default_rng(2)
     images = [random_image(rng, f"image {index}", 3, 9) for index in range(8)]
