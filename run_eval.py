@@ -1,47 +1,25 @@
-"""Scores a checkpoint on benchmarks: `results.json` for programs and `results.md` for people.
+"""Scores a checkpoint on benchmarks: tables for people, `results.json` for programs, a report to look at.
 
     python run_eval.py --model models/ita-tiny --benchmarks scenes --output scores
-    accelerate launch run_eval.py --model models/ita-tiny --benchmarks scenes --output scores
+    accelerate launch run_eval.py --model DIR --benchmarks ade20k-150 pascal-voc-20 --data_dir data --output scores
 
-Mean IoU over all classes, over those whose masks were seen in training and over the others, all from one confusion
-matrix over the whole set; any number of processes gives the same scores.
+Data sets are what `run_prepare.py` made. Mean IoU, panoptic quality and mask AP, as far as labels and model allow;
+any number of processes gives the same scores, and the same command goes on where an interrupted one was.
 """
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from evaluation_ita.benchmarks import BENCHMARKS
-from evaluation_ita.door import (
-    DoorError,
-    DoorParser,
-    load_checkpoint,
-    one_line,
-    open_door,
-    output_folder,
-    positive_int,
-    set_shortest_side,
-)
-from evaluation_ita.report import summary_table, write_results
+import numpy as np
 
-
-def build_parser() -> DoorParser:
-    parser = DoorParser(description="Scores a checkpoint on benchmarks.")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
-    parser.add_argument(
-        "--benchmarks", nargs="+", required=True, choices=sorted(BENCHMARKS), help="what to score it on"
-    )
-    parser.add_argument("--limit", type=positive_int, help="only so many pictures of each benchmark")
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=4, help="pictures at a time (default %(default)s)"
-    )
-    parser.add_argument(
-        "--size", type=positive_int, help="shortest side fed to the network (the checkpoint's own)"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    return parser
+from evaluation_ita.door import DoorError, one_line, open_door, output_folder
+from evaluation_ita.eval_options import Candidate, build_parser, check_options, read_words, vocabulary_files
 
 
 def main() -> NoReturn:
@@ -55,31 +33,135 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     Raises:
         DoorError: what stops it, in one line.
     """
-    arguments = build_parser().parse_door(argv)
-    output_folder(arguments.output)
+    options = build_parser().parse_door(argv)
+    check_options(options)
+    output_folder(options.output)
+    names = list(dict.fromkeys(options.benchmarks))
+    if len({_file_name(name) for name in names}) < len(names):
+        raise DoorError("two benchmarks have the same name; score them in two runs")
+    files = vocabulary_files(options.vocabulary, names)
 
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
-    from evaluation_ita.evaluator import evaluate_semantic
+    from evaluation_ita.benchmarks import load_benchmark
+    from evaluation_ita.model_index import update_model_card
+    from evaluation_ita.report import summary_table, write_results
 
-    state = PartialState()
-    model, processor = load_checkpoint(arguments.model, str(state.device))
-    set_shortest_side(processor, arguments.size)
-    results = {}
-    for name in dict.fromkeys(arguments.benchmarks):
-        with state.main_process_first():
-            benchmark = BENCHMARKS[name](arguments.limit)
-        try:
-            results[name] = evaluate_semantic(
-                model, processor, benchmark, arguments.batch_size, arguments.limit, title=name
-            )
-        except ValueError as error:
-            raise DoorError(f"{name}: {one_line(error)}") from error
-    if state.is_main_process:
-        paths = write_results(arguments.output, str(arguments.model), results)
+    try:
+        accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    except ValueError as error:
+        raise DoorError(one_line(error)) from error
+    with accelerator.main_process_first():
+        benchmarks = {
+            name: load_benchmark(name, options.data_dir, options.split, options.limit) for name in names
+        }
+    words = {
+        name: read_words(files[name], benchmark.classes) if name in files else benchmark.classes
+        for name, benchmark in benchmarks.items()
+    }
+    candidate = Candidate(options, accelerator)
+    runs = [_Run(candidate, name, benchmarks[name], words[name], files.get(name)) for name in names]
+    for run in runs:
+        run.work()
+    if accelerator.is_main_process:
+        results = {run.name: run.results for run in runs}
+        confusions = {run.name: run.confusion for run in runs if run.confusion is not None}
+        paths = write_results(
+            options.output, str(options.model), results, confusions, {run.name: run.examples for run in runs}
+        )
+        if options.update_model_card:
+            update_model_card(candidate.path / "README.md", results)
+        for run in runs:
+            run.progress.forget()
         print(summary_table(results), end="")
         print(f"Scores in per cent; every class: {paths[1]}")
+    accelerator.wait_for_everyone()
     return 0
+
+
+class _Run:
+    """One benchmark of the command."""
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        name: str,
+        benchmark: Any,
+        words: Sequence[Sequence[str]],
+        vocabulary_file: Path | None,
+    ) -> None:
+        from evaluation_ita.progress import Progress, fingerprint
+
+        options: argparse.Namespace = candidate.options
+        self.candidate, self.name, self.benchmark, self.words = candidate, name, benchmark, words
+        self.predictor = candidate.predictor(benchmark, words)
+        possible = benchmark.tasks & self.predictor.tasks
+        self.tasks = possible if options.tasks is None else frozenset(options.tasks)
+        if self.tasks - possible:
+            raise DoorError(
+                f"{name}: this model and these labels cannot be scored for {sorted(self.tasks - possible)}"
+            )
+        self.settings = {
+            "split": benchmark.split,
+            "limit": options.limit,
+            **candidate.settings(),
+            "vocabulary": "the data set's" if vocabulary_file is None else str(vocabulary_file),
+        }
+        key = [
+            candidate.identity(),
+            benchmark.identity,
+            self.settings,
+            words,
+            sorted(self.tasks),
+            _versions(),
+        ]
+        folder = options.output / ".progress" / f"{_file_name(name)}-{fingerprint({'evaluation': key})}"
+        self.progress = Progress(folder, options.save_seconds)
+        self.results: dict[str, Any] = {}
+        self.confusion: np.ndarray | None = None
+        self.examples: list[Any] = []
+
+    def work(self) -> None:
+        """Scores it; the main process has the results then."""
+        from evaluation_ita.evaluator import Workload, evaluate_benchmark
+        from evaluation_ita.worst_and_best import worst_and_best
+
+        options, accelerator = self.candidate.options, self.candidate.accelerator
+        if options.restart and accelerator.is_main_process:
+            self.progress.forget()
+        accelerator.wait_for_everyone()
+        started = time.monotonic()
+        workload = Workload(options.batch_size, options.limit, options.num_workers)
+        scores = evaluate_benchmark(
+            self.predictor, self.benchmark, self.tasks, workload, self.progress, self.name
+        )
+        if scores is None:
+            return
+        seen = self.benchmark.seen or self.predictor.seen
+        names = [names[0] for names in self.words]
+        self.results = scores.results(names, seen, self.benchmark.is_thing)
+        self.results["settings"] = self.settings | {
+            "notes": list(getattr(self.predictor, "notes", ())),
+            "seconds": round(time.monotonic() - started, 1),
+            "processes": accelerator.num_processes,
+            "device": accelerator.device.type,
+            "date": date.today().isoformat(),
+            **_versions(),
+        }
+        if "semantic" in self.tasks:
+            self.confusion = scores.metrics["semantic"].matrix
+            self.examples = worst_and_best(self.predictor, self.benchmark, scores, options.num_examples)
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _file_name(name: str) -> str:
+    return Path(name).name or "benchmark"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +241,30 @@ def relabel(label: np.ndarray, indices: Mapping[int, int], ignore_index: int, pa
     table = np.full(max(indices) + 1, ignore_index, dtype)
     table[list(indices)] = list(indices.values())
     return table[label]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures with a label map each
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """A picture of a release; paths relative to the source, `instances` None where the release has none."""
+
+    image_id: str
+    image: str
+    label: str
+    instances: str | None = None
+
+
+def read_pair(source: Path, item: PictureFiles) -> tuple[bytes, np.ndarray]:
+    """The content of a picture and its label map, (H, W) uint8 or uint16, as they are in the release.
+
+    Raises:
+        ReleaseError: one is missing, cut off or of the wrong kind, or they differ in size.
+    """
+    image_path, label_path = source / item.image, source / item.label
+    image = read_image_bytes(image_path)
+    label = read_label_png(label_path)
+    check_same_size(image_size(image), label, image_path, label_path)
+    return image, label

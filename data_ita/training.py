@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from modeling_ita.vocabulary import normalize_vocabulary
 
 from .augmentation import LargeScaleJitter
+from .prepared import UNFINISHED, DatasetVocabulary, load_prepared, prepared_splits, vocabulary_of
 from .scenes import IGNORE_INDEX, scene, scenes_vocabulary
 
 ENDLESS = 10_000_000  # examples of a world without end: what a sampler counts to
@@ -35,11 +36,13 @@ class TrainingClasses:
         classes: K classes, each a list of names.
         seen: (K,) whether masks of the class are given in training.
         stuff_names: primary names of amorphous classes.
+        ignore_index: label of pixels that are left out.
     """
 
     classes: list[list[str]]
     seen: list[bool]
     stuff_names: list[str]
+    ignore_index: int = IGNORE_INDEX
 
     @property
     def seen_classes(self) -> list[list[str]]:
@@ -78,9 +81,11 @@ def segment_targets(
     return _stack(masks, segment_map.shape), torch.tensor(labels, dtype=torch.int64)
 
 
-def semantic_targets(label_map: np.ndarray, training_label: np.ndarray) -> tuple[Tensor, Tensor]:
-    """One mask per class of a semantic map (H, W) of class ids and 255; returns as `segment_targets`."""
-    classes = [c for c in np.unique(label_map).tolist() if c != IGNORE_INDEX and training_label[c] >= 0]
+def semantic_targets(
+    label_map: np.ndarray, training_label: np.ndarray, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """One mask per class of a semantic map (H, W) of class ids and `ignore_index`; returns as `segment_targets`."""
+    classes = [c for c in np.unique(label_map).tolist() if c != ignore_index and training_label[c] >= 0]
     labels = torch.tensor([int(training_label[c]) for c in classes], dtype=torch.int64)
     return _stack([label_map == c for c in classes], label_map.shape), labels
 
@@ -145,15 +150,16 @@ class DiskTraining(Dataset):
     """Training examples from a `datasets.Dataset` with columns `image` and either `label` or `panoptic`.
 
     Args:
-        dataset: `image` (Image); `label` (Image, 8 bits, class ids, 255 ignored), or `panoptic` (Image or array,
-            segment ids) with `segments` (list of {"id", "category_id", "isthing"}), taken if there is one.
+        dataset: `image` (Image); `label` (Image of class ids and the classes' ignore index), or `panoptic` (Image or
+            array, segment ids) with `segments` (list of {"id", "category_id", "isthing"}, and perhaps "iscrowd":
+            those are left out), taken if there is one.
         classes: the data set's classes.
         jitter: augmentation.
     """
 
     def __init__(self, dataset: Any, classes: TrainingClasses, jitter: LargeScaleJitter) -> None:
         self.dataset, self.jitter = dataset, jitter
-        self.training_label = classes.training_label
+        self.training_label, self.ignore_index = classes.training_label, classes.ignore_index
         self.panoptic = {"panoptic", "segments"} <= set(dataset.column_names)
 
     def __len__(self) -> int:
@@ -165,10 +171,14 @@ class DiskTraining(Dataset):
         image, labels = self.jitter(picture_tensor(example["image"]), torch.from_numpy(source))
         label_map = labels.numpy()
         if self.panoptic:
-            segments = [{**row, "class_id": row["category_id"]} for row in rows(example["segments"])]
+            segments = [
+                {**row, "class_id": row["category_id"]}
+                for row in rows(example["segments"])
+                if not row.get("iscrowd")
+            ]
             masks, class_labels = segment_targets(label_map, segments, self.training_label)
         else:
-            masks, class_labels = semantic_targets(label_map, self.training_label)
+            masks, class_labels = semantic_targets(label_map, self.training_label, self.ignore_index)
         return {"image": image, "mask_labels": masks, "class_labels": class_labels}
 
 
@@ -195,10 +205,10 @@ def load_disk(
     jitter: LargeScaleJitter,
     eval_images: int,
 ) -> tuple[TrainingClasses, DiskTraining, DiskEvaluation | None]:
-    """Classes, training and evaluation examples of a data set that `datasets` saved.
+    """Classes, training and evaluation examples of a data set that `run_prepare.py` made or `datasets` saved.
 
     Args:
-        folder: of a `DatasetDict`, or of a `Dataset`, which is then all for training.
+        folder: of a prepared data set, of a `DatasetDict`, or of a `Dataset`, which is then all for training.
         unseen: names of classes whose masks are withheld.
         eval_images: evaluate on this many pictures at most.
 
@@ -208,8 +218,7 @@ def load_disk(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no data set folder {folder}")
-    loaded = load_from_disk(folder)
-    splits = loaded if isinstance(loaded, dict) else {train_split: loaded}
+    splits = disk_splits(folder, train_split, eval_split)
     if train_split not in splits:
         raise ValueError(f"{folder} has no split {train_split!r}, only {', '.join(splits)}")
     train = splits[train_split]
@@ -226,12 +235,24 @@ def load_disk(
     return chosen, DiskTraining(train, chosen, jitter), evaluation
 
 
+def disk_splits(folder: str, train_split: str, eval_split: str) -> dict[str, Any]:
+    """The splits in a folder as `datasets.Dataset`, of a prepared data set only the two asked for; raises as
+    `load_disk`."""
+    saved = any((Path(folder) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if not saved and any((Path(folder) / name).is_dir() for name in ("data", UNFINISHED)):
+        names = list(prepared_splits(folder))
+        wanted = [name for name in names if name in (train_split, eval_split)] or names
+        return {name: load_prepared(folder, name) for name in wanted}
+    loaded = load_from_disk(folder)
+    return loaded if isinstance(loaded, dict) else {train_split: loaded}
+
+
 def disk_classes(dataset: Any, unseen: Sequence[str] = ()) -> TrainingClasses:
     """The classes of a data set.
 
     They are the table `classes` of `name`, `synonyms`, `isthing` and `seen` (all but the name optional) in the
-    JSON of `dataset.info.description`, as `scenes_dataset` writes it; or else the names of the first ClassLabel
-    among the features, where commas separate synonyms. Ids count in that order.
+    JSON of `dataset.info.description`, as `scenes_dataset` writes it; or the vocabulary of a prepared data set; or
+    else the names of the first ClassLabel among the features, where commas separate synonyms. Ids count in that order.
 
     Args:
         dataset: a `datasets.Dataset`.
@@ -240,7 +261,11 @@ def disk_classes(dataset: Any, unseen: Sequence[str] = ()) -> TrainingClasses:
     Raises:
         ValueError: there are no class names, or `unseen` has one that is none of them.
     """
-    table = class_table(dataset.info.description) or [{"name": n} for n in class_names(dataset.features)]
+    table, ignore_index = class_table(dataset.info.description), IGNORE_INDEX
+    if not table and {"classes", "ignore_index"} <= set(dataset.features):
+        vocabulary = vocabulary_of(dataset)
+        table, ignore_index = vocabulary_table(vocabulary), vocabulary.ignore_index
+    table = table or [{"name": name} for name in class_names(dataset.features)]
     if not table:
         raise ValueError("the data set has no class names: none of its features is or holds a ClassLabel")
     classes = [
@@ -254,7 +279,7 @@ def disk_classes(dataset: Any, unseen: Sequence[str] = ()) -> TrainingClasses:
         for row, names in zip(table, classes, strict=True)
     ]
     stuff = [names[0] for row, names in zip(table, classes, strict=True) if not row.get("isthing", True)]
-    return TrainingClasses(classes, seen, stuff)
+    return TrainingClasses(classes, seen, stuff, ignore_index)
 
 
 def class_table(description: str) -> list[dict[str, Any]]:
@@ -264,6 +289,15 @@ def class_table(description: str) -> list[dict[str, Any]]:
     except ValueError:
         return []
     return values.get("classes", []) if isinstance(values, dict) else []
+
+
+def vocabulary_table(vocabulary: DatasetVocabulary) -> list[dict[str, Any]]:
+    """The table of classes of a prepared data set; classes count as things where that is not known."""
+    is_thing = vocabulary.is_thing or [True] * len(vocabulary.classes)
+    return [
+        {"name": names[0], "synonyms": names[1:], "isthing": thing}
+        for names, thing in zip(vocabulary.classes, is_thing, strict=True)
+    ]
 
 
 def class_names(features: Any) -> list[str]:

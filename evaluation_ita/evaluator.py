@@ -1,65 +1,170 @@
-"""Runs a model over a benchmark, on one process or several, into one confusion matrix."""
+"""Runs a predictor over a benchmark: on one process or several, in one go or in several.
+
+Pictures are cut into batches once and for all; batches are dealt out to processes and done in any order. So the
+number of processes, an interruption and the place where it came leave the scores as they are, to the last bit.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from evaluation_ita.benchmarks import Benchmark
-from evaluation_ita.semantic import ConfusionMatrix
-from modeling_ita.vocabulary import normalize_vocabulary
+from evaluation_ita.door import BROKEN_PICTURE_ERRORS, DoorError, one_line
+from evaluation_ita.predictors import Predictor
+from evaluation_ita.progress import Progress
+from evaluation_ita.scores import BenchmarkScores
 
 
-@torch.inference_mode()
-def evaluate_semantic(
-    model: Any,
-    processor: Any,
+@dataclass(frozen=True)
+class Workload:
+    """How the work is cut.
+
+    Attributes:
+        batch_size: pictures at a time.
+        limit: only so many pictures, from the first; None for all.
+        num_workers: threads that decode pictures while the model computes.
+    """
+
+    batch_size: int = 1
+    limit: int | None = None
+    num_workers: int = 2
+
+
+def evaluate_benchmark(
+    predictor: Predictor,
     benchmark: Benchmark,
-    batch_size: int = 4,
-    limit: int | None = None,
+    tasks: frozenset[str],
+    workload: Workload,
+    progress: Progress,
     title: str = "",
-) -> dict[str, Any]:
-    """Scores of a model on a benchmark, at the labels' own size.
-
-    Batches are cut before they are dealt out to processes, so that any number of processes gives the same result.
+) -> BenchmarkScores | None:
+    """Scores of a predictor on a benchmark.
 
     Args:
-        model: in eval mode, on the device of `PartialState`.
-        limit: only so many pictures, from the first; None for all.
+        predictor: on every process alike.
+        tasks: what is scored.
+        progress: where counts are kept from time to time, and taken up again.
         title: what the progress bar is called.
 
     Returns:
-        what `ConfusionMatrix.compute` gives, without `per_class_iou` and with `num_images` and `classes`: for each
-        class {"name", "seen", "iou"} (nan where not counted); on every process.
+        the scores, on the main process; None on the others.
 
     Raises:
-        ValueError: if labels are neither classes nor `ignore_index`.
+        DoorError: a picture or its labels cannot be scored.
     """
     state = PartialState()
-    count = len(benchmark.pictures) if limit is None else min(limit, len(benchmark.pictures))
-    starts = range(0, count, batch_size)[state.process_index :: state.num_processes]
-    confusion = ConfusionMatrix(len(benchmark.classes), benchmark.ignore_index)
-    vocabulary = normalize_vocabulary(benchmark.classes)
-    for start in tqdm(starts, desc=title, unit="batch", disable=not state.is_main_process):
-        rows = [benchmark.pictures[index] for index in range(start, min(start + batch_size, count))]
-        references = [np.array(row["label"]) for row in rows]
-        inputs = processor(images=[row["image"] for row in rows], return_tensors="pt").to(model.device)
-        outputs = model(**inputs, vocabulary=vocabulary)
-        sizes = [reference.shape for reference in references]
-        maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-        for prediction, reference in zip(maps, references, strict=True):
-            confusion.update(prediction, reference)
-    matrices = gather(torch.from_numpy(confusion.matrix)[None].to(state.device))
-    confusion.matrix = matrices.sum(0).cpu().numpy()
-    scores = confusion.compute(benchmark.seen)
-    rows_of_classes = zip(
-        benchmark.classes, benchmark.seen, scores.pop("per_class_iou").tolist(), strict=True
+    count = benchmark.num_images if workload.limit is None else min(workload.limit, benchmark.num_images)
+    batches = range(-(-count // workload.batch_size))
+    earlier, done = _take_up(benchmark, tasks, progress, state)
+    own = [number for number in batches if number not in done][state.process_index :: state.num_processes]
+    scores = BenchmarkScores(len(benchmark.classes), benchmark.ignore_index, benchmark.is_thing, tasks)
+    bar = tqdm(
+        total=len(batches),
+        initial=len(done),
+        desc=title,
+        unit="batch",
+        disable=not state.is_main_process,
     )
-    scores["num_images"] = count
-    scores["classes"] = [{"name": names[0], "seen": seen, "iou": iou} for names, seen, iou in rows_of_classes]
-    return scores
+    with bar:
+        work = _Work(predictor, benchmark, tasks, workload, count, own)
+        for finished in work.counted(scores):
+            if progress.due() or len(finished) == len(own):
+                progress.write(finished, scores.state_dict())
+            bar.update(min(state.num_processes, len(batches) - bar.n))
+    parts = gather_object([scores.state_dict()])
+    if not state.is_main_process:
+        return None
+    for part in parts:
+        loaded = BenchmarkScores(*scores.arguments)
+        loaded.load_state_dict(part)
+        earlier = earlier + loaded
+    return earlier
+
+
+def _take_up(
+    benchmark: Benchmark, tasks: frozenset[str], progress: Progress, state: PartialState
+) -> tuple[BenchmarkScores, set[int]]:
+    """What an interrupted run had counted (on the main process), and the numbers of its batches (on all)."""
+    total = BenchmarkScores(len(benchmark.classes), benchmark.ignore_index, benchmark.is_thing, tasks)
+    done: set[int] = set()
+    if state.is_main_process:
+        done, parts = progress.read()
+        for part in parts:
+            loaded = BenchmarkScores(*total.arguments)
+            loaded.load_state_dict(part)
+            total = total + loaded
+    shared = [done]
+    broadcast_object_list(shared)
+    return total, shared[0]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The batches of one process."""
+
+    predictor: Predictor
+    benchmark: Benchmark
+    tasks: frozenset[str]
+    workload: Workload
+    count: int
+    batches: Sequence[int]
+
+    def counted(self, scores: BenchmarkScores) -> Iterator[list[int]]:
+        """Adds one batch after the other to `scores`, and yields the batches that are in."""
+        finished: list[int] = []
+        numbers = [number for batch in self.batches for number in self._members(batch)]
+        samples = self._decoded(numbers)
+        for batch in self.batches:
+            members = self._members(batch)
+            some = list(islice(samples, len(members)))
+            if len(some) < len(members):
+                raise DoorError(
+                    f"the data set ends before picture {members[-1] + 1} of the {self.count} that it promises"
+                )
+            sizes = [sample["label"].shape for sample in some]
+            predictions = self.predictor([sample["image"] for sample in some], sizes, self.tasks)
+            for number, sample, prediction in zip(members, some, predictions, strict=True):
+                try:
+                    scores.update(number, sample, prediction)
+                except ValueError as error:
+                    raise DoorError(f"picture {sample['image_id']}: {one_line(error)}") from error
+            finished.append(batch)
+            yield finished
+
+    def _members(self, batch: int) -> range:
+        size = self.workload.batch_size
+        return range(batch * size, min((batch + 1) * size, self.count))
+
+    def _decoded(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The samples with these numbers, in order, decoded by threads a little ahead of their use."""
+        waiting: deque[Future] = deque()
+        ahead = self.workload.batch_size + self.workload.num_workers
+        with ThreadPoolExecutor(self.workload.num_workers) as pool:
+            for row in self.benchmark.samples(numbers):
+                waiting.append(pool.submit(decoded, self.benchmark, row))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+def decoded(benchmark: Benchmark, row: Any) -> dict[str, Any]:
+    """One picture and its labels.
+
+    Raises:
+        DoorError: they cannot be read, or are not of one size; the message names the picture.
+    """
+    name = row.get("image_id", "?") if isinstance(row, dict) else "?"
+    try:
+        return benchmark.decode(row)
+    except BROKEN_PICTURE_ERRORS as error:
+        raise DoorError(f"picture {name} cannot be scored: {one_line(error, 160)}") from error

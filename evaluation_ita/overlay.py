@@ -56,6 +56,20 @@ def draw_overlay(
     Raises:
         ValueError: if sizes differ or alpha is outside [0, 1].
     """
+    return add_legend(*paint_segments(image, segmentation, legend, alpha))
+
+
+def paint_segments(
+    image: Image.Image,
+    segmentation: Any,
+    legend: Sequence[LegendEntry],
+    alpha: float = 0.55,
+) -> tuple[Image.Image, list[LegendEntry]]:
+    """`draw_overlay` without the legend; takes and raises the same.
+
+    Returns:
+        the painted RGB picture, and the legend's entries that are in it, largest first.
+    """
     ids = np.asarray(segmentation.detach().cpu() if hasattr(segmentation, "detach") else segmentation)
     if ids.shape != (image.height, image.width):
         raise ValueError(f"segmentation has shape {ids.shape} for a picture of {(image.height, image.width)}")
@@ -63,30 +77,34 @@ def draw_overlay(
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
     image = image.convert("RGB")
     if not legend:
-        return image
+        return image, []
     lowest, highest = min(entry[0] for entry in legend), max(entry[0] for entry in legend)
-    places = ids.astype(np.int64).clip(lowest - 1, highest + 1) - (
-        lowest - 1
-    )  # ids outside: the first or last
+    # Ids outside of the legend's take the first or the last place.
+    places = ids.astype(np.int64).clip(lowest - 1, highest + 1) - (lowest - 1)
     areas = np.bincount(places.ravel(), minlength=highest - lowest + 3)
     present = [entry for entry in legend if areas[entry[0] - lowest + 1]]
     present.sort(key=lambda entry: -areas[entry[0] - lowest + 1])
     if not present:
-        return image
+        return image, []
     if image.width * image.height > MAX_PICTURE_PIXELS:
         image, places = _shrink(image, places)
     colors, known = np.zeros((len(areas), 3), dtype=np.uint8), np.zeros(len(areas), dtype=bool)
     for index, _, _ in present:
         colors[index - lowest + 1], known[index - lowest + 1] = color_of(index), True
-    return _with_legend(_paint(image, places, colors, known, alpha), present)
+    return _paint(image, places, colors, known, alpha), present
 
 
 def _shrink(image: Image.Image, places: np.ndarray) -> tuple[Image.Image, np.ndarray]:
     factor = math.sqrt(MAX_PICTURE_PIXELS / (image.width * image.height))
     width, height = max(1, int(image.width * factor)), max(1, int(image.height * factor))
-    rows = np.arange(height) * places.shape[0] // height
-    columns = np.arange(width) * places.shape[1] // width
-    return image.resize((width, height), Image.Resampling.BILINEAR), places[rows[:, None], columns]
+    return image.resize((width, height), Image.Resampling.BILINEAR), resize_labels(places, (height, width))
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label map (H, W) brought to `size` (height, width): the nearest label above and left of each pixel."""
+    rows = np.arange(size[0]) * labels.shape[0] // size[0]
+    columns = np.arange(size[1]) * labels.shape[1] // size[1]
+    return labels[rows[:, None], columns]
 
 
 def _paint(
@@ -109,7 +127,10 @@ def _outlines(places: np.ndarray) -> np.ndarray:
     return edges
 
 
-def _with_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
+def add_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
+    """The picture with a strip that names the colours of these ids; the picture itself if there are none."""
+    if not entries:
+        return picture
     lines: list[tuple[int | None, str]] = [(index, _line(label, score)) for index, label, score in entries]
     if len(lines) > MAX_LEGEND_ENTRIES:
         hidden = len(lines) - MAX_LEGEND_ENTRIES

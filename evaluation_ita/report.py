@@ -1,98 +1,161 @@
-"""Scores as files: `results.json` for programs, `results.md` for people.
+"""Everything that an evaluation writes: scores for programs and for people, tables, pictures, one HTML page.
 
-A score that was not measured (nan) is null in JSON and a dash in the table; it is never written as a number.
+    results.json            all numbers
+    results.md              tables beside published scores, classes, confusions
+    report.html             the same to click through, with pictures, in one file
+    model_index.yaml        front matter for the model card
+    BENCHMARK/              per_class.csv, confusion.npz and .png, best_1.jpg, worst_1.jpg, ...
+
+A score that was not measured (nan) is null in JSON, empty in CSV and a dash in tables; it is never written as a number.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+import platform
+import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evaluation_ita.confusion_picture import confusion_picture
 from evaluation_ita.door import write_files
+from evaluation_ita.example_pictures import ExamplePicture, encode_picture, numbered, side_by_side
+from evaluation_ita.html_report import html_report
+from evaluation_ita.markdown_report import markdown_report, markdown_table, summary_table
+from evaluation_ita.model_index import model_index_yaml
+from evaluation_ita.score_tables import CLASS_COLUMNS, Evaluation, Results, class_names
 
-# Column title -> key of `ConfusionMatrix.compute`.
-SEMANTIC_COLUMNS = {
-    "mIoU": "miou",
-    "mIoU seen": "miou_seen",
-    "mIoU unseen": "miou_unseen",
-    "fwIoU": "fwiou",
-    "mAcc": "macc",
-    "pAcc": "pacc",
-}
+__all__ = ["ExamplePicture", "markdown_table", "summary_table", "write_results"]
 
-
-def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A GitHub Markdown table; floats are scores in [0, 1] and are shown as percentages with two decimals."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "".join("| " + " | ".join(_cell(value) for value in line) + " |\n" for line in lines)
-
-
-def summary_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row a benchmark, in Markdown; `results` as for `results_markdown`."""
-    titles = ["benchmark", "images", "classes counted", *SEMANTIC_COLUMNS]
-    rows = [
-        [
-            name,
-            scores["num_images"],
-            f"{scores['num_classes_counted']} of {len(scores['classes'])}",
-            *(scores.get(key, math.nan) for key in SEMANTIC_COLUMNS.values()),
-        ]
-        for name, scores in results.items()
-    ]
-    return markdown_table(titles, rows)
+PACKAGES = (
+    "ita-segmentation",
+    "torch",
+    "transformers",
+    "open_clip_torch",
+    "timm",
+    "numpy",
+    "pillow",
+    "datasets",
+)
+JPEG_QUALITY = 88
 
 
-def results_markdown(model: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The whole report: the summary, then the IoU of every class that was counted, best first.
+def write_results(
+    output: Path,
+    model: str,
+    results: Results,
+    confusions: Mapping[str, np.ndarray] | None = None,
+    examples: Mapping[str, Sequence[ExamplePicture]] | None = None,
+) -> tuple[Path, Path]:
+    """Writes all files under `output` (made if missing), whole or not at all.
 
     Args:
         model: what was evaluated, as given by the user.
-        results: benchmark name -> scores of `ConfusionMatrix.compute` with `num_images`, and `classes`: list of
-            {"name": str, "iou": float, "seen": bool or None}.
-    """
-    text = f"# Results of `{model}`\n\nScores in per cent.\n\n" + summary_table(results)
-    for name, scores in results.items():
-        words = {True: "seen", False: "unseen", None: "-"}
-        counted = [entry for entry in scores["classes"] if not math.isnan(entry["iou"])]
-        counted.sort(key=lambda entry: -entry["iou"])
-        text += f"\n## {name}: IoU of each class\n\n"
-        text += markdown_table(
-            ["class", "masks in training", "IoU"],
-            [[entry["name"], words[entry["seen"]], entry["iou"]] for entry in counted],
-        )
-    return text
-
-
-def write_results(output: Path, model: str, results: Mapping[str, Mapping[str, Any]]) -> tuple[Path, Path]:
-    """Writes `results.json` and `results.md` under `output` (made if missing), whole or not at all.
+        results: benchmark -> scores, see `evaluation_ita.score_tables`.
+        confusions: benchmark -> `ConfusionMatrix.matrix`, of those that have one.
+        examples: benchmark -> its best and worst pictures, in the order in which they are shown.
 
     Returns:
-        the two paths.
+        the paths of `results.json` and `results.md`.
+
+    Raises:
+        DoorError: if a file cannot be written.
     """
-    json_path, markdown_path = output / "results.json", output / "results.md"
-    document = {"model": model, "benchmarks": _plain(results)}
-    write_files(
-        {
-            json_path: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(),
-            markdown_path: results_markdown(model, results).encode(),
-        }
+    confusions = {name: matrix for name, matrix in (confusions or {}).items() if np.any(matrix)}
+    evaluation = Evaluation(
+        model=model,
+        results=results,
+        confusions=confusions,
+        confusion_pictures={
+            name: confusion_picture(matrix, class_names(results[name])) for name, matrix in confusions.items()
+        },
+        examples=examples or {},
+        folders=folder_names(list(results)),
+        versions=versions_used(),
     )
-    return json_path, markdown_path
+    contents = _overall_files(evaluation)
+    for benchmark in results:
+        contents |= _benchmark_files(evaluation, benchmark)
+    write_files({output / name: content for name, content in contents.items()})
+    return output / "results.json", output / "results.md"
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, (float, np.floating)):
-        return "-" if math.isnan(value) else f"{100 * value:.2f}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+def _overall_files(evaluation: Evaluation) -> dict[str, bytes]:
+    """The files of the whole evaluation, by their names."""
+    model, results = evaluation.model, evaluation.results
+    document = {"model": model, "benchmarks": _plain(results), "versions": evaluation.versions}
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    name = Path(model).name or Path(model).resolve().name or model
+    return {
+        "results.json": text.encode("utf-8", "backslashreplace"),  # JSON's own escape for a lone surrogate
+        "results.md": _encode(markdown_report(evaluation)),
+        "report.html": _encode(html_report(evaluation)),
+        "model_index.yaml": _encode(model_index_yaml(results, name)),
+    }
+
+
+def _benchmark_files(evaluation: Evaluation, benchmark: str) -> dict[str, bytes]:
+    """The files of one benchmark, by their names under the output folder."""
+    files = {"per_class.csv": _encode(per_class_csv(evaluation.results[benchmark]["classes"]))}
+    if benchmark in evaluation.confusions:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, confusion=evaluation.confusions[benchmark])
+        files["confusion.npz"] = buffer.getvalue()
+        files["confusion.png"] = encode_picture(evaluation.confusion_pictures[benchmark], "PNG")
+    for name, example in numbered(evaluation.examples.get(benchmark, ())).items():
+        files[f"{name}.jpg"] = encode_picture(side_by_side(example), "JPEG", JPEG_QUALITY)
+    return {f"{evaluation.folders[benchmark]}/{name}": content for name, content in files.items()}
+
+
+def per_class_csv(classes: Sequence[Mapping[str, Any]]) -> str:
+    """All classes in the order of their indices; scores as fractions, nothing where there is none."""
+    keys = [key for key in CLASS_COLUMNS.values() if any(key in entry for entry in classes)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["index", "name", "seen", "is_thing", *keys])
+    for index, entry in enumerate(classes):
+        values = [_plain(entry.get(key)) for key in ("name", "seen", "is_thing", *keys)]
+        writer.writerow([index, *("" if value is None else value for value in values)])
+    return text.getvalue()
+
+
+def folder_names(benchmarks: Sequence[str]) -> dict[str, str]:
+    """A folder name for each benchmark: its name, without what a file system may refuse; no two alike."""
+    folders: dict[str, str] = {}
+    for benchmark in benchmarks:
+        plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", benchmark).strip("._")[:100] or "benchmark"
+        folder, number = plain, 2
+        while folder.lower() in {taken.lower() for taken in folders.values()}:
+            folder, number = f"{plain}_{number}", number + 1
+        folders[benchmark] = folder
+    return folders
+
+
+def versions_used() -> dict[str, str]:
+    """Versions of Python and of the packages that decide on the numbers, of those that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _encode(text: str) -> bytes:
+    """UTF-8; what cannot be written in it (a lone surrogate of a file name) becomes a question mark."""
+    return text.encode("utf-8", "replace")
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: arrays as lists, nan as None."""
+    """What JSON can hold: arrays as lists, nan and infinity as None, what it does not know as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -100,5 +163,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, (float, np.floating)):
-        return None if math.isnan(value) else float(value)
-    return int(value) if isinstance(value, np.integer) else value
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    return value if value is None else str(value)

@@ -75,13 +75,13 @@ def build_ade20k_150(folder: Path, instances: bool = True) -> dict[str, dict[str
     first = save_jpeg(folder / "images/validation/ADE_val_00000001.jpg")
     annotation = [
         [3, 3, 3, 3, 3, 3],
-        [1, 1, 13, 13, 0, 1],
+        [1, 1, 13, 13, 1, 1],
         [1, 1, 13, 13, 13, 0],
         [7, 7, 7, 8, 8, 150],
     ]
     first_label = [
         [2, 2, 2, 2, 2, 2],
-        [0, 0, 12, 12, VOID, 0],
+        [0, 0, 12, 12, 0, 0],
         [0, 0, 12, 12, 12, VOID],
         [6, 6, 6, 7, 7, 149],
     ]

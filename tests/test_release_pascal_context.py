@@ -132,7 +132,9 @@ def test_a_mask_of_another_size_is_named(frequent):
     check_refused(PascalContext59(), frequent, "2008_000002.jpg", "mask 0", "6 x 4", "7 x 4")
 
 
-@pytest.mark.parametrize("counts", ["", "9", "4", "92207zzzzzzz", "9220\u00e9", "9220P", [3, 2, 19]])
+@pytest.mark.parametrize(
+    "counts", ["", "9", "4", "92207zzzzzzz", "92207P", "9220\u00e9", "9220P", [3, 2, 19]]
+)
 def test_a_damaged_mask_is_named(frequent, counts):
     change_json(
         frequent,
@@ -190,6 +192,8 @@ def test_a_label_map_of_another_size_name_or_type_is_named(full):
     check_refused(PascalContext459(), full, MAT, "no 'LabelMap'")
     save_label_map(full / MAT, np.ones((4, 6)), dtype=np.float64)
     check_refused(PascalContext459(), full, MAT, "float64")
+    save_label_map(full / MAT, np.ones((4, 6, 2)))
+    check_refused(PascalContext459(), full, MAT, "3 dimensions")
 
 
 def test_without_the_folder_of_labels_it_is_asked_for(full):

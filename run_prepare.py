@@ -1,0 +1,102 @@
+"""Turns a benchmark's official release into a `datasets` data set on disk (docs/datasets.md).
+
+    python run_prepare.py pascal-voc-20 --source VOCdevkit/VOC2012 --output data/pascal-voc-20 --split validation
+
+Pictures stay as they are, labels become lossless PNGs, and the data set knows its own classes: `load_dataset(OUTPUT)`
+reads it, with `streaming=True` too. A run that was interrupted goes on where it was when the command is given again;
+one with nothing to do says so. Every file that is missing or malformed is named, and then nothing is published.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from data_ita.prepare import Preparation, PrepareError, prepare
+from data_ita.release import ReleaseError
+from data_ita.releases import FOLDER, RELEASES, open_release
+from evaluation_ita.door import DoorError, DoorParser, open_door, output_folder, positive_int
+
+SHOWN_PROBLEMS = 20
+
+
+def build_parser() -> DoorParser:
+    parser = DoorParser(description="Turns a benchmark's official release into a datasets data set on disk.")
+    parser.add_argument("benchmark", choices=sorted(RELEASES), metavar="BENCHMARK", help=", ".join(RELEASES))
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder of the release")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    parser.add_argument(
+        "--split", help="train or validation, added to what the output has (default: all there are)"
+    )
+    parser.add_argument(
+        "--num_proc", type=positive_int, default=1, metavar="N", help="processes (default %(default)s)"
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="only the first N pictures of each split"
+    )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help=f"class names of {FOLDER} (its classes.json or classes.txt)",
+    )
+    return parser
+
+
+def main() -> NoReturn:
+    """The door: the process's arguments in, its exit status out."""
+    open_door(prepare_benchmark)
+
+
+def prepare_benchmark(argv: Sequence[str] | None = None) -> int:
+    """Does what the arguments say. Returns 0, or 1 where pictures cannot be used.
+
+    Raises:
+        DoorError: what stops everything, in one line.
+    """
+    arguments = build_parser().parse_door(argv)
+    if arguments.classes is not None and arguments.benchmark != FOLDER:
+        raise DoorError(f"--classes is for {FOLDER}: {arguments.benchmark} has classes of its own")
+    output_folder(arguments.output)
+    try:
+        release = open_release(arguments.benchmark, arguments.source, arguments.classes)
+        if arguments.split not in (None, *release.splits):
+            raise DoorError(f"--split: no split {arguments.split!r}, only {', '.join(release.splits)}")
+        wanted = Preparation(
+            benchmark=arguments.benchmark,
+            release=release,
+            source=arguments.source,
+            output=arguments.output,
+            splits=release.splits if arguments.split is None else [arguments.split],
+            limit=arguments.limit,
+            num_proc=arguments.num_proc,
+        )
+        outcome = prepare(wanted)
+    except ReleaseError as error:
+        raise DoorError(error) from error
+    except PrepareError as error:
+        if not error.problems:
+            raise DoorError(error) from error
+        _show_problems(error)
+        return 1
+    counts = ", ".join(f"{split}: {count:,} pictures" for split, count in outcome.num_images.items())
+    if not outcome.written:
+        print(f"{arguments.output} is up to date ({counts}): nothing to do")
+    else:
+        print(f"{arguments.output}: {counts}")
+    return 0
+
+
+def _show_problems(error: PrepareError) -> None:
+    print(f"run_prepare.py: error: {error}:", file=sys.stderr)
+    for problem in error.problems[:SHOWN_PROBLEMS]:
+        print(f"  {problem}", file=sys.stderr)
+    more = len(error.problems) - SHOWN_PROBLEMS
+    if more > 0:
+        print(f"  and {more:,} more", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
