@@ -7,7 +7,8 @@ statistics, pad at the bottom and on the right to a common multiple of 32. Befor
 The way out is the read-out of Mask2Former (arXiv 2112.01527, section 3) and FC-CLIP (arXiv 2308.02487): each
 query's mask logits are brought to the size asked for, and scored there. Both bilinear resizes (mask to
 network input, image part of the input to the size asked for) are separable, so a band of output rows needs a
-few mask rows only: nothing of size (queries, height, width) or (classes, height, width) is ever held.
+few mask rows only: nothing of size (queries, height, width) or (classes, height, width) is ever held. Bands
+lie in memory with queries last, so that a step of resizing is one long loop, and scoring a matrix product.
 
 Symbols: Q queries, K classes, (h, w) a mask's size, (H, W) the output's size.
 """
@@ -42,7 +43,9 @@ logger = logging.get_logger(__name__)
 MASK_STRIDE = 4  # a mask logit covers 4 x 4 pixels of the network input
 IMAGE_STRIDE = 32  # an image is segmented as if it were padded to multiples of this; a batch pads it further
 MAX_INSTANCES = 100  # (query, class) pairs that the instance read-out looks at
-BAND_BYTES = 32 * 2**20  # what one band of output rows may take, in bytes
+BAND_BYTES = 8 * 2**20  # what one band of output rows may take, in bytes; caches hold it, mostly
+GROUP_SIZE = 8  # queries, and classes, that share one bound on what they say for each other
+ROUNDING = 1e-4  # what sums of a few hundred float32 may be off, relative, and more
 
 
 class ITAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -259,67 +262,88 @@ class MaskBands:
             self._row_steps = (network[0], int(cropped[0]), int(target[0]))
             self._column_steps = (network[1], int(cropped[1]), int(target[1]))
         self.size = (self._row_steps[-1], self._column_steps[-1])
-        identity = torch.eye(height).view(1, 1, height, height)
-        self._row_weights = _resize_rows(identity, self._row_steps)[0, 0]  # (H, h), at most four in a row
+        identity = torch.eye(height)[:, :, None]
+        self._row_weights = _resize(identity, self._row_steps)[:, :, 0].T  # (H, h), at most four in a row
+        self._cells = mask_logits.permute(1, 2, 0)  # (h, w, Q)
+        if not self._as_they_are:
+            self._cells = self._cells.float().contiguous()
 
     def bands(self, values_per_pixel: int) -> Iterator[tuple[slice, Tensor]]:
         """Yields (rows, logits (Q, rows, W) float32, the caller's to change), so many rows at once that
         `values_per_pixel` float32 numbers for each of their pixels take `BAND_BYTES` or less (one row at
-        least)."""
+        least). In memory, logits have their queries last."""
         height, width = self.size
         step = max(1, BAND_BYTES // (4 * width * max(1, values_per_pixel)))
         for start in range(0, height, step):
             rows = slice(start, min(start + step, height))
-            if self._as_they_are:
-                yield rows, self.mask_logits[:, rows].to(torch.float32, copy=True)
-                continue
-            weights = self._row_weights[rows]
-            touched = weights.any(0).nonzero()
-            source = slice(int(touched[0]), int(touched[-1]) + 1)
-            logits = _resize_columns(self.mask_logits[:, None, source].float(), self._column_steps)[:, 0]
-            yield rows, weights[:, source].to(logits.device) @ logits
+            yield rows, self.rows(rows)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Logits (Q, rows, W) float32 of some rows of the output, at least one; the caller's to change."""
+        if self._as_they_are:
+            return self._cells[rows].to(torch.float32, copy=True).permute(2, 0, 1)
+        weights = self._row_weights[rows]
+        touched = weights.any(0).nonzero()
+        source = slice(int(touched[0]), int(touched[-1]) + 1)
+        cells = self._cells[source]
+        logits = (weights[:, source].to(cells.device) @ cells.flatten(1)).unflatten(1, cells.shape[1:])
+        return _resize(logits, self._column_steps).permute(2, 0, 1)
 
 
-def _resize_columns(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
-    """(Q, 1, h, w) -> (Q, 1, h, W): to the network input's width, cropped, to the output's width."""
+def _resize(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
+    """(rows, w, Q) -> (rows, W, Q): to the network input's width, cropped, to the output's width."""
     network, cropped, target = steps
     for width, keep in ((network, cropped), (target, target)):
-        if values.shape[-1] != width:
-            values = interpolate(values, size=(values.shape[-2], width), mode="bilinear", align_corners=False)
-        values = values[..., :keep]
+        if values.numel() == 0:
+            values = values.new_zeros(len(values), width, values.shape[2])
+        elif values.shape[1] != width:
+            picture = values[None].permute(
+                0, 3, 1, 2
+            )  # channels last, which is how it lies in memory already
+            size = (len(values), width)
+            picture = interpolate(picture, size=size, mode="bilinear", align_corners=False)
+            values = picture.permute(0, 2, 3, 1)[0]
+        values = values[:, :keep]
     return values
-
-
-def _resize_rows(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
-    """(Q, 1, h, w) -> (Q, 1, H, w), likewise."""
-    return _resize_columns(values.transpose(-1, -2), steps).transpose(-1, -2)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Read-out of one image
 
 
-def _class_probabilities(class_logits: Tensor) -> Tensor:
+def class_probabilities(class_logits: Tensor) -> Tensor:
     """(Q, K + 1) logits or log-probabilities, void last -> (Q, K + 1) float32 probabilities."""
     return class_logits.float().softmax(-1)
 
 
-def _semantic_bands(
+def _presence(
     class_logits: Tensor,
     mask_logits: Tensor,
     image_size: Sequence[int] | None,
     target_size: Sequence[int] | None,
-) -> tuple[tuple[int, int], Iterator[tuple[slice, Tensor]]]:
-    probabilities = _class_probabilities(class_logits)[:, :-1]
-    chosen = (probabilities > 0).any(-1)  # rows of padding have no share in any class
-    weights = probabilities[chosen].T.contiguous()
-    masks = MaskBands(mask_logits[chosen], image_size, target_size)
+    more_per_pixel: int,
+) -> tuple[Tensor, tuple[int, int], Iterator[tuple[slice, Tensor]]]:
+    """Class probabilities (Q', K) of the queries that have a share in any class; the output's size; and for each
+    band its rows and mask probabilities (pixels, Q'). `more_per_pixel`: numbers that the caller adds to Q'.
+
+    Queries are ordered by their best class and cut into G groups of `GROUP_SIZE` (the last is filled up with queries
+    of probability zero); the groups' first members come first, then their second ones, and so on: Q' = 8 G.
+    """
+    probabilities = class_probabilities(class_logits)[:, :-1]
+    best = probabilities.max(-1)
+    chosen = (best.values > 0).nonzero().flatten()  # rows of padding have no share in any class
+    chosen = chosen[best.indices[chosen].argsort(stable=True)]
+    missing = -len(chosen) % GROUP_SIZE
+    weights = pad(probabilities[chosen], (0, 0, 0, missing))
+    weights = weights.unflatten(0, (-1, GROUP_SIZE)).transpose(0, 1).flatten(0, 1)
+    members = torch.cat([chosen, chosen[-1:].expand(missing)]).view(-1, GROUP_SIZE)
+    masks = MaskBands(mask_logits[members.T.flatten()], image_size, target_size)
 
     def bands() -> Iterator[tuple[slice, Tensor]]:
-        for rows, logits in masks.bands(sum(weights.shape)):
-            yield rows, (weights @ logits.sigmoid_().flatten(1)).unflatten(1, logits.shape[1:])
+        for rows, logits in masks.bands(len(weights) + more_per_pixel):
+            yield rows, logits.permute(1, 2, 0).sigmoid_().flatten(0, 1)
 
-    return masks.size, bands()
+    return weights, masks.size, bands()
 
 
 def semantic_scores(
@@ -330,8 +354,12 @@ def semantic_scores(
 ) -> Tensor:
     """Score of each class in each pixel, (K, H, W) float32: the sum over queries of class probability times
     mask probability. class_logits (Q, K + 1), void last; mask_logits (Q, h, w); sizes as for `MaskBands`."""
-    _, bands = _semantic_bands(class_logits, mask_logits, image_size, target_size)
-    return torch.cat([scores for _, scores in bands], dim=1)
+    num_classes = class_logits.shape[1] - 1
+    weights, size, bands = _presence(class_logits, mask_logits, image_size, target_size, num_classes)
+    scores = weights.new_zeros(weights.shape[1], *size)
+    for rows, presence in bands:
+        scores[:, rows] = (weights.T @ presence.T).unflatten(1, (-1, size[1]))
+    return scores
 
 
 def semantic_map(
@@ -341,11 +369,81 @@ def semantic_map(
     target_size: Sequence[int] | None = None,
 ) -> Tensor:
     """Class of the highest score in each pixel, (H, W) int64. Arguments as for `semantic_scores`."""
-    size, bands = _semantic_bands(class_logits, mask_logits, image_size, target_size)
+    weights, size, bands = _presence(class_logits, mask_logits, image_size, target_size, more_per_pixel=0)
     labels = torch.zeros(size, dtype=torch.int64, device=mask_logits.device)
-    for rows, scores in bands:
-        labels[rows] = scores.max(0).indices
+    contest = _Contest(weights)
+    for rows, presence in bands:
+        labels[rows] = contest.winners(presence).unflatten(0, (-1, size[1]))
     return labels
+
+
+class _Contest:
+    """Finds the class of the highest score for the pixels of one band after the other.
+
+    Most classes win nowhere, and that can be known without their scores: from a group of queries, a class gets no
+    more than its highest probability among them times the queries' summed presence. A class for which these bounds,
+    summed over the groups, stay below the score of some other class in every pixel of a band is left out there;
+    groups of classes first, single ones where many groups remain. The classes to beat are those that won in the band
+    before. The result is the same as without.
+
+    weights: (Q, K), class probabilities in the order of `_presence`.
+    """
+
+    def __init__(self, weights: Tensor):
+        num_classes = weights.shape[1]
+        self.weights = weights
+        # Waiting for the outcome of a band would cost another device more than the scores of all classes.
+        self.bounded = weights.device.type == "cpu" and num_classes >= 4 * GROUP_SIZE and len(weights) > 0
+        if not self.bounded:
+            return
+        self.leaders = torch.arange(num_classes)
+        self.bounds = weights.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (
+            1 + ROUNDING
+        )  # (groups of queries, K)
+        frequent_first = weights.sum(0).argsort(descending=True)
+        self.groups = pad(frequent_first, (0, -num_classes % GROUP_SIZE), value=num_classes).view(
+            -1, GROUP_SIZE
+        )
+        self.group_bounds = pad(self.bounds, (0, 1))[:, self.groups].amax(2)
+
+    def winners(self, presence: Tensor) -> Tensor:
+        """presence: (pixels, Q), mask probabilities. Returns (pixels,) int64."""
+        if not self.bounded:
+            parts = _parts(presence, self.weights.shape[1])
+            return torch.cat([(part @ self.weights).argmax(1) for part in parts])
+        classes = self._contenders(presence)
+        weights = self.weights[:, classes]
+        winners = classes[torch.cat([(part @ weights).argmax(1) for part in _parts(presence, len(classes))])]
+        self.leaders = winners.bincount().nonzero().flatten()
+        return winners
+
+    def _contenders(self, presence: Tensor) -> Tensor:
+        """Classes, in order, that may win a pixel of the band, and a few more."""
+        num_classes = self.weights.shape[1]
+        if 2 * len(self.leaders) > num_classes:
+            return torch.arange(num_classes)
+        to_beat = (presence @ self.weights[:, self.leaders]).amax(1, keepdim=True)
+        together = presence.unflatten(1, (GROUP_SIZE, -1)).sum(1)
+        groups = self.groups[_reaches(together, self.group_bounds, to_beat)]
+        classes = torch.cat([groups.flatten(), self.leaders]).unique()
+        classes = classes[classes < num_classes]
+        if 4 * len(classes) > num_classes:
+            single = classes[_reaches(together, self.bounds[:, classes], to_beat)]
+            classes = torch.cat([single, self.leaders]).unique()
+        return classes
+
+
+def _reaches(together: Tensor, bounds: Tensor, to_beat: Tensor) -> Tensor:
+    """Whether `together` (pixels, groups) @ `bounds` (groups, n) reaches `to_beat` (pixels, 1) anywhere, (n,)."""
+    parts = zip(_parts(together, bounds.shape[1]), _parts(to_beat, bounds.shape[1]), strict=True)
+    return (
+        torch.stack([torch.addmm(beat, part, bounds, beta=-1).amax(0) for part, beat in parts]).amax(0) >= 0
+    )
+
+
+def _parts(pixels: Tensor, values_per_pixel: int) -> tuple[Tensor, ...]:
+    """(pixels, n) cut so that `values_per_pixel` float32 numbers for each of a part's take `BAND_BYTES` at most."""
+    return pixels.split(max(1, BAND_BYTES // (4 * values_per_pixel)))
 
 
 def panoptic_segments(
@@ -366,7 +464,7 @@ def panoptic_segments(
     or more); it is dropped if own, won or both are empty or won / own is below `overlap_mask_area_threshold`.
     Queries of one class among `label_ids_to_fuse` make one segment, whose score is the best of theirs.
     """
-    scores, labels = _class_probabilities(class_logits).max(-1)
+    scores, labels = class_probabilities(class_logits).max(-1)
     kept = (labels != class_logits.shape[-1] - 1) & (scores > threshold)
     scores, label_list = scores[kept], labels[kept].tolist()
     masks = MaskBands(mask_logits[kept], image_size, target_size)
@@ -378,10 +476,10 @@ def panoptic_segments(
     own_by_winner = torch.empty(masks.size, dtype=torch.bool, device=device)
     own_areas = torch.zeros(count, dtype=torch.int64, device=device)
     for rows, logits in masks.bands(2 * count):
-        probabilities = logits.sigmoid_()
-        own_areas += (probabilities >= mask_threshold).flatten(1).sum(1)
-        winner[rows] = (probabilities * scores[:, None, None]).argmax(0)
-        own_by_winner[rows] = probabilities.gather(0, winner[rows][None])[0] >= mask_threshold
+        presence = logits.sigmoid_().permute(1, 2, 0)
+        own_areas += (presence >= mask_threshold).flatten(0, 1).float().sum(0).long()
+        winner[rows] = (presence * scores).argmax(-1)
+        own_by_winner[rows] = presence.gather(-1, winner[rows][..., None])[..., 0] >= mask_threshold
     won_areas = winner.flatten().bincount(minlength=count).tolist()
     segment_areas = winner[own_by_winner].bincount(minlength=count).tolist()
 
@@ -431,7 +529,7 @@ def instance_segments(
     the better of two instances hides the other (0: none), or, with `binary_maps`, one mask for each, (n, H,
     W) bool; and their information.
     """
-    probabilities = _class_probabilities(class_logits)[:, :-1]
+    probabilities = class_probabilities(class_logits)[:, :-1]
     num_classes = probabilities.shape[1]
     class_scores, pairs = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()))
     things = torch.tensor(
@@ -447,9 +545,10 @@ def instance_segments(
     areas = torch.zeros(len(queries), dtype=torch.int64, device=pairs.device)
     totals = torch.zeros(len(queries), dtype=torch.float32, device=pairs.device)
     for _, logits in masks.bands(2 * len(queries)):
-        inside = logits > cut
-        areas += inside.flatten(1).sum(1)
-        totals += (logits.sigmoid_() * inside).flatten(1).sum(1)
+        logits = logits.permute(1, 2, 0).flatten(0, 1)
+        inside = (logits > cut).float()
+        areas += inside.sum(0).long()
+        totals += (logits.sigmoid_() * inside).sum(0)
     scores = class_scores * (totals / areas.clamp(min=1))[query_of_pair]
 
     order = scores.argsort(descending=True, stable=True)

@@ -78,7 +78,7 @@ class DecoderLayer(nn.Module):
         if self.self_attention is not None and self.self_attention_norm is not None:
             placed = x + query_positions
             x = self.self_attention_norm(x + self.self_attention(placed, placed, x))
-        return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
+        return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x), inplace=True)))
 
 
 @dataclass
@@ -175,7 +175,7 @@ class ImageTextAggregation(nn.Module):
         # Mask logits are linear in the mask features, so the features are resized to a level, once, not the logits.
         sizes = [level.shape[-2:] for level in levels]
         level_features = [
-            F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False).detach()
+            F.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False).flatten(2)
             for size in sizes
         ]
         level_valid = [
@@ -200,8 +200,7 @@ class ImageTextAggregation(nn.Module):
     @torch.no_grad()
     def _attention_mask(mask_embeddings: Tensor, features: Tensor, valid: Tensor | None) -> Tensor:
         """Where each query may look, (B, Q, S) bool: its mask at the level's size; everywhere if that is nowhere."""
-        logits = torch.einsum("bqc,bchw->bqhw", mask_embeddings.detach(), features).flatten(2)
-        allowed = logits.float().sigmoid() >= 0.5
+        allowed = (mask_embeddings.detach() @ features) >= 0  # where the sigmoid is at least one half
         if valid is not None:
             allowed = allowed & valid
         nowhere = ~allowed.any(dim=-1, keepdim=True)
@@ -210,7 +209,7 @@ class ImageTextAggregation(nn.Module):
     def _predict(
         self, normed: Tensor, mask_embeddings: Tensor, mask_features: Tensor, valid: Tensor | None
     ) -> Prediction:
-        mask_logits = torch.einsum("bqc,bchw->bqhw", mask_embeddings, mask_features)
+        mask_logits = (mask_embeddings @ mask_features.flatten(2)).unflatten(-1, mask_features.shape[-2:])
         inside = (mask_logits.detach() > 0) if valid is None else (mask_logits.detach() > 0) & valid[:, None]
         pooled = mask_means(mask_features, inside).to(normed.dtype)
         return Prediction(self.class_embedding(normed + self.pooled_projection(pooled)), mask_logits)
@@ -222,9 +221,9 @@ def mask_means(features: Tensor, masks: Tensor) -> Tensor:
     In float32 whatever surrounds it: half precision can hold neither the sum over a large mask nor its area.
     """
     with torch.autocast(features.device.type, enabled=False):
-        weights = masks.float()
-        weights = weights / (weights.sum(dim=(-2, -1), keepdim=True) + 1e-8)
-        return torch.einsum("bqhw,bchw->bqc", weights, features.float())
+        weights = masks.flatten(2).float()
+        areas = weights.sum(dim=-1, keepdim=True) + 1e-8
+        return weights @ features.float().flatten(2).transpose(1, 2) / areas
 
 
 def valid_cells(valid: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:

@@ -172,16 +172,13 @@ class TextClassifier:
 
         Returns: (B, Q, K + 1).
         """
-        text = torch.cat(
-            [self.templated.to(embeddings.dtype), F.normalize(void.to(embeddings.dtype), dim=-1)]
-        )
-        logits = scale * F.normalize(embeddings, dim=-1) @ text.T
-        names, void_logit = logits[..., :-1], logits[..., -1:]
-        if len(self.class_of_name) == self.num_classes:
-            return logits
-        index = self.class_of_name.expand_as(names)
-        classes = names.new_full((*names.shape[:-1], self.num_classes), float("-inf"))
-        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
+        scaled = scale * F.normalize(embeddings, dim=-1)
+        void_logit = scaled @ F.normalize(void.to(embeddings.dtype), dim=-1).T
+        classes = names = scaled @ self.templated.to(embeddings.dtype).T
+        if len(self.class_of_name) > self.num_classes:
+            index = self.class_of_name.expand_as(names)
+            classes = names.new_full((*names.shape[:-1], self.num_classes), float("-inf"))
+            classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
         return torch.cat([classes, void_logit], dim=-1)
 
 
