@@ -11,7 +11,7 @@ from evaluation_ita.score_tables import CLASS_COLUMNS, counted_classes, main_cla
 
 WIDTH, HEIGHT, LEFT, TOP = 1134, 210, 34, 12
 MIN_LABELLED_BAR = 13  # pixels that a name needs
-LABEL_ROOM, MAX_LABEL_CHARACTERS = 110, 18
+LABEL_ROOM, MAX_LABEL_CHARACTERS = 142, 18
 GROUPS = {True: "seen", False: "unseen", None: "plain"}
 
 

@@ -21,7 +21,7 @@ def values_of(text: str) -> dict:
     """(data set, split, metric's name) -> value, by the Hub's reader of a card."""
     return {
         (result.dataset_type, result.dataset_split, result.metric_name): result.metric_value
-        for result in ModelCard(text).data.eval_results
+        for result in ModelCard(text).data.get("eval_results")
     }
 
 

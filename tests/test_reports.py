@@ -76,8 +76,15 @@ def test_all_files_are_written_and_nothing_else(tmp_path):
     assert paths == (tmp_path / "results.json", tmp_path / "results.md")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
         *("model_index.yaml", "report.html", "results.json", "results.md", "scenes/best_1.jpg"),
-        *("scenes/best_2.jpg", "scenes/confusion.png", "scenes/per_class.csv", "scenes/worst_1.jpg"),
+        *(
+            "scenes/best_2.jpg",
+            "scenes/confusion.npz",
+            "scenes/confusion.png",
+            "scenes/per_class.csv",
+            "scenes/worst_1.jpg",
+        ),
     ]
+    assert np.load(tmp_path / "scenes" / "confusion.npz")["confusion"].tolist() == matrix.tolist()
     markdown = paths[1].read_text()
     for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown):
         Image.open(tmp_path / name).load()
@@ -359,7 +366,12 @@ class Page(HTMLParser):
 
     def __init__(self, content: str):
         super().__init__(convert_charrefs=True)
-        self.open, self.tables, self.addresses, self.images, self.names, self.scripts = [], [], [], [], [], 0
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.addresses: list[str] = []
+        self.images: list[str] = []
+        self.names: list[str] = []
+        self.scripts = 0
         self.text = ""
         self.feed(content)
         self.close()
