@@ -51,10 +51,10 @@ def main() -> NoReturn:
 
 
 def prepare_benchmark(argv: Sequence[str] | None = None) -> int:
-    """Does what the arguments say. Returns 0, or 1 where pictures cannot be used.
+    """Does what the arguments say. Returns 0, or 1 where the release or some of its pictures cannot be used.
 
     Raises:
-        DoorError: what stops everything, in one line.
+        DoorError: the arguments do not fit, in one line.
     """
     arguments = build_parser().parse_door(argv)
     if arguments.classes is not None and arguments.benchmark != FOLDER:
@@ -74,12 +74,8 @@ def prepare_benchmark(argv: Sequence[str] | None = None) -> int:
             num_proc=arguments.num_proc,
         )
         outcome = prepare(wanted)
-    except ReleaseError as error:
-        raise DoorError(error) from error
-    except PrepareError as error:
-        if not error.problems:
-            raise DoorError(error) from error
-        _show_problems(error)
+    except (ReleaseError, PrepareError) as error:
+        show_error(error)
         return 1
     counts = ", ".join(f"{split}: {count:,} pictures" for split, count in outcome.num_images.items())
     if not outcome.written:
@@ -89,13 +85,14 @@ def prepare_benchmark(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show_problems(error: PrepareError) -> None:
-    print(f"run_prepare.py: error: {error}:", file=sys.stderr)
-    for problem in error.problems[:SHOWN_PROBLEMS]:
-        print(f"  {problem}", file=sys.stderr)
-    more = len(error.problems) - SHOWN_PROBLEMS
-    if more > 0:
-        print(f"  and {more:,} more", file=sys.stderr)
+def show_error(error: ReleaseError | PrepareError) -> None:
+    """The error in one line, however long, and below it the first of the pictures that are to blame."""
+    problems = getattr(error, "problems", [])
+    lines = [f"run_prepare.py: error: {error}{':' if problems else ''}"]
+    lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(problems) - SHOWN_PROBLEMS:,} more")
+    print("\n".join(lines), file=sys.stderr)
 
 
 if __name__ == "__main__":

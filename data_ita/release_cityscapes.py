@@ -20,6 +20,7 @@ from .release_files import (
     PictureFiles,
     check_label_range,
     check_same_size,
+    each_of,
     files_by_stem,
     image_size,
     read_label_png,
@@ -68,16 +69,19 @@ class Cityscapes:
         ]
 
     def read(self, source: Path, item: PictureFiles) -> LabelledPicture:
-        image, values = read_pair(source, item)
-        path = source / item.label
-        label = relabel(values, _CLASS_OF[item.label.endswith("TrainIds.png")], self.ignore_index, path)
         if item.instances is None:
-            return LabelledPicture(item.image_id, image, label)
+            image, values = read_pair(source, item)
+            return LabelledPicture(item.image_id, image, self._label(source, item, values))
         path = source / item.instances
-        ids = read_label_png(path).astype(np.int32)
+        (image, values), ids = each_of(lambda: read_pair(source, item), lambda: read_label_png(path))
         check_same_size(image_size(image), ids, source / item.image, path)
-        panoptic, segments = _segments(ids, path)
-        return LabelledPicture(item.image_id, image, label, panoptic, segments)
+        panoptic, segments = _segments(ids.astype(np.int32), path)
+        return LabelledPicture(item.image_id, image, self._label(source, item, values), panoptic, segments)
+
+    def _label(self, source: Path, item: PictureFiles, values: np.ndarray) -> np.ndarray:
+        """(H, W) uint8 class indices of a map of train ids or of label ids."""
+        indices = _CLASS_OF[item.label.endswith("TrainIds.png")]
+        return relabel(values, indices, self.ignore_index, source / item.label)
 
 
 _CLASS_OF_LABEL_ID = dict.fromkeys(range(NUM_LABEL_IDS), Cityscapes.ignore_index) | {

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ from .release import ReleaseError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 GREY_MODES = {"L": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I": np.uint16}
+PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 LISTED = 8  # names that a message shows of a folder
 
 
@@ -49,8 +51,8 @@ def require_folder(source: Path, parts: Sequence[str], layout: str) -> None:
     inside = [folder for folder in _folders(source) if all((folder / part).exists() for part in parts)]
     hint = f"; {inside[0]} has them: give that as the source" if len(inside) == 1 else ""
     raise ReleaseError(
-        f"{source} is not the release: expected {layout}; missing: {', '.join(missing)}; "
-        f"found: {folder_content(source)}{hint}"
+        f"{source} is not the release: missing: {', '.join(missing)}; found: {folder_content(source)}{hint}; "
+        f"expected {layout}"
     )
 
 
@@ -180,6 +182,8 @@ def decode(content: bytes, path: Path, kind: str | None = None) -> Image.Image:
                 raise ReleaseError(f"{path} is not a {kind} file but {picture.format}")
             if picture.format == "PNG":
                 Image.open(io.BytesIO(content)).verify()
+                if PNG_END not in content:
+                    raise ReleaseError(f"{path} is cut off or damaged: it has no end")
             few_bits = kind == "PNG" and picture.tile and picture.tile[0][3] in ("1", "L;2", "L;4")
             picture.load()
     except Image.UnidentifiedImageError as error:
@@ -264,7 +268,23 @@ def read_pair(source: Path, item: PictureFiles) -> tuple[bytes, np.ndarray]:
         ReleaseError: one is missing, cut off or of the wrong kind, or they differ in size.
     """
     image_path, label_path = source / item.image, source / item.label
-    image = read_image_bytes(image_path)
-    label = read_label_png(label_path)
+    image, label = each_of(lambda: read_image_bytes(image_path), lambda: read_label_png(label_path))
     check_same_size(image_size(image), label, image_path, label_path)
     return image, label
+
+
+def each_of(*reads: Callable[[], Any]) -> list[Any]:
+    """What each of these gives, called one after the other.
+
+    Raises:
+        ReleaseError: some of them did; the line has what each of those said.
+    """
+    results, problems = [], []
+    for read in reads:
+        try:
+            results.append(read())
+        except ReleaseError as error:
+            problems.append(str(error))
+    if problems:
+        raise ReleaseError("; ".join(problems))
+    return results

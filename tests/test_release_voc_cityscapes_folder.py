@@ -44,6 +44,13 @@ def test_a_voc_annotation_that_is_missing_is_named(tmp_path):
     check_refused(VOC_20, tmp_path, "SegmentationClass/2008_000002.png is missing")
 
 
+def test_a_voc_picture_and_its_annotation_are_both_named_where_both_are_bad(tmp_path):
+    build_pascal_voc(tmp_path)
+    (tmp_path / "JPEGImages/2008_000002.jpg").unlink()
+    cut_off(tmp_path / "SegmentationClass/2008_000002.png")
+    check_refused(VOC_20, tmp_path, "2008_000002.jpg is missing", "2008_000002.png is cut off or damaged")
+
+
 def test_a_voc_label_out_of_range_is_named_with_its_pixels(tmp_path):
     build_pascal_voc(tmp_path)
     save_palette_png(tmp_path / "SegmentationClass/2008_000002.png", [[21, 21, 0, 0, 0, 254]] * 4)

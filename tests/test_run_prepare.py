@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import run_prepare
 from data_ita import prepare, prepare_plan
@@ -26,7 +26,6 @@ from miniature_releases import (
     build_pascal_context_59,
     build_pascal_context_459,
     cut_off,
-    save_jpeg,
     save_png,
 )
 from miniature_streets import build_cityscapes, build_folder, build_pascal_voc, save_palette_png
@@ -366,14 +365,24 @@ def test_bad_pictures_leave_the_data_set_of_before_as_it_was(tmp_path, capsys):
     assert files_of(tmp_path / "out/data") == before and count_rows(tmp_path / "out", "validation") == 2
 
 
-def refused(benchmark: str, source: Path, output: Path, *more: object) -> str:
-    with pytest.raises(DoorError) as refusal:
-        run(benchmark, source, output, *more)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+@pytest.fixture
+def refused(capsys):
+    """Runs the door, which must refuse in one line; gives the line."""
+
+    def run_refused(*arguments: object) -> str:
+        capsys.readouterr()
+        try:
+            status = run(*arguments)
+        except DoorError as error:
+            return str(error)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert status == 1 and len(lines) == 1 and lines[0].startswith("run_prepare.py: error: ")
+        return lines[0]
+
+    return run_refused
 
 
-def test_a_folder_that_is_not_the_release_is_answered_by_what_was_expected_and_found(tmp_path):
+def test_a_folder_that_is_not_the_release_is_answered_by_what_was_expected_and_found(tmp_path, refused):
     build_cityscapes(tmp_path / "streets")
     message = refused("pascal-voc-20", tmp_path / "streets", tmp_path / "out")
     assert "expected VOC2012" in message and "found: gtFine/, leftImg8bit/" in message
@@ -381,13 +390,13 @@ def test_a_folder_that_is_not_the_release_is_answered_by_what_was_expected_and_f
     assert not (tmp_path / "out").exists()
 
 
-def test_a_release_without_pictures_is_refused(tmp_path):
+def test_a_release_without_pictures_is_refused(tmp_path, refused):
     build_pascal_voc(tmp_path / "voc")
     (tmp_path / "voc/ImageSets/Segmentation/val.txt").write_text("\n\n")
     assert "no pictures of validation" in refused("pascal-voc-20", tmp_path / "voc", tmp_path / "out")
 
 
-def test_an_output_that_holds_something_else_is_left_alone(tmp_path):
+def test_an_output_that_holds_something_else_is_left_alone(tmp_path, refused):
     build_pascal_voc(tmp_path / "voc")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/README.md").write_text("my own")
@@ -400,7 +409,7 @@ def test_an_output_that_holds_something_else_is_left_alone(tmp_path):
     assert files_of(tmp_path / "data20") == before
 
 
-def test_a_limit_never_replaces_more_pictures_but_all_replace_a_few(tmp_path):
+def test_a_limit_never_replaces_more_pictures_but_all_replace_a_few(tmp_path, refused):
     build_pascal_voc(tmp_path / "voc")
     run("pascal-voc-20", tmp_path / "voc", tmp_path / "out", "--limit", 1)
     run("pascal-voc-20", tmp_path / "voc", tmp_path / "out")
@@ -410,7 +419,7 @@ def test_a_limit_never_replaces_more_pictures_but_all_replace_a_few(tmp_path):
     assert count_rows(tmp_path / "out", "validation") == 2
 
 
-def test_splits_of_different_classes_do_not_mix(tmp_path):
+def test_splits_of_different_classes_do_not_mix(tmp_path, refused):
     build_cityscapes(tmp_path / "streets")
     run("cityscapes", tmp_path / "streets", tmp_path / "out", "--split", "validation")
     for path in (tmp_path / "streets").rglob("*_instanceIds.png"):
@@ -443,7 +452,7 @@ def test_a_picture_without_segments_among_others_is_named(tmp_path, capsys, monk
         (["--classes", "words.json"], "--classes is for folder"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(tmp_path, more, message):
+def test_arguments_that_do_not_fit_are_refused(tmp_path, more, message, refused):
     build_pascal_voc(tmp_path / "voc")
     assert message in refused("pascal-voc-20", tmp_path / "voc", tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
@@ -456,7 +465,7 @@ def test_unknown_or_lacking_arguments_end_with_status_2(tmp_path, capsys, words)
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, refused):
     build_pascal_voc(tmp_path / "voc")
     (tmp_path / "file").write_text("x")
     assert "is not a folder" in refused("pascal-voc-20", tmp_path / "voc", tmp_path / "file" / "out")
@@ -488,10 +497,11 @@ def test_a_rotated_picture_keeps_its_bytes_and_its_maps_turn_with_it(tmp_path):
         assert (label == 1).tolist() == white.tolist()
 
 
-def test_a_picture_with_damaged_exif_is_named(tmp_path, capsys):
+def test_a_picture_whose_exif_cannot_be_read_is_named(tmp_path, capsys):
     build_folder(tmp_path / "mine")
-    picture = Image.new("RGB", (6, 4))
-    picture.save(tmp_path / "mine/images/a.jpg", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff")
-    assert run("folder", tmp_path / "mine", tmp_path / "out") in (0, 1)
-    save_jpeg(tmp_path / "mine/images/a.jpg")
-    assert run("folder", tmp_path / "mine", tmp_path / "out") == 0
+    (tmp_path / "mine/images/a.jpg").unlink()
+    profile = PngImagePlugin.PngInfo()
+    profile.add_text("Raw profile type exif", "\nexif\n4\nthese are no hexadecimal digits")
+    Image.new("RGB", (6, 4)).save(tmp_path / "mine/images/a.png", pnginfo=profile)
+    assert run("folder", tmp_path / "mine", tmp_path / "out") == 1
+    assert "a: its picture's EXIF is damaged" in capsys.readouterr().err
