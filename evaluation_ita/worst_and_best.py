@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
-from PIL import Image
 
 from evaluation_ita.benchmarks import Benchmark
 from evaluation_ita.evaluator import decoded
-from evaluation_ita.example_pictures import ExamplePicture
-from evaluation_ita.overlay import draw_overlay
+from evaluation_ita.example_pictures import ExamplePicture, example_picture
 from evaluation_ita.predictors import Predictor
 from evaluation_ita.scores import BenchmarkScores
 
@@ -40,17 +35,15 @@ def worst_and_best(
         size = sample["label"].shape
         prediction = predictor([sample["image"]], [size], frozenset({"semantic"}))[0]
         group, score = wanted[number]
-        found[number] = ExamplePicture(
-            image_id=sample["image_id"],
-            group=group,
-            score=score,
-            picture=sample["image"],
-            reference=_painted(sample["image"], sample["label"], names),
-            prediction=_painted(sample["image"], prediction.semantic, names),
+        found[number] = example_picture(
+            sample["image_id"],
+            group,
+            score,
+            sample["image"],
+            sample["label"],
+            np.asarray(prediction.semantic),
+            names,
+            benchmark.ignore_index,
         )
     in_order = [*(int(numbers[place]) for place in worst), *(int(numbers[place]) for place in best)]
     return [found[number] for number in in_order]
-
-
-def _painted(picture: Image.Image, labels: Any, names: Sequence[str]) -> Image.Image:
-    return draw_overlay(picture, labels, [(index, name, None) for index, name in enumerate(names)])
