@@ -22,7 +22,7 @@ from evaluation_ita.baseline_readout import Network, as_float32, best_labels, on
 from evaluation_ita.predictors import Prediction
 
 TEMPLATE = "a photo of a {}."
-"""The prompt that CLIPSeg's authors use when they use one."""
+"""The one that the code of CLIPSeg's authors calls `fixed`."""
 
 BACKGROUND_LOGIT = 0.0
 """A pixel whose classes all stay below this is background: probability 1/2, where a prompt's answer turns to "no"."""
