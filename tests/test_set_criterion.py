@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.dynamic_module_utils import get_imports
 
 from modeling_ita import set_criterion
 from modeling_ita.set_criterion import SetCriterion, linear_assignment, sample_at_points
@@ -275,6 +276,10 @@ def test_nothing_as_large_as_all_queries_times_all_masks_times_points_is_ever_ma
         make_criterion(train_num_points=500)(*batch)
     read_by_queries, candidates = 50 * 500, 2 * 40 * 3 * 500
     assert seen.largest == max(read_by_queries, candidates) < 50 * 20 * 500
+
+
+def test_a_checkpoint_of_this_code_loads_without_scipy():
+    assert "scipy" not in get_imports(set_criterion.__file__)
 
 
 def test_without_scipy_training_says_what_to_install(monkeypatch):
