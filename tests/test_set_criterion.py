@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.dynamic_module_utils import get_imports
 
 from modeling_ita import set_criterion
+from modeling_ita.batch_groups import merge_masks, remake_masks
 from modeling_ita.set_criterion import SetCriterion, linear_assignment, sample_at_points
 
 NUM_CLASSES, NUM_QUERIES, NUM_POINTS = 5, 7, 40
@@ -152,7 +153,7 @@ def test_perfect_predictions_are_found_wherever_they_stand():
             for image, queries in enumerate(seats)
         ]
     matches = make_criterion(class_weight=0.0).match(class_logits, mask_logits, mask_labels, class_labels)
-    assert [matches.of(0, image)[0].tolist() for image in range(2)] == seats
+    assert [matches.of(image)[0][0].tolist() for image in range(2)] == seats
 
 
 def test_the_order_of_queries_and_of_targets_changes_nothing(fixed_points):
@@ -193,8 +194,8 @@ def test_more_masks_than_queries_leave_the_dearest_masks_unmatched(fixed_points)
         mask_logits[1][0] = 8.0 * mask_labels[0][2:6] - 4.0
     criterion = make_criterion(class_weight=0.0)
     matches = criterion.match(class_logits, mask_logits, mask_labels, class_labels)
-    assert [side.tolist() for side in matches.of(1, 0)] == [[0, 1, 2, 3], [2, 3, 4, 5]]
-    assert matches.sizes == [4, 1] and matches.of(1, 1)[1].tolist() == [0]
+    assert [side[1].tolist() for side in matches.of(0)] == [[0, 1, 2, 3], [2, 3, 4, 5]]
+    assert matches.sizes == [4, 1] and matches.of(1)[1].tolist() == [[0]] * 3
     losses = criterion(class_logits, mask_logits, mask_labels, class_labels)
     # Those four masks alone cost the same, but for the number of masks that the loss is divided by.
     four = [mask_labels[0][2:6], mask_labels[1]], [class_labels[0][2:6], class_labels[1]]
@@ -209,8 +210,8 @@ def test_predictions_that_are_not_numbers_are_matched_last(value):
         mask_logits[0][0, 1] = value
         mask_logits[0][1] = math.nan
     matches = make_criterion().match(class_logits, mask_logits, mask_labels, class_labels)
-    assert 1 not in matches.of(0, 0)[0].tolist()
-    assert len(set(matches.of(0, 1)[0].tolist())) == 2
+    assert 1 not in matches.of(0)[0][0].tolist()
+    assert len(set(matches.of(1)[0][0].tolist())) == 2
 
 
 def test_a_loss_over_predictions_that_are_not_numbers_is_not_a_number():
@@ -276,6 +277,61 @@ def test_nothing_as_large_as_all_queries_times_all_masks_times_points_is_ever_ma
         make_criterion(train_num_points=500)(*batch)
     read_by_queries, candidates = 50 * 500, 2 * 40 * 3 * 500
     assert seen.largest == max(read_by_queries, candidates) < 50 * 20 * 500
+
+
+def make_factors():
+    """Two groups, of images 0 and 2 and of the smaller image 1, that has a query less."""
+    generator = torch.Generator().manual_seed(7)
+    members, sizes, counts = [[0, 2], [1]], [(16, 12), (8, 12)], [6, 5]
+    embeddings = [
+        torch.randn(len(group), q, 4, generator=generator).requires_grad_()
+        for group, q in zip(members, counts, strict=True)
+    ]
+    features = [
+        torch.randn(len(group), 4, *size, generator=generator).requires_grad_()
+        for group, size in zip(members, sizes, strict=True)
+    ]
+    return embeddings, features, members, (64, 48)
+
+
+def merged_masks(embeddings, features, members, canvas):
+    parts = [torch.einsum("bqc,bchw->bqhw", e, f) for e, f in zip(embeddings, features, strict=True)]
+    return merge_masks(parts, members, canvas)
+
+
+def test_masks_made_anew_are_the_merged_ones():
+    embeddings, features, members, canvas = make_factors()
+    queries = [torch.tensor([[4, 1], [0, 2]]), torch.tensor([[5, 0, 2], [1, 5, 4]]), torch.zeros(2, 0).long()]
+    factors = [([e, -e], f) for e, f in zip(embeddings, features, strict=True)]
+    masks = remake_masks(factors, members, queries, canvas)
+    for index, sign in enumerate((1, -1)):
+        merged = merged_masks([sign * e for e in embeddings], features, members, canvas)
+        expected = torch.cat([image[own[index]] for image, own in zip(merged, queries, strict=True)])
+        torch.testing.assert_close(masks[index], expected)
+
+
+def test_masks_made_anew_give_the_same_losses_and_gradients_and_spare_the_large_gradient(fixed_points):
+    embeddings, features, members, canvas = make_factors()
+    class_logits, _, mask_labels, class_labels = make_batch(counts=(3, 6, 0), num_layers=1, num_queries=6)
+    leaves, gradients, losses = [*embeddings, *features], {}, {}
+    for anew in (False, True):
+        mask_logits = merged_masks(embeddings, features, members, canvas)
+        mask_logits.retain_grad()
+
+        def matched_masks(matches):
+            factors = [([e], f) for e, f in zip(embeddings, features, strict=True)]
+            return remake_masks(factors, members, [matches.of(image)[0] for image in range(3)], canvas)
+
+        values = make_criterion()(
+            class_logits, [mask_logits], mask_labels, class_labels, matched_masks if anew else None
+        )
+        losses[anew] = torch.stack(list(values.values()))
+        gradients[anew] = torch.autograd.grad(losses[anew].sum(), leaves, retain_graph=True)
+        losses[anew].sum().backward()
+        assert (mask_logits.grad is None) == anew
+    torch.testing.assert_close(losses[True], losses[False])
+    for ours, expected in zip(gradients[True], gradients[False], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_checkpoint_of_this_code_loads_without_scipy():
