@@ -5,14 +5,48 @@ ground truth anew and pays three losses: weighted cross-entropy over classes wit
 binary cross-entropy and dice over masks. Sources: DETR (arXiv 2005.12872, set prediction), PointRend
 (arXiv 1912.08193, uncertain points), Mask2Former (arXiv 2112.01527, section 3.3, both together).
 
-Shapes: L predictions, B images, Q queries, K classes, n_i masks of image i, N masks of the batch, P points.
+All costs of a step cross to the host together, once. Masks are only ever read at points. Everything is
+computed in float32, whatever the precision of the predictions; only what is read is converted.
+
+Shapes: L predictions, B images, Q queries, K classes, n_i masks of image i, m_i = min(Q, n_i) of them matched,
+M = sum of m_i, P points.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FINITE_COST = 1e6  # what a cost that is not a number, or not finite, becomes
+_FINITE_COST = 1e6  # what a cost that is not a number, or not finite, becomes: dearer than all others
+
+
+@dataclass
+class Matches:
+    """Which query answers which ground-truth mask, in every prediction.
+
+    Attributes:
+        queries: (L, M) int64, the images' matched queries one after the other, as rows of (B * Q).
+        targets: (L, M) int64, the masks that they are matched to, counted within their image, in rising order.
+        sizes: m_i of each image.
+        num_queries: Q.
+    """
+
+    queries: Tensor
+    targets: Tensor
+    sizes: list[int]
+    num_queries: int
+
+    def of(self, image: int) -> tuple[Tensor, Tensor]:
+        """Queries and masks of one image: int64 (L, m_i) each, both counted within the image."""
+        start = sum(self.sizes[:image])
+        own = slice(start, start + self.sizes[image])
+        return self.queries[:, own] - image * self.num_queries, self.targets[:, own]
+
+
+MatchedMasks = Callable[[Matches], Tensor]
+"""Makes the mask logits of matched queries: (L, M, h, w)."""
 
 
 def draw_points(num_masks: int, count: int, device: torch.device | str) -> Tensor:
@@ -21,9 +55,28 @@ def draw_points(num_masks: int, count: int, device: torch.device | str) -> Tenso
 
 
 def sample_at_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Read maps bilinearly at points: (M, C, h, w) float and (M, P, 2) (x, y) in 0..1 -> (M, C, P)."""
-    grid = (2.0 * points - 1.0).unsqueeze(1)
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(2)
+    """Read maps bilinearly at points, zero outside.
+
+    Args:
+        maps: (N, h, w) of any type; read in float32.
+        points: (N, P, 2), or (1, P, 2) for the same points in all maps; (x, y) in 0..1.
+
+    Returns:
+        (N, P) float32.
+    """
+    # Maps read at the same points share the arithmetic of a point, as channels: few, so that they stay in cache.
+    channels = next(n for n in (5, 2, 1) if len(maps) % n == 0) if len(points) == 1 else 1
+    groups = len(maps) // channels
+    grid = (2.0 * points - 1.0).unsqueeze(1).expand(groups, -1, -1, -1)
+    grouped = maps.float().unflatten(0, (groups, channels))
+    values = F.grid_sample(grouped, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return values.flatten(0, 2)
+
+
+def from_top_to_bottom(points: Tensor) -> Tensor:
+    """(N, P, 2) -> the same points sorted by y: maps are then read along their memory, which is faster."""
+    order = points[..., 1].argsort(dim=1)
+    return points.gather(1, order[..., None].expand(-1, -1, 2))
 
 
 def linear_assignment(cost: Tensor) -> tuple[list[int], list[int]]:
@@ -41,6 +94,99 @@ def linear_assignment(cost: Tensor) -> tuple[list[int], list[int]]:
     rows, columns = linear_sum_assignment(cost.numpy())
     pairs = sorted(zip(columns.tolist(), rows.tolist(), strict=True))
     return [row for _, row in pairs], [column for column, _ in pairs]
+
+
+def mean_over_processes(totals: Tensor) -> Tensor:
+    """Sums over this process's batch -> their mean over all processes, by one all-reduce."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(totals)
+        totals = totals / torch.distributed.get_world_size()
+    return totals
+
+
+def check_lists(
+    class_logits: list[Tensor],
+    mask_logits: list[Tensor],
+    mask_labels: list[Tensor],
+    class_labels: list[Tensor],
+) -> None:
+    """Checks that predictions pair with predictions, images with images and masks with classes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if len(class_logits) != len(mask_logits) or not class_logits:
+        raise ValueError(
+            f"{len(class_logits)} class predictions do not pair with {len(mask_logits)} mask predictions"
+        )
+    batch_size = class_logits[-1].shape[0]
+    if len(mask_labels) != batch_size or len(class_labels) != batch_size:
+        raise ValueError(
+            f"{batch_size} images need as many mask_labels and class_labels, "
+            f"not {len(mask_labels)} and {len(class_labels)}"
+        )
+    for masks, classes in zip(mask_labels, class_labels, strict=True):
+        if masks.ndim != 3 or len(masks) != len(classes):
+            raise ValueError(
+                f"mask_labels of shape {tuple(masks.shape)} need (n, H, W) and one class label per mask, "
+                f"not {len(classes)}"
+            )
+
+
+def assign(costs: list[Tensor], num_queries: int) -> Matches:
+    """Matches the queries of every prediction and image to masks as cheaply as can be.
+
+    Args:
+        costs: (L, Q, n_i) of each image, on any device; all cross to the host together.
+        num_queries: Q.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    device, num_predictions = costs[0].device, len(costs[0])
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu()
+    on_host = [
+        part.view(cost.shape)
+        for part, cost in zip(flat.split([c.numel() for c in costs]), costs, strict=True)
+    ]
+    sizes = [min(cost.shape[1:]) for cost in costs]
+    queries: list[int] = []
+    targets: list[int] = []
+    for prediction in range(num_predictions):
+        for image, cost in enumerate(on_host):
+            rows, columns = linear_assignment(cost[prediction])
+            queries += [image * num_queries + row for row in rows]
+            targets += columns
+    both = torch.tensor([queries, targets], dtype=torch.int64).to(device)
+    by_prediction = both.view(2, num_predictions, sum(sizes))
+    return Matches(by_prediction[0], by_prediction[1], sizes, num_queries)
+
+
+@torch.no_grad()
+def labels_at_points(mask_labels: list[Tensor], matches: Matches, points: list[Tensor]) -> list[Tensor]:
+    """Ground truth of every matched pair at points of its own: (M, P, 2) -> (M, P) float32, per prediction."""
+    labels: list[list[Tensor]] = [[] for _ in points]
+    for image, masks in enumerate(mask_labels):
+        if not len(masks):
+            continue
+        masks = masks.float()  # once for all predictions, one image at a time
+        for own_labels, targets, places in zip(labels, matches.of(image)[1], points, strict=True):
+            # Where all masks are matched they are in order, and need not be copied.
+            chosen = masks if len(masks) == len(targets) else masks[targets]
+            own_labels.append(sample_at_points(chosen, places.split(matches.sizes)[image]))
+    return [torch.cat(parts) for parts in labels]
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of logits (M, P) with labels in 0..1, mean over points, sum over masks: a scalar."""
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
+
+
+def dice_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Dice loss of logits (M, P) with labels in 0..1, sum over masks: a scalar."""
+    probabilities = logits.sigmoid()
+    overlap, area = (probabilities * labels).sum(1), probabilities.sum(1) + labels.sum(1)
+    return (1.0 - (2.0 * overlap + 1.0) / (area + 1.0)).sum()
 
 
 class SetCriterion:
@@ -67,66 +213,76 @@ class SetCriterion:
         mask_logits: list[Tensor],
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
+        matched_masks: MatchedMasks | None = None,
     ) -> dict[str, Tensor]:
         """Weighted losses by name; their sum is the training loss.
+
+        The sums that losses are divided by are averaged over processes: the mean over processes of losses and
+        gradients is that of one process with all their images. A prediction that is not a number costs so
+        much that it is matched last; where it is matched all the same, the loss is not a number either.
 
         Args:
             class_logits: one (B, Q, K + 1) per prediction, void last, first prediction first.
             mask_logits: one (B, Q, h, w) per prediction.
-            mask_labels: one (n_i, H, W) per image, bool or float in 0..1, covering the padded input.
+            mask_labels: one (n_i, H, W) per image, bool, integer 0 and 1 or float in 0..1, covering the padded
+                input; H and W may differ between images.
             class_labels: one int64 (n_i,) per image, values 0..K - 1; n_i may be 0.
+            matched_masks: makes the mask logits of the matched queries anew. Gradients then flow through these
+                alone; otherwise backward makes a gradient as large as all mask logits for the sake of a few.
 
         Returns:
             `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the same with suffix `_0`, `_1`,
             ... of the earlier ones in order: float32 scalars, already times their weights.
 
         Raises:
-            ValueError: lists of different lengths.
+            ValueError: lists of different lengths, or masks that do not pair with classes.
             ImportError: scipy is not installed.
         """
-        if len(class_logits) != len(mask_logits) or not class_logits:
-            raise ValueError(
-                f"{len(class_logits)} class predictions do not pair with {len(mask_logits)} mask predictions"
-            )
-        batch_size, device = class_logits[-1].shape[0], class_logits[-1].device
-        if len(mask_labels) != batch_size or len(class_labels) != batch_size:
-            raise ValueError(
-                f"{batch_size} images need as many mask_labels and class_labels, "
-                f"not {len(mask_labels)} and {len(class_labels)}"
-            )
-        for masks, classes in zip(mask_labels, class_labels, strict=True):
-            if masks.ndim != 3 or len(masks) != len(classes):
-                raise ValueError(
-                    f"mask_labels of shape {tuple(masks.shape)} need (n, H, W) and one class label per mask, "
-                    f"not {len(classes)}"
-                )
+        check_lists(class_logits, mask_logits, mask_labels, class_labels)
+        device = class_logits[-1].device
         with torch.autocast(device_type=device.type, enabled=False):
-            class_logits = [logits.float() for logits in class_logits]
-            mask_logits = [logits.float() for logits in mask_logits]
-            mask_labels = [masks.to(device=device, dtype=torch.float32) for masks in mask_labels]
+            mask_labels = [masks.to(device) for masks in mask_labels]
             class_labels = [labels.to(device=device, dtype=torch.int64) for labels in class_labels]
-            num_masks = self.mean_num_masks(mask_labels)
             matches = self.match(class_logits, mask_logits, mask_labels, class_labels)
-            losses: dict[str, Tensor] = {}
-            last = len(class_logits) - 1
-            for index in [last, *range(last)]:
-                suffix = "" if index == last else f"_{index}"
-                match = matches[index]
-                loss_ce = self.class_loss(class_logits[index], class_labels, match)
-                loss_mask, loss_dice = self.mask_losses(mask_logits[index], mask_labels, match, num_masks)
-                losses[f"loss_ce{suffix}"] = self.class_weight * loss_ce
-                losses[f"loss_mask{suffix}"] = self.mask_weight * loss_mask
-                losses[f"loss_dice{suffix}"] = self.dice_weight * loss_dice
-        return losses
+            num_masks, class_mass = self.normalisers(class_logits[-1], class_labels, matches)
+            weighted = {
+                "ce": self.class_weight * self.class_losses(class_logits, class_labels, matches) / class_mass
+            }
+            if matched_masks is None:
+                matched = [
+                    maps.flatten(0, 1).index_select(0, queries)
+                    for maps, queries in zip(mask_logits, matches.queries, strict=True)
+                ]
+            else:
+                matched = list(matched_masks(matches).unbind())
+            losses_mask, losses_dice = self.mask_losses(matched, mask_labels, matches)
+            weighted["mask"] = self.mask_weight * losses_mask / num_masks
+            weighted["dice"] = self.dice_weight * losses_dice / num_masks
+        earlier = range(len(class_logits) - 1)
+        return {
+            f"loss_{part}{suffix}": losses[index]
+            for index, suffix in [(-1, ""), *((i, f"_{i}") for i in earlier)]
+            for part, losses in weighted.items()
+        }
 
-    @staticmethod
-    def mean_num_masks(mask_labels: list[Tensor]) -> Tensor:
-        """Ground-truth masks of the batch, averaged over processes, at least 1: float32 scalar."""
-        count = torch.tensor(float(sum(len(masks) for masks in mask_labels)), device=mask_labels[0].device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(count)
-            count = count / torch.distributed.get_world_size()
-        return count.clamp(min=1.0)
+    def normalisers(
+        self, class_logits: Tensor, class_labels: list[Tensor], matches: Matches
+    ) -> tuple[Tensor, Tensor]:
+        """What losses are divided by, averaged over processes: two float32 scalars.
+
+        Returns:
+            The number of ground-truth masks, at least 1; the weight of all queries in the class loss.
+        """
+        num_masks = sum(map(len, class_labels))
+        num_matched = sum(matches.sizes)
+        num_void = class_logits.shape[0] * class_logits.shape[1] - num_matched
+        totals = torch.tensor(
+            [num_masks, num_matched + self.no_object_weight * num_void],
+            dtype=torch.float32,
+            device=class_logits.device,
+        )
+        num_masks_mean, class_mass = mean_over_processes(totals)
+        return num_masks_mean.clamp(min=1.0), class_mass.clamp(min=torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
     def match(
@@ -135,113 +291,100 @@ class SetCriterion:
         mask_logits: list[Tensor],
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
-    ) -> list[list[tuple[Tensor, Tensor]]]:
+    ) -> Matches:
         """Hungarian matching of every prediction and image.
 
-        Arguments as of `__call__`, in float32. An image's points are the same for its predictions and its
-        targets, in all layers. Costs are computed on the device and cross to the host together, once.
-
-        Returns:
-            [prediction][image] -> (query indices, target indices), int64 (min(Q, n_i),), in target order.
+        Arguments as of `__call__`, on one device. An image's points are the same for its predictions and its
+        targets, in all predictions. Costs are computed on the device and cross to the host together, once.
         """
-        device, counts = class_logits[-1].device, [len(masks) for masks in mask_labels]
-        points = draw_points(len(counts), self.num_points, device)
-        targets = [
-            sample_at_points(masks[None], points[i : i + 1])[0]
-            if counts[i]
-            else masks.new_zeros(0, self.num_points)
-            for i, masks in enumerate(mask_labels)
-        ]
-        # (B, n, P) and (B, n) for n = the most masks of an image; columns past an image's own are cut off.
-        target_points = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True)
-        target_classes = torch.nn.utils.rnn.pad_sequence(class_labels, batch_first=True)
-        costs = torch.stack(
-            [
-                self.pair_costs(classes, sample_at_points(masks, points), target_classes, target_points)
-                for classes, masks in zip(class_logits, mask_logits, strict=True)
+        batch_size, num_queries = class_logits[-1].shape[:2]
+        points = draw_points(batch_size, self.num_points, class_logits[-1].device)
+        points = from_top_to_bottom(points)
+        costs = []
+        for image, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
+            if not len(masks):
+                costs.append(points.new_zeros(len(class_logits), num_queries, 0))
+                continue
+            own_points = points[image : image + 1]
+            target_points = sample_at_points(masks, own_points)
+            layers = [
+                self.pair_costs(
+                    logits[image], sample_at_points(maps[image], own_points), classes, target_points
+                )
+                for logits, maps in zip(class_logits, mask_logits, strict=True)
             ]
-        ).cpu()
-        pairs = [
-            linear_assignment(costs[i, b, :, :n]) for i in range(len(costs)) for b, n in enumerate(counts)
-        ]
-        lengths = [len(side) for pair in pairs for side in pair]
-        indices = torch.tensor(
-            [index for pair in pairs for side in pair for index in side], dtype=torch.int64
-        )
-        sides = iter(indices.to(device).split(lengths))
-        return [[(next(sides), next(sides)) for _ in counts] for _ in costs]
+            costs.append(torch.stack(layers))
+        return assign(costs, num_queries)
 
     def pair_costs(
         self, class_logits: Tensor, mask_points: Tensor, target_classes: Tensor, target_points: Tensor
     ) -> Tensor:
-        """Finite cost of each query and target: (B, Q, K + 1), (B, Q, P), (B, n), (B, n, P) -> (B, Q, n)."""
-        index = target_classes[:, None].expand(-1, class_logits.shape[1], -1)
-        cost_class = -class_logits.softmax(-1).gather(2, index)
+        """Finite cost of each query and target: (Q, K + 1), (Q, P), (n,), (n, P) -> (Q, n) float32.
 
-        target_columns = target_points.transpose(1, 2)
+        `mask_points`, logits, are used up.
+        """
+        cost_class = -class_logits.float().softmax(-1).index_select(1, target_classes)
+
         # Binary cross-entropy t * softplus(-x) + (1 - t) * softplus(x) is softplus(x) - t * x.
-        cost_mask = F.softplus(mask_points).sum(-1, keepdim=True) - mask_points @ target_columns
-        cost_mask = cost_mask / mask_points.shape[-1]
+        cost_mask = F.softplus(mask_points).sum(1, keepdim=True) - mask_points @ target_points.T
+        cost_mask = cost_mask / mask_points.shape[1]
 
-        probabilities = mask_points.sigmoid()
-        areas = probabilities.sum(-1)[:, :, None] + target_points.sum(-1)[:, None]
-        cost_dice = 1.0 - (2.0 * probabilities @ target_columns + 1.0) / (areas + 1.0)
+        probabilities = mask_points.sigmoid_()
+        areas = probabilities.sum(1, keepdim=True) + target_points.sum(1)
+        cost_dice = 1.0 - (2.0 * (probabilities @ target_points.T) + 1.0) / (areas + 1.0)
 
         cost = self.class_weight * cost_class + self.mask_weight * cost_mask + self.dice_weight * cost_dice
-        return cost.nan_to_num(nan=_FINITE_COST, posinf=_FINITE_COST, neginf=-_FINITE_COST)
+        return cost.nan_to_num(nan=_FINITE_COST, posinf=_FINITE_COST, neginf=_FINITE_COST)
 
-    def class_loss(
-        self, class_logits: Tensor, class_labels: list[Tensor], match: list[tuple[Tensor, Tensor]]
+    def class_losses(
+        self, class_logits: list[Tensor], class_labels: list[Tensor], matches: Matches
     ) -> Tensor:
-        """Cross-entropy over classes and void, void weighing no_object_weight: mean by weight, a scalar."""
-        void = class_logits.shape[-1] - 1
-        labels = torch.full(class_logits.shape[:2], void, dtype=torch.int64, device=class_logits.device)
-        for row, classes, (queries, targets) in zip(labels, class_labels, match, strict=True):
-            row[queries] = classes[targets]
-        weights = class_logits.new_ones(void + 1)
+        """Cross-entropy over classes and void, void weighing no_object_weight: (L,), summed over queries."""
+        void = class_logits[-1].shape[-1] - 1
+        own_targets = matches.targets.split(matches.sizes, dim=1)
+        classes = torch.cat(
+            [labels[targets] for labels, targets in zip(class_labels, own_targets, strict=True)], dim=1
+        )
+        flat = [logits.flatten(0, 1).float() for logits in class_logits]
+        labels = classes.new_full((len(flat), len(flat[0])), void).scatter_(1, matches.queries, classes)
+        weights = flat[0].new_ones(void + 1)
         weights[void] = self.no_object_weight
-        return F.cross_entropy(class_logits.transpose(1, 2), labels, weights)
+        return torch.stack(
+            [
+                F.cross_entropy(logits, own, weights, reduction="sum")
+                for logits, own in zip(flat, labels, strict=True)
+            ]
+        )
 
     def mask_losses(
-        self,
-        mask_logits: Tensor,
-        mask_labels: list[Tensor],
-        match: list[tuple[Tensor, Tensor]],
-        num_masks: Tensor,
+        self, matched: list[Tensor], mask_labels: list[Tensor], matches: Matches
     ) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropy and dice loss of the matched masks of (B, Q, h, w) at points: two scalars."""
-        matched = torch.cat([masks[queries] for masks, (queries, _) in zip(mask_logits, match, strict=True)])
-        if len(matched) == 0:  # nothing to learn; the zeros still belong to the graph
-            return matched.sum(), matched.sum()
-        matched = matched[:, None]
-        points = self.uncertain_points(matched.detach())
-        logits = sample_at_points(matched, points).squeeze(1)
-        with torch.no_grad():
-            sizes = [len(queries) for queries, _ in match]
-            labels = torch.cat(
-                [
-                    sample_at_points((masks if len(masks) == size else masks[targets])[:, None], own_points)
-                    for masks, (_, targets), size, own_points in zip(
-                        mask_labels, match, sizes, points.split(sizes), strict=True
-                    )
-                    if size
-                ]
-            ).squeeze(1)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
-        probabilities = logits.sigmoid()
-        overlap, area = (probabilities * labels).sum(1), probabilities.sum(1) + labels.sum(1)
-        dice = 1.0 - (2.0 * overlap + 1.0) / (area + 1.0)
-        return cross_entropy.sum() / num_masks, dice.sum() / num_masks
+        """Binary cross-entropy and dice loss of matched mask logits, (M, h, w) of each prediction, at points.
+
+        Returns: two of (L,), summed over masks.
+        """
+        if not sum(matches.sizes):  # nothing to learn; the zeros still belong to the graph
+            zeros = torch.stack([maps.float().sum() for maps in matched])
+            return zeros, zeros
+        points = [self.uncertain_points(maps.detach()) for maps in matched]
+        labels = labels_at_points(mask_labels, matches, points)
+        logits = [sample_at_points(maps, own) for maps, own in zip(matched, points, strict=True)]
+        pairs = list(zip(logits, labels, strict=True))
+        return (
+            torch.stack([cross_entropy_sum(x, t) for x, t in pairs]),
+            torch.stack([dice_sum(x, t) for x, t in pairs]),
+        )
 
     @torch.no_grad()
     def uncertain_points(self, mask_logits: Tensor) -> Tensor:
-        """Points where the masks are least sure, and random ones: (N, 1, h, w) -> (N, P, 2) in 0..1.
+        """Points where the masks are least sure, and random ones: (M, h, w) -> (M, P, 2) in 0..1.
 
-        Uncertainty is -|logit|. The uncertain ones are the top of oversampled random candidates.
+        Uncertainty is -|logit|, greatest where a logit is not a number. The uncertain points are the top of
+        oversampled random candidates.
         """
         num_masks, device = len(mask_logits), mask_logits.device
         candidates = draw_points(num_masks, self.num_candidates, device)
-        uncertainty = -sample_at_points(mask_logits, candidates).squeeze(1).abs()
+        uncertainty = sample_at_points(mask_logits, candidates).abs_().neg_()
         chosen = uncertainty.topk(self.num_uncertain, dim=1, sorted=False).indices
         uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
         rest = draw_points(num_masks, self.num_points - self.num_uncertain, device)

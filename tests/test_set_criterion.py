@@ -2,13 +2,17 @@
 
 import itertools
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.dynamic_module_utils import get_imports
 
 from modeling_ita import set_criterion
+from modeling_ita.batch_groups import merge_masks, remake_masks
 from modeling_ita.set_criterion import SetCriterion, linear_assignment, sample_at_points
 
 NUM_CLASSES, NUM_QUERIES, NUM_POINTS = 5, 7, 40
@@ -81,8 +85,8 @@ def dice(x, t):
 def oracle_losses(class_logits, mask_logits, mask_labels, class_labels, table):
     """The three unweighted losses of one prediction, mask by mask and point by point."""
     num_masks = max(sum(map(len, mask_labels)), 1)
-    total_mask = total_dice = 0.0
-    class_sum = weight_sum = 0.0
+    total_mask = total_dice = class_sum = torch.zeros(())
+    weight_sum = 0.0
     for image in range(len(mask_labels)):
         n = len(mask_labels[image])
         cost = torch.zeros(NUM_QUERIES, n)
@@ -98,7 +102,7 @@ def oracle_losses(class_logits, mask_logits, mask_labels, class_labels, table):
         for q in range(NUM_QUERIES):
             label = int(class_labels[image][best.index(q)]) if q in best else NUM_CLASSES
             weight = 1.0 if q in best else 0.1
-            class_sum += weight * F.cross_entropy(class_logits[image, q], torch.tensor(label))
+            class_sum = class_sum + weight * F.cross_entropy(class_logits[image, q], torch.tensor(label))
             weight_sum += weight
         for t, q in enumerate(best):
             logits = mask_logits[image, q]
@@ -116,7 +120,7 @@ def test_losses_equal_the_plain_loops_of_the_paper(fixed_points):
     for index, suffix in [(0, "_0"), (1, "_1"), (2, "")]:
         expected = oracle_losses(batch[0][index], batch[1][index], batch[2], batch[3], fixed_points)
         for name, weight, value in zip(("ce", "mask", "dice"), (2, 5, 5), expected, strict=True):
-            assert losses[f"loss_{name}{suffix}"].item() == pytest.approx(weight * float(value), rel=1e-4)
+            assert losses[f"loss_{name}{suffix}"].item() == pytest.approx(weight * value.item(), rel=1e-4)
 
 
 def test_names_run_from_the_last_prediction_to_the_earlier_ones():
@@ -149,7 +153,7 @@ def test_perfect_predictions_are_found_wherever_they_stand():
             for image, queries in enumerate(seats)
         ]
     matches = make_criterion(class_weight=0.0).match(class_logits, mask_logits, mask_labels, class_labels)
-    assert [queries.tolist() for queries, _ in matches[0]] == seats
+    assert [matches.of(image)[0][0].tolist() for image in range(2)] == seats
 
 
 def test_the_order_of_queries_and_of_targets_changes_nothing(fixed_points):
@@ -183,21 +187,161 @@ def test_a_batch_without_masks_pays_for_classes_only_and_still_has_gradients():
     assert batch[1][0].grad is not None
 
 
-def test_more_masks_than_queries_leave_the_dearest_masks_unmatched():
-    losses = make_criterion()(*make_batch(counts=(9, 1), num_queries=4))
+def test_more_masks_than_queries_leave_the_dearest_masks_unmatched(fixed_points):
+    class_logits, mask_logits, mask_labels, class_labels = make_batch(counts=(9, 1), num_queries=4)
+    mask_labels[0] = torch.rand(9, 9, 11, generator=torch.Generator().manual_seed(3)) > 0.5
+    with torch.no_grad():
+        mask_logits[1][0] = 8.0 * mask_labels[0][2:6] - 4.0
+    criterion = make_criterion(class_weight=0.0)
+    matches = criterion.match(class_logits, mask_logits, mask_labels, class_labels)
+    assert [side[1].tolist() for side in matches.of(0)] == [[0, 1, 2, 3], [2, 3, 4, 5]]
+    assert matches.sizes == [4, 1] and matches.of(1)[1].tolist() == [[0]] * 3
+    losses = criterion(class_logits, mask_logits, mask_labels, class_labels)
+    # Those four masks alone cost the same, but for the number of masks that the loss is divided by.
+    four = [mask_labels[0][2:6], mask_labels[1]], [class_labels[0][2:6], class_labels[1]]
+    expected = criterion(class_logits, mask_logits, *four)
+    assert 10 * losses["loss_mask_1"].item() == pytest.approx(5 * expected["loss_mask_1"].item())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_predictions_that_are_not_numbers_are_matched_last(value):
+    class_logits, mask_logits, mask_labels, class_labels = make_batch(num_layers=1)
+    with torch.no_grad():
+        mask_logits[0][0, 1] = value
+        mask_logits[0][1] = math.nan
+    matches = make_criterion().match(class_logits, mask_logits, mask_labels, class_labels)
+    assert 1 not in matches.of(0)[0][0].tolist()
+    assert len(set(matches.of(1)[0][0].tolist())) == 2
+
+
+def test_a_loss_over_predictions_that_are_not_numbers_is_not_a_number():
+    batch = make_batch(num_layers=2)
+    with torch.no_grad():
+        batch[1][0][1] = math.nan
+    losses = make_criterion()(*batch)
+    assert losses["loss_mask_0"].isnan() and losses["loss_dice_0"].isnan()
+    assert torch.isfinite(losses["loss_mask"]) and torch.isfinite(losses["loss_ce_0"])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.float16])
+def test_masks_of_any_type_mean_the_same(fixed_points, dtype):
+    class_logits, mask_logits, mask_labels, class_labels = make_batch()
+    expected = make_criterion()(class_logits, mask_logits, mask_labels, class_labels)
+    masks = [masks.to(dtype) for masks in mask_labels]
+    losses = make_criterion()(class_logits, mask_logits, masks, class_labels)
+    assert all(torch.equal(losses[name], loss) for name, loss in expected.items())
+
+
+def test_images_may_have_labels_of_different_sizes(fixed_points):
+    class_logits, mask_logits, mask_labels, class_labels = make_batch()
+    larger = [mask_labels[0], mask_labels[1].repeat_interleave(2, 1).repeat_interleave(2, 2)]
+    matches = make_criterion().match(class_logits, mask_logits, larger, class_labels)
+    assert matches.sizes == [3, 2]
+    losses = make_criterion()(class_logits, mask_logits, larger, class_labels)
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
-def test_predictions_that_are_not_numbers_can_still_be_matched():
-    class_logits, mask_logits, mask_labels, class_labels = make_batch(num_layers=1)
-    with torch.no_grad():
-        mask_logits[0][0, 1] = math.nan
-        mask_logits[0][1] = math.inf
-    matches = make_criterion().match(
-        class_logits, mask_logits, [masks.float() for masks in mask_labels], class_labels
+class SizesAndReadings(TorchDispatchMode):
+    """Remembers the size of the largest tensor made, and what read a tensor's values on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.readings: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.largest = max(self.largest, result.numel())
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.readings.append(func.overloadpacket.__name__)
+        return result
+
+
+def test_a_step_crosses_to_the_host_once(monkeypatch):
+    crossings = []
+    original = torch.Tensor.cpu
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda tensor: crossings.append(tensor.numel()) or original(tensor)
     )
-    assert 1 not in matches[0][0][0].tolist()
-    assert len(matches[0][1][0]) == 2
+    batch = make_batch(counts=(3, 0, 2), num_layers=4)
+    with SizesAndReadings() as seen:
+        make_criterion()(*batch)
+    assert crossings == [4 * NUM_QUERIES * (3 + 2)]
+    assert seen.readings == []
+
+
+def test_nothing_as_large_as_all_queries_times_all_masks_times_points_is_ever_made():
+    batch = make_batch(counts=(20, 20), num_queries=50)
+    with SizesAndReadings() as seen:
+        make_criterion(train_num_points=500)(*batch)
+    read_by_queries, candidates = 50 * 500, 2 * 40 * 3 * 500
+    assert seen.largest == max(read_by_queries, candidates) < 50 * 20 * 500
+
+
+def make_factors():
+    """Two groups, of images 0 and 2 and of the smaller image 1, that has a query less."""
+    generator = torch.Generator().manual_seed(7)
+    members, sizes, counts = [[0, 2], [1]], [(16, 12), (8, 12)], [6, 5]
+    embeddings = [
+        torch.randn(len(group), q, 4, generator=generator).requires_grad_()
+        for group, q in zip(members, counts, strict=True)
+    ]
+    features = [
+        torch.randn(len(group), 4, *size, generator=generator).requires_grad_()
+        for group, size in zip(members, sizes, strict=True)
+    ]
+    return embeddings, features, members, (64, 48)
+
+
+def merged_masks(embeddings, features, members, canvas):
+    parts = [torch.einsum("bqc,bchw->bqhw", e, f) for e, f in zip(embeddings, features, strict=True)]
+    return merge_masks(parts, members, canvas)
+
+
+def test_masks_made_anew_are_the_merged_ones():
+    embeddings, features, members, canvas = make_factors()
+    queries = [torch.tensor([[4, 1], [0, 2]]), torch.tensor([[5, 0, 2], [1, 5, 4]]), torch.zeros(2, 0).long()]
+    factors = [([e, -e], f) for e, f in zip(embeddings, features, strict=True)]
+    masks = remake_masks(factors, members, queries, canvas)
+    for index, sign in enumerate((1, -1)):
+        merged = merged_masks([sign * e for e in embeddings], features, members, canvas)
+        expected = torch.cat([image[own[index]] for image, own in zip(merged, queries, strict=True)])
+        torch.testing.assert_close(masks[index], expected)
+
+
+def test_masks_made_anew_give_the_same_losses_and_gradients_and_spare_the_large_gradient(fixed_points):
+    embeddings, features, members, canvas = make_factors()
+    class_logits, _, mask_labels, class_labels = make_batch(counts=(3, 6, 0), num_layers=1, num_queries=6)
+    leaves, gradients, losses = [*embeddings, *features], {}, {}
+    for anew in (False, True):
+        mask_logits = merged_masks(embeddings, features, members, canvas)
+        mask_logits.retain_grad()
+
+        def matched_masks(matches):
+            factors = [([e], f) for e, f in zip(embeddings, features, strict=True)]
+            return remake_masks(factors, members, [matches.of(image)[0] for image in range(3)], canvas)
+
+        values = make_criterion()(
+            class_logits, [mask_logits], mask_labels, class_labels, matched_masks if anew else None
+        )
+        losses[anew] = torch.stack(list(values.values()))
+        gradients[anew] = torch.autograd.grad(losses[anew].sum(), leaves, retain_graph=True)
+        losses[anew].sum().backward()
+        assert (mask_logits.grad is None) == anew
+    torch.testing.assert_close(losses[True], losses[False])
+    for ours, expected in zip(gradients[True], gradients[False], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_of_this_code_loads_without_scipy():
+    assert "scipy" not in get_imports(set_criterion.__file__)
+
+
+def test_without_scipy_training_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match="pip install scipy"):
+        make_criterion()(*make_batch())
 
 
 def test_half_precision_predictions_are_scored_in_single_precision(fixed_points):
@@ -213,9 +357,9 @@ def test_half_precision_predictions_are_scored_in_single_precision(fixed_points)
 
 
 def test_uncertain_points_lie_nearer_to_the_border_than_random_ones():
-    column = torch.linspace(-10, 10, 32).expand(2, 1, 32, 32).contiguous()
+    column = torch.linspace(-10, 10, 32).expand(2, 32, 32).contiguous()
     points = make_criterion(train_num_points=400).uncertain_points(column)
-    doubt = sample_at_points(column, points).abs().squeeze(1)
+    doubt = sample_at_points(column, points).abs()
     assert points.shape == (2, 400, 2)
     assert doubt[:, :300].mean() < 0.6 * doubt[:, 300:].mean()
 
