@@ -34,7 +34,7 @@ class FolderRelease:
 
     Attributes:
         values: (K,) the label value of each class.
-        ignored: label values that are left out.
+        ignored: label values that are left out, unless they are of a class.
         splits: those that have sub-folders; "train" if there are no sub-folders.
         in_folders: whether there are.
     """
@@ -72,7 +72,7 @@ class FolderRelease:
         return cls(
             categories=categories,
             values=values,
-            ignored=tuple(value for value in (*IGNORED, *invalid) if value not in values),
+            ignored=(*IGNORED, *invalid),
             ignore_index=255 if len(categories) <= 255 else 65535,
             splits=splits or SPLITS[:1],
             in_folders=bool(splits),
