@@ -10,6 +10,7 @@ any number of processes gives the same scores, and the same command goes on wher
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -60,6 +61,10 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         for name, benchmark in benchmarks.items()
     }
     candidate = Candidate(options, accelerator)
+    if accelerator.is_main_process:
+        for name, benchmark in benchmarks.items():
+            if options.split is None and benchmark.split != "validation":
+                print(f"{name} has no validation split: its {benchmark.split} is scored", file=sys.stderr)
     runs = [_Run(candidate, name, benchmarks[name], words[name], files.get(name)) for name in names]
     for run in runs:
         run.work()
@@ -97,10 +102,9 @@ class _Run:
         self.predictor = candidate.predictor(benchmark, words)
         possible = benchmark.tasks & self.predictor.tasks
         self.tasks = possible if options.tasks is None else frozenset(options.tasks)
-        if self.tasks - possible:
-            raise DoorError(
-                f"{name}: this model and these labels cannot be scored for {sorted(self.tasks - possible)}"
-            )
+        for task in sorted(self.tasks - possible):
+            who = "model" if task in benchmark.tasks else "labels"
+            raise DoorError(f"{name}: the {who} cannot be scored for the task {task}")
         self.settings = {
             "split": benchmark.split,
             "limit": options.limit,

@@ -191,7 +191,15 @@ class Ade20k847:
             image = _png(_resize_bilinear(np.asarray(picture.convert("RGB")), size))
             encoded = _resize_nearest(encoded, size)
         full_index = encoded[..., 0].astype(np.uint16) // 10 * 256 + encoded[..., 1]
+        if full_index.max() > NUM_OBJECTS:
+            raise ReleaseError(
+                f"{label_path} has the class {full_index.max()}, above the {NUM_OBJECTS:,} of the full list"
+            )
         return LabelledPicture(item.image_id, image, _FULL_TO_847[full_index])
+
+
+NUM_OBJECTS = 3688
+"""Object classes of the full data set; a label is one of 0 (none) to this."""
 
 
 def _class_table(benchmark: str, num_values: int, ignore_index: int) -> np.ndarray:

@@ -76,6 +76,12 @@ class CocoPanoptic:
         for row in rows:
             image, panoptic, segments = _checked(row, images, class_indices, path)
             items.append(PanopticItem(f"{folder}/{image}", f"{maps}/{panoptic}", segments))
+        annotated = {row["image_id"] for row in rows}
+        bare = [name for image_id, name in images.items() if image_id not in annotated]
+        if bare:
+            raise ReleaseError(
+                f"{path} has no annotation of {len(bare):,} of its pictures, first of {bare[0]}"
+            )
         if not items:
             raise ReleaseError(f"{path} has no annotations")
         return items

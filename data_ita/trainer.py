@@ -193,7 +193,7 @@ class ITATrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        confusion = ConfusionMatrix(len(self.classes.classes))
+        confusion = ConfusionMatrix(len(self.classes.classes), self.classes.ignore_index)
         self.callback_handler.eval_dataloader = loader
         for batch in loader:
             with self.accelerator.autocast():

@@ -68,6 +68,8 @@ def load_benchmark(name: str, data_dir: Path | None, split: str | None, limit: i
         DoorError: there is no such data set, or it is not one that `run_prepare.py` made.
     """
     if name == SCENES:
+        if split not in (None, "validation"):
+            raise DoorError(f"scenes has no split {split!r} to score, only validation")
         return load_scenes(limit)
     folders = [Path(name)] if data_dir is None else [data_dir / name, Path(name)]
     folder = next((path for path in folders if path.is_dir()), None)

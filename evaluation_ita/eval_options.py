@@ -84,6 +84,8 @@ def check_options(options: argparse.Namespace) -> None:
     by_views = options.tta or options.sliding_window is not None
     if options.stride is not None and options.sliding_window is None:
         raise DoorError("--stride needs --sliding_window")
+    if options.stride is not None and options.stride > options.sliding_window:
+        raise DoorError(f"--stride {options.stride} is above --sliding_window {options.sliding_window}")
     if options.tta_scales is not None and not options.tta:
         raise DoorError("--tta_scales needs --tta")
     if by_views and set(options.tasks or ()) - {"semantic"}:
@@ -111,11 +113,13 @@ def vocabulary_files(given: Sequence[str] | None, benchmarks: Sequence[str]) -> 
     if not given:
         return {}
     pairs = [entry.partition("=") for entry in given]
-    if len(given) == 1 and len(benchmarks) == 1 and pairs[0][0] != benchmarks[0]:
+    if len(given) == 1 and len(benchmarks) == 1 and (not pairs[0][1] or Path(given[0]).exists()):
         return {benchmarks[0]: Path(given[0])}
     files = {}
     for entry, (name, equals, file) in zip(given, pairs, strict=True):
-        if not equals or name not in benchmarks:
+        if equals and name not in benchmarks:
+            raise DoorError(f"--vocabulary {entry}: {name} is none of the benchmarks {', '.join(benchmarks)}")
+        if not equals:
             raise DoorError(f"--vocabulary {entry}: with several benchmarks, say NAME=FILE for each")
         if name in files:
             raise DoorError(f"--vocabulary names two files for {name}")

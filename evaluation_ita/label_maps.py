@@ -37,7 +37,12 @@ def run_ends(changed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (r,) indices of each run's last element among the n, and (r,) int64 lengths, which sum to n.
     """
-    ends = np.append(np.flatnonzero(changed), len(changed))
+    whole = len(changed) // 8 * 8
+    words = changed[:whole].view(np.uint64)  # eight flags at a time: most words are 0
+    found = np.flatnonzero(words != 0)
+    inside = np.flatnonzero(words[found].view(np.bool_))
+    rest = whole + np.flatnonzero(changed[whole:])
+    ends = np.concatenate([found[inside >> 3] * 8 + (inside & 7), rest, [len(changed)]])
     return ends, np.diff(ends, prepend=-1)
 
 

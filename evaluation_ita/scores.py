@@ -149,8 +149,9 @@ class BenchmarkScores:
         for task in ("semantic", "panoptic", "instance"):
             if task in self.metrics:
                 found = self.metrics[task].compute(seen)
-                # Counts that more than one metric gives are the semantic ones.
-                scores = {**found, **scores}
+                # Each task counts classes of its own; without a task's name before it, the first task's count.
+                counts = {f"{task}_{key}": value for key, value in found.items() if key.startswith("num_")}
+                scores = {**found, **counts, **scores}
         rows: list[dict[str, Any]] = [
             {
                 "name": name,

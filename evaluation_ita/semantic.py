@@ -19,6 +19,7 @@ from torch import Tensor
 from evaluation_ita.label_maps import as_integers, checked_state, class_flags, run_ends
 
 CHUNK_PIXELS = 1 << 18  # so many pixels are counted at a time: their copies stay in the processor's cache
+SAMPLE_PIXELS = 1 << 14  # of which tell whether the rest is flat
 MAX_SHARE_OF_RUNS = 1 / 8  # maps with more runs than this share of their pixels are counted pixel by pixel
 
 
@@ -30,15 +31,13 @@ class PixelPairs:
         cells: (n,) flat indices into the (K, K) matrix; one may come several times.
         pixels: (n,) int64, of each of these.
         table: (K, K) int64 further pixels, or None.
-        num_without_reference: pixels whose reference label is no class.
-        num_without_prediction: pixels whose reference label is a class and whose predicted label is none.
+        num_wrong: pixels that are not ignored and whose reference or predicted label is no class.
     """
 
     cells: np.ndarray
     pixels: np.ndarray
     table: np.ndarray | None
-    num_without_reference: int
-    num_without_prediction: int
+    num_wrong: int
 
 
 class ConfusionMatrix:
@@ -82,19 +81,17 @@ class ConfusionMatrix:
         """What `update` would add, checked: arguments and errors as there."""
         device = _accelerator(prediction, reference)
         if device is None:
-            predicted, referred = as_integers(prediction, "prediction"), as_integers(reference, "reference")
-            _check_shapes(predicted, referred)
-            pairs = _count_pairs(predicted.reshape(-1), referred.reshape(-1), self.num_classes)
-            num_ignored = int(np.count_nonzero(referred == self.ignore_index))
-        else:
-            predicted_on, referred_on = (
-                _integer_tensor(labels, role).to(device)
-                for labels, role in ((prediction, "prediction"), (reference, "reference"))
+            labels = [as_integers(prediction, "prediction"), as_integers(reference, "reference")]
+            _check_shapes(*labels)
+            pairs = _count_pairs(
+                labels[0].reshape(-1), labels[1].reshape(-1), self.num_classes, self.ignore_index
             )
-            _check_shapes(predicted_on, referred_on)
-            pairs = _count_pairs_on_device(predicted_on, referred_on, self.num_classes)
-            num_ignored = int((referred_on == self.ignore_index).sum())
-        if pairs.num_without_reference != num_ignored or pairs.num_without_prediction:
+        else:
+            tensors = [_integer_tensor(prediction, "prediction"), _integer_tensor(reference, "reference")]
+            _check_shapes(*tensors)
+            moved = [tensor.to(device) for tensor in tensors]
+            pairs = _count_pairs_on_device(moved[0], moved[1], self.num_classes, self.ignore_index)
+        if pairs.num_wrong:
             self._refuse(as_integers(prediction, "prediction"), as_integers(reference, "reference"))
         return pairs
 
@@ -182,76 +179,88 @@ class ConfusionMatrix:
 # ------------------------------------------------------------------------------------------------------ counting
 
 
-def _count_pairs(predicted: np.ndarray, referred: np.ndarray, num_classes: int) -> PixelPairs:
-    """Counts (n,) labels: runs where the maps are flat, and single pixels where they are not."""
-    width = max(num_classes + 1, 256)
-    step = max(CHUNK_PIXELS, 4 * width**2)  # a table of all pairs is then cheap, compared with the pixels
-    keys, pixels, table = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], None
-    for start in range(0, len(referred), step):
-        chunk = slice(start, start + step)
-        found = _pair_keys(predicted[chunk], referred[chunk], num_classes, width)
-        changed = found[1:] != found[:-1]
-        if np.count_nonzero(changed) <= MAX_SHARE_OF_RUNS * len(found):
-            ends, lengths = run_ends(changed)
-            keys.append(found[ends])
-            pixels.append(lengths)
-        else:
-            signed = found.astype(np.int32) if found.dtype == np.uint16 else found
-            counts = torch.bincount(torch.from_numpy(signed), minlength=width**2).numpy()
-            table = counts if table is None else table + counts
-    return _checked_pairs(np.concatenate(keys), np.concatenate(pixels), table, num_classes, width)
-
-
-def _pair_keys(predicted: np.ndarray, referred: np.ndarray, num_classes: int, width: int) -> np.ndarray:
-    """(n,) reference code * width + predicted code, in the smallest dtype that is quick to count."""
-    dtype = np.uint16 if width <= 256 else np.min_scalar_type(-(width**2))
-    keys = np.multiply(_codes(referred, num_classes), width, dtype=dtype, casting="unsafe")
-    return np.add(keys, _codes(predicted, num_classes), out=keys, casting="unsafe")
-
-
-def _checked_pairs(
-    keys: np.ndarray, pixels: np.ndarray, table: np.ndarray | None, num_classes: int, width: int
+def _count_pairs(
+    predicted: np.ndarray, referred: np.ndarray, num_classes: int, ignore_index: int
 ) -> PixelPairs:
-    """Parts the pairs of two classes from those with a label that is none."""
-    rows = keys // width
-    columns = keys - rows * width
-    referred, predicted = rows < num_classes, columns < num_classes
-    both = referred & predicted
-    num_without_reference = int(pixels[~referred].sum())
-    num_without_prediction = int(pixels[referred & ~predicted].sum())
+    """Counts (n,) labels: runs where the maps are flat, and single pixels where they are not."""
+    step = max(
+        CHUNK_PIXELS, 4 * (num_classes + 1) ** 2
+    )  # a table of all pairs is then cheap beside the pixels
+    runs, table, num_wrong = [], None, 0
+    for start in range(0, len(referred), step):
+        chunk = predicted[start : start + step], referred[start : start + step]
+        sample = _changes(*(labels[:SAMPLE_PIXELS] for labels in chunk))
+        if np.count_nonzero(sample) <= MAX_SHARE_OF_RUNS * len(sample):
+            ends, lengths = run_ends(_changes(*chunk))
+            runs.append((chunk[0][ends], chunk[1][ends], lengths))
+        else:
+            counts = _count_pixels(*chunk, num_classes)
+            num_wrong -= int(np.count_nonzero(chunk[1] == ignore_index))
+            table = counts if table is None else table + counts
+    cells, pixels, num_wrong_in_runs = _count_runs(runs, num_classes, ignore_index)
     if table is not None:
-        table = table.reshape(width, width)
-        num_without_reference += int(table[num_classes:].sum())
-        num_without_prediction += int(table[:num_classes, num_classes:].sum())
+        num_wrong += int(table[num_classes].sum() + table[:num_classes, num_classes].sum())
         table = table[:num_classes, :num_classes]
-    cells = rows[both] * num_classes + columns[both]
-    return PixelPairs(cells, pixels[both], table, num_without_reference, num_without_prediction)
+    return PixelPairs(cells, pixels, table, num_wrong + num_wrong_in_runs)
 
 
-def _codes(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels as unsigned integers, all that are no class as something from `num_classes` on.
+def _changes(predicted: np.ndarray, referred: np.ndarray) -> np.ndarray:
+    """(n - 1,) bool, whether the next pixel has another label in either map."""
+    return (predicted[1:] != predicted[:-1]) | (referred[1:] != referred[:-1])
 
-    8-bit labels are their own codes. Others are brought to 16 bits where that loses nothing, and cut at
-    `num_classes`; a negative label is a huge one if its bits are read as an unsigned integer.
+
+def _count_runs(
+    runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]], num_classes: int, ignore_index: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """`cells`, `pixels` and `num_wrong` of `PixelPairs` from runs' predicted and reference labels and lengths."""
+    columns, rows, lengths = (
+        np.concatenate([np.zeros(0, np.int64), *(part.astype(np.int64) for part in parts)])
+        for parts in (zip(*runs, strict=True) if runs else ((), (), ()))
+    )
+    counted = np.flatnonzero(rows != ignore_index)
+    columns, rows, lengths = columns[counted], rows[counted], lengths[counted]
+    wrong = (rows < 0) | (rows >= num_classes) | (columns < 0) | (columns >= num_classes)
+    return rows * num_classes + columns, lengths, int(lengths[wrong].sum())
+
+
+def _count_pixels(predicted: np.ndarray, referred: np.ndarray, num_classes: int) -> np.ndarray:
+    """(K + 1, K + 1) int64 pixels of each pair of labels; all that are no class count as K."""
+    width = num_classes + 1
+    dtype = np.min_scalar_type(-(width**2))  # the smallest that is signed, which is what torch counts
+    keys = _codes(referred, num_classes, dtype)
+    keys *= dtype.type(width)
+    keys += _codes(predicted, num_classes, dtype)
+    return torch.bincount(torch.from_numpy(keys), minlength=width**2).numpy().reshape(width, width)
+
+
+def _codes(labels: np.ndarray, num_classes: int, dtype: np.dtype) -> np.ndarray:
+    """A copy of labels in which all that are no class are `num_classes`.
+
+    A negative label is a huge one if its bits are read as an unsigned integer.
     """
     codes = labels.view(f"u{labels.itemsize}")
-    if codes.dtype == np.uint8:
-        return codes
-    if codes.itemsize > 2 and codes.max() <= 0xFFFF:
-        codes = codes.astype(np.uint16)
-    return np.minimum(codes, np.full(codes.shape, min(num_classes, 0xFFFF), codes.dtype))
+    highest = codes.max()
+    if highest > num_classes:
+        if codes.itemsize > 2 and highest <= 0xFFFF:
+            codes = codes.astype(np.uint16)
+        codes = np.minimum(codes, np.full(codes.shape, num_classes, codes.dtype))
+    return codes.astype(dtype)
 
 
-def _count_pairs_on_device(prediction: Tensor, reference: Tensor, num_classes: int) -> PixelPairs:
+def _count_pairs_on_device(
+    prediction: Tensor, reference: Tensor, num_classes: int, ignore_index: int
+) -> PixelPairs:
     """As `_count_pairs`, for tensors of any shape on one device, which does the counting."""
-    codes = [
+    width = num_classes + 1
+    rows, columns = (
         torch.where((labels >= 0) & (labels < num_classes), labels.long(), num_classes).flatten()
         for labels in (reference, prediction)
-    ]
-    width = num_classes + 1
-    table = torch.bincount(codes[0] * width + codes[1], minlength=width**2).cpu().numpy()
+    )
+    table = torch.bincount(rows * width + columns, minlength=width**2).cpu().numpy().reshape(width, width)
+    num_without_class = table[num_classes].sum() + table[:num_classes, num_classes].sum()
+    num_wrong = int(num_without_class) - int((reference == ignore_index).sum())
     nothing = np.zeros(0, np.int64)
-    return _checked_pairs(nothing, nothing, table, num_classes, width)
+    return PixelPairs(nothing, nothing, table[:num_classes, :num_classes], num_wrong)
 
 
 def _accelerator(*labels: Any) -> torch.device | None:

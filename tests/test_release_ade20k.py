@@ -196,6 +196,13 @@ def test_a_missing_or_shortened_file_of_the_full_release_is_named(full, name):
     check_refused(Ade20k847(), full, name, "missing")
 
 
+def test_a_full_label_beyond_the_list_of_objects_is_named(full):
+    save_full_seg(full / f"{FULL}_seg.png", np.full((4, 6), 3688))
+    read_all(Ade20k847(), full)
+    save_full_seg(full / f"{FULL}_seg.png", np.full((4, 6), 3689))
+    check_refused(Ade20k847(), full, f"{FULL}_seg.png", "class 3689", "3,688")
+
+
 def test_a_grey_seg_or_one_of_another_size_is_named(full):
     save_png(full / f"{FULL}_seg.png", np.zeros((4, 6)))
     check_refused(Ade20k847(), full, f"{FULL}_seg.png", "mode L")

@@ -81,6 +81,11 @@ def test_a_map_of_another_size_or_without_colours_is_named(coco):
     check_refused(CocoPanoptic(), coco, MAP, "mode L")
 
 
+def test_a_picture_that_has_no_annotation_is_named(coco):
+    change_json(coco, lambda content: content["annotations"].pop(0))
+    check_refused(CocoPanoptic(), coco, JSON, "no annotation of 1 of its pictures", "000000000139.jpg")
+
+
 def test_an_id_of_the_map_that_is_not_in_the_json_is_named(coco):
     change_json(coco, lambda content: content["annotations"][0]["segments_info"].pop(0))
     check_refused(CocoPanoptic(), coco, MAP, "8000000", "does not list")

@@ -97,6 +97,7 @@ def test_scores_are_those_of_one_matrix_over_all_pictures(scored, checkpoint, da
     assert [entry["iou"] for entry in scores["classes"]] == pytest.approx(iou.tolist())
     assert [entry["is_thing"] for entry in scores["classes"]] == [False, True, False, True]
     assert {"pq", "sq", "rq", "ap", "ap50"} <= set(scores)
+    assert [scores[f"{task}_num_classes_counted"] for task in ("panoptic", "instance")] == [4, 2]
 
 
 class Oracle:
@@ -369,6 +370,9 @@ def test_counts_of_other_settings_are_never_taken_up(checkpoint, data, tmp_path,
         (["--templates", "nowhere.txt"], "nowhere.txt"),
         (["--vocabulary", "nowhere.txt"], "nowhere.txt"),
         (["--longest_side", "5"], "--longest_side needs --size"),
+        (["--benchmarks", "scenes", "--split", "train"], "scenes has no split 'train'"),
+        (["--vocabulary", "nix=words.txt"], "nix is none of the benchmarks squares"),
+        (["--sliding_window", "64", "--stride", "65"], "--stride 65 is above"),
     ],
 )
 def test_bad_arguments_are_one_line(change, message, checkpoint, data, tmp_path, monkeypatch, capsys):

@@ -71,10 +71,12 @@ def test_an_accelerator_counts_like_the_processor():
         prediction, reference = noise(rng, num_classes, (20, 30)), noise(rng, num_classes, (20, 30))
         prediction[0, :4] = [-1, -7, num_classes, 10**12]
         reference[1, :3] = [-100, num_classes, -100]
-        pairs = _count_pairs_on_device(torch.from_numpy(prediction), torch.from_numpy(reference), num_classes)
+        pairs = _count_pairs_on_device(
+            torch.from_numpy(prediction), torch.from_numpy(reference), num_classes, -100
+        )
         good = (prediction >= 0) & (prediction < num_classes) & (reference >= 0) & (reference < num_classes)
         assert np.array_equal(pairs.table, slow_matrix(prediction[good], reference[good], num_classes, -100))
-        assert (pairs.num_without_reference, pairs.num_without_prediction) == (3, 4)
+        assert pairs.num_wrong == 5  # four predictions, and one reference that is not ignored
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 255, 10**6])

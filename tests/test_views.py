@@ -28,7 +28,8 @@ def picture() -> Image.Image:
 
 def predictor(loaded, plan: ViewPlan) -> ITAPredictor:
     classes = [[entry] if isinstance(entry, str) else entry for entry in CLASSES]
-    return ITAPredictor(*loaded, classes, plan=plan)
+    model, processor = loaded
+    return ITAPredictor(model, processor, classes, plan=plan)
 
 
 def test_one_view_is_the_whole_picture_at_the_processors_size():

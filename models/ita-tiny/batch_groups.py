@@ -110,6 +110,35 @@ def merge_masks(parts: list[Tensor], members: list[list[int]], canvas: tuple[int
     return merged
 
 
+def remake_masks(
+    factors: list[tuple[list[Tensor], Tensor]],
+    members: list[list[int]],
+    queries: list[Tensor],
+    canvas: tuple[int, int],
+) -> Tensor:
+    """Some of the mask logits that `merge_masks` gives, made anew in float32: only they take part in a gradient.
+
+    Args:
+        factors: each group's mask embeddings (b, q, C), one of each of L predictions, and mask features (b, C, h, w).
+        queries: of each image int64 (L, m); q and above are those that `merge_masks` added.
+
+    Returns: (L, M, H / 4, W / 4), the images' masks one after the other.
+    """
+    height, width = canvas[0] // 4, canvas[1] // 4
+    masks: dict[int, Tensor] = {}
+    for (embeddings, features), group in zip(factors, members, strict=True):
+        by_image = torch.stack(embeddings, dim=1).unbind()
+        for own, feature, index in zip(by_image, features.unbind(), group, strict=True):
+            rows = queries[index].clamp(max=own.shape[1] - 1)[..., None].expand(-1, -1, own.shape[2])
+            with torch.autocast(own.device.type, enabled=False):
+                logits = torch.einsum("lmc,chw->lmhw", own.gather(1, rows).float(), feature.float())
+            added = queries[index] >= own.shape[1]
+            logits = logits.masked_fill(added[..., None, None], NO_MASK)
+            padding = (0, width - logits.shape[-1], 0, height - logits.shape[-2])
+            masks[index] = F.pad(logits, padding, value=NO_MASK)
+    return torch.cat([masks[index] for index in sorted(masks)], dim=1)
+
+
 def check_labels(
     mask_labels: list[Tensor],
     class_labels: list[Tensor],

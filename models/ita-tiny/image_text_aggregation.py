@@ -83,10 +83,14 @@ class DecoderLayer(nn.Module):
 
 @dataclass
 class Prediction:
-    """Class embeddings (B, Q, D), not normalised, and mask logits (B, Q, H / 4, W / 4)."""
+    """Class embeddings (B, Q, D), not normalised, and mask logits (B, Q, H / 4, W / 4).
+
+    Mask logits are the products of mask embeddings (B, Q, C_mask) and mask features.
+    """
 
     class_embeddings: Tensor
     mask_logits: Tensor
+    mask_embeddings: Tensor
 
 
 class ImageTextAggregation(nn.Module):
@@ -212,7 +216,8 @@ class ImageTextAggregation(nn.Module):
         mask_logits = (mask_embeddings @ mask_features.flatten(2)).unflatten(-1, mask_features.shape[-2:])
         inside = (mask_logits.detach() > 0) if valid is None else (mask_logits.detach() > 0) & valid[:, None]
         pooled = mask_means(mask_features, inside).to(normed.dtype)
-        return Prediction(self.class_embedding(normed + self.pooled_projection(pooled)), mask_logits)
+        class_embeddings = self.class_embedding(normed + self.pooled_projection(pooled))
+        return Prediction(class_embeddings, mask_logits, mask_embeddings)
 
 
 def mask_means(features: Tensor, masks: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from .batch_groups import (
     merge_classes,
     merge_masks,
     pad_labels,
+    remake_masks,
     round_up,
     scatter,
     valid_pixels,
@@ -39,7 +40,7 @@ from .detail_enhancement import DeformableAttention, DetailEnhancement
 from .dominant_categories import DominantCategories
 from .image_text_aggregation import Attention, ImageTextAggregation, Prediction
 from .open_vocab_classification import ensemble_log_probabilities, masks_on_dense_feature
-from .set_criterion import SetCriterion
+from .set_criterion import Matches, SetCriterion
 from .vocabulary import (
     TextClassifier,
     Vocabulary,
@@ -111,7 +112,8 @@ class _GroupResult:
     """One group of images of one size and one vocabulary, all predictions of the decoder (the last one last)."""
 
     class_logits: list[Tensor]
-    mask_logits: list[Tensor]
+    predictions: list[Prediction]
+    mask_features: Tensor
     log_probabilities: Tensor | None
     dominant: list[list[str]]
 
@@ -308,7 +310,9 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         members = list(groups.values())
         layers = range(len(results[0].class_logits))
         class_logits = [merge_classes([r.class_logits[i] for r in results], members) for i in layers]
-        mask_logits = [merge_masks([r.mask_logits[i] for r in results], members, canvas) for i in layers]
+        mask_logits = [
+            merge_masks([r.predictions[i].mask_logits for r in results], members, canvas) for i in layers
+        ]
         final = class_logits[-1]
         if not self.training:
             final = merge_classes(
@@ -325,9 +329,14 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         )
         if mask_labels is not None and class_labels is not None:
             check_labels(mask_labels, class_labels, sizes, (height, width), [len(v) for v in vocabularies])
-            output.loss_dict = self.criterion(
-                class_logits, mask_logits, [pad_labels(masks, canvas) for masks in mask_labels], class_labels
-            )
+            labels = [pad_labels(masks, canvas) for masks in mask_labels]
+
+            def matched_masks(matches: Matches) -> Tensor:
+                factors = [([p.mask_embeddings for p in r.predictions], r.mask_features) for r in results]
+                queries = [matches.of(image)[0] for image in range(batch)]
+                return remake_masks(factors, members, queries, canvas)
+
+            output.loss_dict = self.criterion(class_logits, mask_logits, labels, class_labels, matched_masks)
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -364,7 +373,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             log_probabilities = self._classify(
                 predictions[-1], class_logits[-1], features, valid, classifier, request
             )
-        return _GroupResult(class_logits, [p.mask_logits for p in predictions], log_probabilities, names)
+        return _GroupResult(class_logits, predictions, mask_features, log_probabilities, names)
 
     def _unearth(
         self,

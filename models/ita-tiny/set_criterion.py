@@ -12,6 +12,7 @@ Shapes: L predictions, B images, Q queries, K classes, n_i masks of image i, m_i
 M = sum of m_i, P points.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +38,15 @@ class Matches:
     sizes: list[int]
     num_queries: int
 
-    def of(self, prediction: int, image: int) -> tuple[Tensor, Tensor]:
-        """Queries and masks of one prediction and image: int64 (m_i,) each, both counted within the image."""
+    def of(self, image: int) -> tuple[Tensor, Tensor]:
+        """Queries and masks of one image: int64 (L, m_i) each, both counted within the image."""
         start = sum(self.sizes[:image])
         own = slice(start, start + self.sizes[image])
-        return self.queries[prediction, own] - image * self.num_queries, self.targets[prediction, own]
+        return self.queries[:, own] - image * self.num_queries, self.targets[:, own]
+
+
+MatchedMasks = Callable[[Matches], Tensor]
+"""Makes the mask logits of matched queries: (L, M, h, w)."""
 
 
 def draw_points(num_masks: int, count: int, device: torch.device | str) -> Tensor:
@@ -165,11 +170,10 @@ def labels_at_points(mask_labels: list[Tensor], matches: Matches, points: list[T
         if not len(masks):
             continue
         masks = masks.float()  # once for all predictions, one image at a time
-        for prediction, places in enumerate(points):
-            _, targets = matches.of(prediction, image)
+        for own_labels, targets, places in zip(labels, matches.of(image)[1], points, strict=True):
             # Where all masks are matched they are in order, and need not be copied.
             chosen = masks if len(masks) == len(targets) else masks[targets]
-            labels[prediction].append(sample_at_points(chosen, places.split(matches.sizes)[image]))
+            own_labels.append(sample_at_points(chosen, places.split(matches.sizes)[image]))
     return [torch.cat(parts) for parts in labels]
 
 
@@ -209,6 +213,7 @@ class SetCriterion:
         mask_logits: list[Tensor],
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
+        matched_masks: MatchedMasks | None = None,
     ) -> dict[str, Tensor]:
         """Weighted losses by name; their sum is the training loss.
 
@@ -222,6 +227,8 @@ class SetCriterion:
             mask_labels: one (n_i, H, W) per image, bool, integer 0 and 1 or float in 0..1, covering the padded
                 input; H and W may differ between images.
             class_labels: one int64 (n_i,) per image, values 0..K - 1; n_i may be 0.
+            matched_masks: makes the mask logits of the matched queries anew. Gradients then flow through these
+                alone; otherwise backward makes a gradient as large as all mask logits for the sake of a few.
 
         Returns:
             `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the same with suffix `_0`, `_1`,
@@ -241,7 +248,14 @@ class SetCriterion:
             weighted = {
                 "ce": self.class_weight * self.class_losses(class_logits, class_labels, matches) / class_mass
             }
-            losses_mask, losses_dice = self.mask_losses(mask_logits, mask_labels, matches)
+            if matched_masks is None:
+                matched = [
+                    maps.flatten(0, 1).index_select(0, queries)
+                    for maps, queries in zip(mask_logits, matches.queries, strict=True)
+                ]
+            else:
+                matched = list(matched_masks(matches).unbind())
+            losses_mask, losses_dice = self.mask_losses(matched, mask_labels, matches)
             weighted["mask"] = self.mask_weight * losses_mask / num_masks
             weighted["dice"] = self.dice_weight * losses_dice / num_masks
         earlier = range(len(class_logits) - 1)
@@ -343,13 +357,12 @@ class SetCriterion:
         )
 
     def mask_losses(
-        self, mask_logits: list[Tensor], mask_labels: list[Tensor], matches: Matches
+        self, matched: list[Tensor], mask_labels: list[Tensor], matches: Matches
     ) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropy and dice loss of the matched masks at points: (L,) each, summed over masks."""
-        matched = [
-            maps.flatten(0, 1).index_select(0, queries)
-            for maps, queries in zip(mask_logits, matches.queries, strict=True)
-        ]
+        """Binary cross-entropy and dice loss of matched mask logits, (M, h, w) of each prediction, at points.
+
+        Returns: two of (L,), summed over masks.
+        """
         if not sum(matches.sizes):  # nothing to learn; the zeros still belong to the graph
             zeros = torch.stack([maps.float().sum() for maps in matched])
             return zeros, zeros
