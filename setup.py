@@ -27,7 +27,7 @@ setup(
         "run_train_clip",
     ],
     packages=["modeling_ita", "data_ita", "evaluation_ita"],
-    package_data={"data_ita": ["*.json", "categories/*.json"]},
+    package_data={"data_ita": ["*.json", "categories/*.json"], "evaluation_ita": ["metrics/*.py"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
