@@ -10,116 +10,22 @@ a run leaves in `output_dir` a checkpoint that loads through transformers' Auto 
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_ita import ITAConfig
 from data_ita import training as source
-from data_ita.augmentation import LargeScaleJitter
-from data_ita.scenes_dataset import SPLITS
-from data_ita.trainer import ITATrainer
+from data_ita.arguments import ITADataArguments, load_data
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
-
-
-class BadInput(Exception):
-    """Something the user gave cannot serve; the message says what, in one line."""
-
-
-@dataclass
-class ITAModelArguments:
-    """Where the network comes from: give `clip` for a new one, or `model` to go on with one."""
-
-    clip: str | None = field(
-        default=None,
-        metadata={"help": "Folder of a trained CLIP: open_clip_config.json and open_clip_model.safetensors."},
-    )
-    model: str | None = field(default=None, metadata={"help": "Folder of an ITA checkpoint to fine-tune."})
-    model_config: str | None = field(
-        default=None,
-        metadata={"help": "Fields of ITAConfig, as JSON or YAML; one alone is --model_config.FIELD VALUE."},
-    )
-
-    @property
-    def config_changes(self) -> dict[str, Any]:
-        """`model_config` as a mapping."""
-        return read_mapping(self.model_config or "", "model_config")
-
-
-@dataclass
-class ITADataArguments:
-    """What is learned from."""
-
-    dataset: str = field(
-        default="scenes",
-        metadata={
-            "help": "'scenes', or the folder of a data set saved by `datasets` with columns image and label "
-            "(8-bit PNG of class ids, 255 ignored), or image, panoptic and segments."
-        },
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on, of a data set on disk."})
-    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, if there is one."})
-    unseen_classes: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Names of classes whose masks are withheld, of a data set on disk."},
-    )
-    image_size: int = field(
-        default=192, metadata={"help": "Side of the training pictures or crops, in pixels."}
-    )
-    min_scale: float = field(default=0.1, metadata={"help": "Large-scale jitter (data set on disk): from."})
-    max_scale: float = field(default=2.0, metadata={"help": "Large-scale jitter (data set on disk): to."})
-    scenes_seed: int = field(
-        default=SPLITS["train"].seed, metadata={"help": "Which Scenes world to train in."}
-    )
-    eval_seed: int = field(
-        default=SPLITS["validation"].seed, metadata={"help": "Which Scenes world to evaluate in."}
-    )
-    eval_images: int = field(default=200, metadata={"help": "How many pictures an evaluation takes at most."})
-
-
-@dataclass
-class ITATrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with the method's defaults, and a budget in minutes."""
-
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of AdamW after warm-up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "None on norms and embeddings."})
-    max_grad_norm: float = field(default=0.01, metadata={"help": "Clips the gradient of the whole model."})
-    warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up; below 1: a share."})
-    lr_scheduler_type: Literal["step", "cosine", "linear", "constant"] = field(
-        default="step", metadata={"help": "'step': a tenth after 0.89 of the run, again after 0.96."}
-    )
-    max_minutes: float | None = field(
-        default=None,
-        metadata={"help": "Ends the run after so many minutes; the learning rate follows the clock."},
-    )
-    half_weights: bool = field(
-        default=False,
-        metadata={
-            "help": "Write the final checkpoint's weights in float16, half the size; it loads in float32."
-        },
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Log losses every so many steps."})
-    report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "Trackers, as 'tensorboard'."}
-    )
-
-    def __post_init__(self) -> None:
-        schedule, self.lr_scheduler_type = self.lr_scheduler_type, "constant"
-        super().__post_init__()
-        self.lr_scheduler_type = schedule  # "step" is none of transformers' own
-        self.remove_unused_columns = False  # examples are tensors that the collator takes as they are
-        self.label_names = ["mask_labels", "class_labels"]
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
-
+from training_ita.arguments import BadInput, ITAModelArguments, ITATrainingArguments, read_mapping
+from training_ita.trainer import ITATrainer
 
 Arguments = tuple[ITAModelArguments, ITADataArguments, ITATrainingArguments]
 ARGUMENT_CLASSES: tuple[Any, ...] = (ITAModelArguments, ITADataArguments, ITATrainingArguments)
@@ -191,19 +97,6 @@ def read_config(path: str) -> dict[str, Any]:
     return values
 
 
-def read_mapping(text: str, source: str) -> dict[str, Any]:
-    """A YAML or JSON mapping."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{source} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise BadInput(f"{source} must hold a mapping of names to values, not a {type(values).__name__}")
-    return values
-
-
 def as_words(values: dict[str, Any]) -> list[str]:
     """Values of a file as words of a command line, so that both are read by the same rules."""
     words: list[str] = []
@@ -215,31 +108,6 @@ def as_words(values: dict[str, Any]) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def load_data(
-    data: ITADataArguments, training: ITATrainingArguments
-) -> tuple[source.TrainingClasses, Any, Any]:
-    """Classes, training examples and evaluation examples (None if there are none)."""
-    if data.image_size < 32:
-        raise BadInput(f"image_size must be at least 32 pixels, got {data.image_size}")
-    if data.dataset == "scenes":
-        if training.max_steps <= 0 and not training.max_minutes:
-            raise BadInput("Scenes has no end: give max_steps or max_minutes")
-        evaluation = source.ScenesEvaluation(data.eval_seed, data.image_size, data.eval_images)
-        return source.scenes_classes(), source.ScenesTraining(data.scenes_seed, data.image_size), evaluation
-    return source.load_disk(
-        data.dataset,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        unseen=data.unseen_classes,
-        jitter=LargeScaleJitter(data.image_size, data.min_scale, data.max_scale),
-        eval_images=data.eval_images,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-README = Path(__file__).parent / "README.md"
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
 
 setup(
     name="ita-segmentation",
@@ -14,19 +15,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    py_modules=[
-        "configuration_ita",
-        "image_processing_ita",
-        "pipeline_ita",
-        "conversion_ita",
-        "run_predict",
-        "run_train",
-        "run_eval",
-        "run_prepare",
-        "run_convert",
-        "run_train_clip",
-    ],
-    packages=["modeling_ita", "data_ita", "evaluation_ita"],
+    py_modules=sorted(
+        path.stem for path in ROOT.glob("*.py") if path.stem.startswith("run_") or path.stem.endswith("_ita")
+    ),
+    packages=sorted(path.parent.name for path in ROOT.glob("*_ita/__init__.py")),
     package_data={"data_ita": ["*.json", "categories/*.json"], "evaluation_ita": ["metrics/*.py"]},
     install_requires=[
         "torch>=2.6",

@@ -15,7 +15,6 @@ from transformers import TrainerState
 import run_train
 from data_ita.augmentation import LargeScaleJitter
 from data_ita.scenes_dataset import SPLITS, scenes_dataset
-from data_ita.trainer import MinuteBudget, learning_rate_factor
 from data_ita.training import (
     IGNORE_INDEX,
     ScenesEvaluation,
@@ -28,6 +27,7 @@ from data_ita.training import (
     semantic_targets,
 )
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
+from training_ita.trainer import MinuteBudget, learning_rate_factor
 
 LOSS_NAMES = [f"loss_{part}{suffix}" for suffix in ("", "_sum") for part in ("ce", "mask", "dice")]
 

@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
+from data_ita.training import ENDLESS, EvaluationCollator, TrainingClasses
 from evaluation_ita.semantic import ConfusionMatrix
 from modeling_ita.vocabulary import normalize_vocabulary
-
-from .training import ENDLESS, EvaluationCollator, TrainingClasses
 
 LOSS_PARTS = ("loss_ce", "loss_mask", "loss_dice")
 STEP_MILESTONES = (0.89, 0.96)  # shares of the run after each of which the learning rate falls to a tenth

@@ -1,0 +1,1 @@
+"""Results in other tools' terms: COCO JSON and RLE, `supervision`, FiftyOne."""

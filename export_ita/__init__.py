@@ -1,0 +1,1 @@
+"""The network beyond eager PyTorch: `torch.export`, ONNX, quantised towers."""

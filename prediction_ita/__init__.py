@@ -1,0 +1,1 @@
+"""Prediction over many pictures: where they come from, and where results go."""
