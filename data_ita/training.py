@@ -123,7 +123,12 @@ class ScenesTraining(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         drawn = scene(self.seed, index, self.size, classes="seen")
         masks, labels = segment_targets(drawn.panoptic, drawn.segments, self.training_label)
-        return {"image": picture_tensor(drawn.image), "mask_labels": masks, "class_labels": labels}
+        return {
+            "image": picture_tensor(drawn.image),
+            "mask_labels": masks,
+            "class_labels": labels,
+            "image_id": f"scenes{self.seed}[{index}]",
+        }
 
 
 class ScenesEvaluation(Dataset):
@@ -179,7 +184,12 @@ class DiskTraining(Dataset):
             masks, class_labels = segment_targets(label_map, segments, self.training_label)
         else:
             masks, class_labels = semantic_targets(label_map, self.training_label, self.ignore_index)
-        return {"image": image, "mask_labels": masks, "class_labels": class_labels}
+        return {
+            "image": image,
+            "mask_labels": masks,
+            "class_labels": class_labels,
+            "image_id": str(example.get("image_id", f"{self.dataset.split or 'train'}[{index}]")),
+        }
 
 
 class DiskEvaluation(Dataset):
@@ -339,7 +349,7 @@ class TrainingCollator:
     """Training examples -> the model's arguments: `pixel_values`, `pixel_mask`, `mask_labels`, `class_labels`.
 
     The image processor normalises and pads; masks are padded alike. `pixel_mask` is left out where nothing was
-    padded.
+    padded. Beside them `image_names` and `skipped_images` (lists of str), which are for the trainer.
 
     Args:
         processor: an `ITAImageProcessor`.
@@ -359,6 +369,8 @@ class TrainingCollator:
             for masks in (example["mask_labels"] for example in examples)
         ]
         batch["class_labels"] = [example["class_labels"] for example in examples]
+        batch["image_names"] = [example.get("image_id", "?") for example in examples]
+        batch["skipped_images"] = [name for example in examples for name in example.get("skipped", [])]
         return batch
 
 

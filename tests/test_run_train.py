@@ -318,7 +318,8 @@ def test_a_label_map_gives_one_mask_per_seen_class():
 def test_training_scenes_hold_seen_classes_only_and_are_the_same_every_time():
     dataset, classes = ScenesTraining(seed=3, size=64), scenes_classes()
     first, again = dataset[5], dataset[5]
-    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert first["image_id"] == again["image_id"] == "scenes3[5]"
+    assert all(torch.equal(first[key], again[key]) for key in ("image", "mask_labels", "class_labels"))
     assert not torch.equal(first["image"], dataset[6]["image"])
     assert first["mask_labels"].sum(0).max() == 1
     assert first["class_labels"].max() < len(classes.seen_classes)

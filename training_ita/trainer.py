@@ -139,9 +139,13 @@ class ITATrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if dataset is not None and len(dataset) == ENDLESS:
             return SequentialSampler(dataset)  # every picture is new: there is nothing to shuffle
+        if hasattr(dataset, "epoch_sampler"):
+            return dataset.epoch_sampler()  # its indices carry the epoch, which decides the augmentation
         return super()._get_train_sampler(dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs.pop("image_names", [])
+        inputs.pop("skipped_images", [])
         outputs = model(**inputs, vocabulary=self.train_vocabulary)
         parts = torch.stack(
             [outputs.loss_dict[part].detach() for part in LOSS_PARTS]
