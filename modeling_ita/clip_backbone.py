@@ -126,6 +126,11 @@ class ClipBackbone(nn.Module):
         return self
 
     @property
+    def is_trained(self) -> bool:
+        """Whether a training run has unfrozen anything of the image tower."""
+        return any(parameter.requires_grad for parameter in self.clip.visual.parameters())
+
+    @property
     def device(self) -> torch.device:
         return self.text_tower.token_embedding.weight.device
 

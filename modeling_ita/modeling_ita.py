@@ -138,6 +138,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
     base_model_prefix = "ita"
     main_input_name = "pixel_values"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True  # of the head's layers
 
     def __init__(self, config: ITAConfig):
         super().__init__(config)
@@ -357,7 +358,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             sizes: each picture's own height and width. given: dominant categories from outside, or None.
         """
         classifier = self.vocabulary_encoder.classifier(vocabulary, request.templates)
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.clip_backbone.is_trained):
             features = self.clip_backbone(pixel_values)
         names, text_queries = self._unearth(pixel_values, valid, sizes, features, classifier, given)
         mask_features, levels = self.detail_enhancement(features.levels)
@@ -476,8 +477,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             ValueError: the checkpoint lacks weights of the frozen CLIP.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         missing = sorted(key for key in info["missing_keys"] if key.startswith("clip_backbone."))
         if missing:
             raise ValueError(
