@@ -1,1 +1,22 @@
-"""Results in other tools' terms: COCO JSON and RLE, `supervision`, FiftyOne."""
+"""The exchange room: predictions as COCO JSON, `supervision.Detections` and FiftyOne labels.
+
+The packages of those formats are imported when a function needs them. `exchange_ita.fiftyone_model.ITAFiftyOneModel` is
+what FiftyOne's `dataset.apply_model` takes; its module imports fiftyone.
+"""
+
+from exchange_ita.coco import coco_document, coco_panoptic, coco_results
+from exchange_ita.fiftyone_labels import mask_targets, to_fiftyone_detections, to_fiftyone_segmentation
+from exchange_ita.segments import Segment, segments_of
+from exchange_ita.supervision_detections import to_detections
+
+__all__ = [
+    "Segment",
+    "coco_document",
+    "coco_panoptic",
+    "coco_results",
+    "mask_targets",
+    "segments_of",
+    "to_detections",
+    "to_fiftyone_detections",
+    "to_fiftyone_segmentation",
+]
