@@ -1,0 +1,5 @@
+"""Tests keep nothing outside of their own folders."""
+
+import os
+
+os.environ["ITA_TEXT_CACHE"] = "off"
