@@ -12,15 +12,13 @@ import json
 import os
 import struct
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-MAX_PICTURE_PIXELS = 178_956_970  # Pillow's own limit for what it calls a decompression bomb
 PICTURE_SUFFIXES = (
     *(".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
@@ -231,27 +229,15 @@ def read_picture(path: Path) -> Image.Image:
     """A picture as a person sees it: upright, RGB, 8 bits.
 
     Raises:
-        DoorError: if it is empty, cut off, no picture, or has more than `MAX_PICTURE_PIXELS` pixels.
+        DoorError: if it is empty, cut off, no picture, of a kind that Pillow cannot decode, or has more pixels than
+            `image_processing_ita.MAX_PICTURE_PIXELS`.
     """
-    from image_processing_ita import picture_to_rgb
+    from image_processing_ita import read_picture as decode
 
-    too_large = f"{path} has more than the {MAX_PICTURE_PIXELS:,} pixels allowed (a decompression bomb?)"
     try:
-        if path.stat().st_size == 0:
-            raise DoorError(f"{path} is empty (zero bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as picture:
-                if picture.width * picture.height > MAX_PICTURE_PIXELS:
-                    raise DoorError(too_large)
-                picture.load()
-                return picture_to_rgb(picture)
-    except Image.DecompressionBombError as error:
-        raise DoorError(too_large) from error
-    except UnidentifiedImageError as error:
-        raise DoorError(f"{path} is not a picture (or of a kind that Pillow does not know)") from error
-    except BROKEN_PICTURE_ERRORS as error:
-        raise DoorError(f"{path} cannot be read as a picture: {one_line(error, 160)}") from error
+        return decode(path)
+    except ValueError as error:
+        raise DoorError(str(error)) from error
 
 
 def read_vocabulary(path: Path) -> list[list[str]]:

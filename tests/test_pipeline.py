@@ -22,10 +22,11 @@ TINY_CLIP = {
 }
 EVERYTHING = {"threshold": 0.0, "mask_threshold": 0.0, "overlap_mask_area_threshold": 0.0}
 PIPELINES = {
-    "image-segmentation": {
-        "impl": "pipeline_ita.ITAImageSegmentationPipeline",
-        "pt": ["AutoModelForImageSegmentation"],
-    }
+    task: {"impl": f"pipeline_ita.{name}", "pt": ["AutoModelForImageSegmentation"]}
+    for task, name in (
+        ("image-segmentation", "ITAImageSegmentationPipeline"),
+        ("zero-shot-image-segmentation", "ITAZeroShotImageSegmentationPipeline"),
+    )
 }
 
 
