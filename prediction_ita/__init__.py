@@ -1,1 +1,1 @@
-"""Prediction over many pictures: where they come from, and where results go."""
+"""The prediction room: many pictures, videos and data sets through one checkpoint, results written as they come."""
