@@ -192,7 +192,7 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
 class ITAZeroShotImageSegmentationPipeline(ITAImageSegmentationPipeline):
     """The same, for `candidate_labels` only: a call without them, at it or at construction, raises ValueError."""
 
-    def _forward(self, model_inputs: Any, vocabulary: list[list[str]] | None = None) -> Any:
+    def _forward(self, model_inputs: Any, vocabulary: list[list[str]] | None = None) -> Any:  # type: ignore[override]
         if vocabulary is None:
             raise ValueError(
                 'zero-shot-image-segmentation needs candidate_labels, such as candidate_labels=["cat", "sofa|couch"]'

@@ -11,9 +11,11 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from configuration_ita import ITAConfig
 from image_processing_ita import ITAImageProcessor
+from pipeline_ita import ITAZeroShotImageSegmentationPipeline
 
 from .modeling_ita import ITAForOpenVocabSegmentation, ITAForOpenVocabSegmentationOutput
 from .vocabulary import Vocabulary, normalize_vocabulary, parse_classes
@@ -29,6 +31,12 @@ for _auto_class in (
     AutoModelForUniversalSegmentation,
 ):
     _auto_class.register(ITAConfig, ITAForOpenVocabSegmentation, exist_ok=True)
+if "zero-shot-image-segmentation" not in PIPELINE_REGISTRY.get_supported_tasks():
+    PIPELINE_REGISTRY.register_pipeline(
+        "zero-shot-image-segmentation",
+        pipeline_class=ITAZeroShotImageSegmentationPipeline,
+        pt_model=AutoModelForImageSegmentation,
+    )
 
 __all__ = [
     "ITAConfig",

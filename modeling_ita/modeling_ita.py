@@ -7,10 +7,8 @@ Symbols in shapes: B images, Q queries, K classes, N names (a class has one or m
 C the decoder's width, k text queries.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +32,7 @@ from .batch_groups import (
     scatter,
     valid_pixels,
 )
-from .checkpoint_code import AUTO_MAP, CUSTOM_PIPELINES, collect_code, write_companions
+from .checkpoint_code import SavesItsCode
 from .clip_backbone import ClipBackbone, ImageFeatures, resolve_clip_config
 from .detail_enhancement import DeformableAttention, DetailEnhancement
 from .dominant_categories import DominantCategories
@@ -48,6 +46,7 @@ from .vocabulary import (
     normalize_vocabulary,
     vocabularies_of_batch,
 )
+
 
 @dataclass
 class ITAForOpenVocabSegmentationOutput(ModelOutput):
@@ -102,7 +101,7 @@ class _GroupResult:
     dominant: list[list[str]]
 
 
-class ITAForOpenVocabSegmentation(PreTrainedModel):
+class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
     """Open-vocabulary segmentation by image-text aggregation.
 
     Example:
@@ -487,22 +486,3 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         model.clip_backbone.restore_buffers(model.config.clip_model_config)
         model.clip_backbone.freeze()
         return (model, info) if wants_info else model
-
-    def save_pretrained(self, save_directory: Any, *args: Any, card_metadata: Any = None, **kwargs: Any) -> None:
-        """Saves weights, configuration, code, model card and an endpoint's handler: the folder needs no package.
-
-        card_metadata: front matter for the card, such as {"license": "mit", "datasets": ["someone/pictures"]}.
-        """
-        self.config.auto_map, self.config.custom_pipelines = dict(AUTO_MAP), copy.deepcopy(CUSTOM_PIPELINES)
-        code = collect_code(source=self.config._name_or_path)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self._write_companions(save_directory, code, metadata=card_metadata)
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Before anything goes to the Hub, its card is ours again, or a person's with what it lacked."""
-        self._write_companions(working_dir, collect_code(self.config._name_or_path), name=repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    def _write_companions(self, folder: Any, code: dict[str, str], **options: Any) -> None:
-        write_companions(Path(folder), code, self.config.to_dict(), self.config._name_or_path, **options)

@@ -10,14 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from open_clip import get_model_config, image_transform, list_models
-from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.image_transforms import to_pil_image
 
 from .image_text_aggregation import mask_means
@@ -48,6 +43,8 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
             that would have to be downloaded.
     """
     if config is None:
+        from open_clip import get_model_config, list_models
+
         config = get_model_config(name) if ":" not in name else None
         if config is None:
             close = [known for known in list_models() if known.split("_")[0] == name.split("_")[0]][:8]
@@ -69,6 +66,19 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
     return config
 
 
+class _WithoutFilling(TorchFunctionMode):
+    """Leaves out what fills tensors on the meta device: they have no content, and towers spend a second on it."""
+
+    FILLING = frozenset(
+        ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "trunc_normal_", "uniform_", "zero_")
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.FILLING and args and args[0].device.type == "meta":
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 class ClipBackbone(nn.Module):
     """Both towers of a frozen CLIP.
 
@@ -81,10 +91,17 @@ class ClipBackbone(nn.Module):
     """
 
     def __init__(self, config: dict[str, Any]):
+        # open_clip and timm take a second to import: it is spent where a network is built, not where one is named.
+        from open_clip.model import CLIP, CustomTextCLIP
+        from open_clip.modified_resnet import ModifiedResNet
+        from open_clip.tokenizer import SimpleTokenizer
+
         super().__init__()
         config = copy.deepcopy(config)
         custom_text = config.pop("custom_text", False)
-        self.clip = (CustomTextCLIP if custom_text else CLIP)(**config)
+        with _WithoutFilling():
+            self.clip: Any = (CustomTextCLIP if custom_text else CLIP)(**config)
+        self.has_text_module: bool = custom_text
         text_config = config["text_cfg"]
         self.tokenizer = SimpleTokenizer(
             context_length=text_config.get("context_length", 77), **text_config.get("tokenizer_kwargs") or {}
@@ -100,6 +117,8 @@ class ClipBackbone(nn.Module):
         self.freeze()
 
     def _timm_channels(self) -> list[int]:
+        from open_clip.timm_model import TimmModel
+
         visual = self.clip.visual
         if not isinstance(visual, TimmModel) or not hasattr(visual.trunk, "forward_intermediates"):
             raise ValueError(f"{type(visual).__name__} is no image tower with four stages")
@@ -126,13 +145,18 @@ class ClipBackbone(nn.Module):
         return self
 
     @property
+    def is_trained(self) -> bool:
+        """Whether a training run has unfrozen anything of the image tower."""
+        return any(parameter.requires_grad for parameter in self.clip.visual.parameters())
+
+    @property
     def device(self) -> torch.device:
         return self.text_tower.token_embedding.weight.device
 
     @property
     def text_tower(self) -> Any:
         """The module that holds the text transformer: CLIP itself, or its `text` part."""
-        return self.clip.text if isinstance(self.clip, CustomTextCLIP) else self.clip
+        return self.clip.text if self.has_text_module else self.clip
 
     @property
     def context_length(self) -> int:
@@ -209,6 +233,8 @@ class ClipBackbone(nn.Module):
 
         Returns: (1, D), not normalised.
         """
+        from open_clip import image_transform
+
         mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         pixels = ((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         picture = to_pil_image(pixels.cpu().numpy(), do_rescale=False, input_data_format="channels_first")
@@ -217,21 +243,36 @@ class ClipBackbone(nn.Module):
 
     # --- text ---
 
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """Text embeddings at the end-of-text token, (len(prompts), D), not normalised.
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, int]:
+        """Tokens of prompts as long as the longest, (len(prompts), L) int64, and how many prompts were cut to fit."""
+        if self.tokenizer.reduction_fn is not None:  # a CLIP with rules of its own for long prompts
+            return self.tokenizer(prompts), 0
+        start, end, most = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id, self.context_length - 2
+        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
+        longest = min(max(map(len, encoded)), most)
+        rows = [[start, *codes[:most], end, *[0] * (longest - len(codes))] for codes in encoded]
+        return torch.tensor(rows), sum(len(codes) > most for codes in encoded)
 
-        Attention is causal, so the tokens after the longest prompt's end change nothing and are left out.
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Text embeddings at the end-of-text token, (len(prompts), D), not normalised."""
+        return self.encode_tokens(self.tokenize(prompts)[0])
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """As `encode_text`, of the tokens (n, L) that `tokenize` gives.
+
+        Attention is causal, so the tokens after the longest prompt's end change nothing and need not be there.
         """
+        from open_clip.transformer import text_global_pool
+
         tower = self.text_tower
-        tokens = self.tokenizer(prompts).to(self.device)
+        tokens = tokens.to(self.device)
+        length = tokens.shape[1]
         pool_type = tower.text_pool_type if tower is self.clip else tower.pool_type
         plain = (
             getattr(tower, "cls_emb", None) is None and tower.attn_mask is not None and pool_type == "argmax"
         )
         if not plain:
-            return self.clip.encode_text(tokens)
-        length = int(tokens.argmax(dim=-1).max()) + 1
-        tokens = tokens[:, :length]
+            return self.clip.encode_text(F.pad(tokens, (0, self.context_length - length)))
         dtype = tower.transformer.get_cast_dtype()
         x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
         mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu_(1)
@@ -243,21 +284,19 @@ class ClipBackbone(nn.Module):
             return tower.text_projection(x)
         return x @ tower.text_projection
 
-    def prompts_too_long(self, prompts: list[str]) -> int:
-        """How many of the prompts do not fit into the text tower's context."""
-        # Two tokens of the context mark the start and the end of the text.
-        return sum(len(self.tokenizer.encode(prompt)) + 2 > self.context_length for prompt in prompts)
-
-    def text_fingerprint(self) -> tuple:
-        """Changes whenever the text tower's weights may have."""
+    def text_tensors(self) -> list[Tensor]:
+        """The text tower's weights."""
         tower = self.text_tower
         tensors = [tower.positional_embedding, tower.text_projection, tower.token_embedding.weight]
         tensors += list(tower.transformer.parameters()) + list(tower.ln_final.parameters())
         tensors = [tensor.weight if isinstance(tensor, nn.Linear) else tensor for tensor in tensors]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def text_fingerprint(self) -> tuple:
+        """Changes whenever the text tower's weights may have."""
         return tuple(
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
-            for tensor in tensors
-            if tensor is not None
+            for tensor in self.text_tensors()
         )
 
     def restore_buffers(self, config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def sine_positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ def sample_by_bags(value: Tensor, offsets: Tensor, weights: Tensor, plan: Sampli
     return attended.view(batch, length, channels)
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(GradientCheckpointingLayer):
     """Deformable self-attention and a feed-forward network, each with residual and norm after (post-norm)."""
 
     def __init__(self, channels: int, heads: int, levels: int, points: int, ffn_dim: int):

@@ -13,14 +13,21 @@ lie in memory with queries last, so that a step of resizing is one long loop, an
 Symbols: Q queries, K classes, (h, w) a mask's size, (H, W) the output's size.
 """
 
+import base64
+import binascii
+import io
 import math
 import os
+import struct
+import urllib.error
+import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from transformers.image_processing_backends import TorchvisionBackend
@@ -33,7 +40,6 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     get_image_size_for_max_height_width,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
@@ -46,6 +52,23 @@ MAX_INSTANCES = 100  # (query, class) pairs that the instance read-out looks at
 BAND_BYTES = 8 * 2**20  # what one band of output rows may take, in bytes; caches hold it, mostly
 GROUP_SIZE = 8  # queries, and classes, that share one bound on what they say for each other
 ROUNDING = 1e-4  # what sums of a few hundred float32 may be off, relative, and more
+MAX_PICTURE_PIXELS = 178_956_970  # Pillow's own limit for what it calls a decompression bomb
+MAX_DOWNLOAD_BYTES = 256 * 2**20  # of a picture that an address names
+DOWNLOAD_SECONDS = 30.0
+REDUCED_PIXELS = 2**25  # larger pictures are brought near the network's size before they become floats
+# What Pillow's decoders raise on files that are cut off or made of something else.
+BROKEN_PICTURE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+)
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
 class ITAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -63,6 +86,106 @@ class ITAImageProcessorKwargs(ImagesKwargs, total=False):
 
 # ------------------------------------------------------------------------------------------------------------
 # Pictures -> RGB tensors
+
+
+def read_picture(source: Any, timeout: float | None = None) -> Image.Image:
+    """Any picture as a person sees it: RGB, upright, 8 bits, the first frame of an animation.
+
+    source: a PIL image, a path, an address (http, https), a data URL, base64 text, or the bytes of a file.
+    timeout: seconds to wait for an address (30).
+
+    Raises ValueError, in one line that names the picture, for what is missing, empty, cut off, no picture, of a kind
+    that Pillow cannot decode (as HEIC without its plug-in) or larger than `MAX_PICTURE_PIXELS`; TypeError for what is
+    none of the above.
+    """
+    if isinstance(source, Image.Image):
+        return picture_to_rgb(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source), "the picture")
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"a picture is a PIL image, a path, a URL, base64 text or bytes, got {type(source).__name__}"
+        )
+    name = os.fspath(source)
+    if isinstance(source, str) and name.startswith(("http://", "https://")):
+        return _decode(io.BytesIO(_download(name, DOWNLOAD_SECONDS if timeout is None else timeout)), name)
+    if isinstance(source, str) and not _is_file(name) and (encoded := _base64_bytes(name)) is not None:
+        return _decode(io.BytesIO(encoded), "the picture")
+    if not _is_file(name):
+        shown = name if len(name) <= 200 else f"{name[:199]}…"
+        raise ValueError(f"no such picture: {shown!r} (a path, a URL of http or https, or base64 text)")
+    return _decode(name, name)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return os.path.isfile(name)
+    except (OSError, ValueError):  # longer than a name may be, or with a null character
+        return False
+
+
+def _base64_bytes(text: str) -> bytes | None:
+    """The bytes of base64 text or of a data URL; None where it is neither, or far too short for a picture."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return data if len(data) >= 24 else None
+
+
+def _download(address: str, timeout: float) -> bytes:
+    request = urllib.request.Request(address, headers={"User-Agent": "ita-segmentation"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            data = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{address} cannot be fetched: HTTP {error.code} {error.reason}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{address} cannot be fetched: {getattr(error, 'reason', None) or error}") from error
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"{address} has more than the {MAX_DOWNLOAD_BYTES // 2**20} MiB allowed")
+    return data
+
+
+def _decode(file: Any, name: str) -> Image.Image:
+    """An encoded picture (a path or a file in memory) -> RGB; `name` is what messages call it."""
+    too_large = f"{name} has more than the {MAX_PICTURE_PIXELS:,} pixels allowed (a decompression bomb?)"
+    try:
+        head = _first_bytes(file)
+        if not head:
+            raise ValueError(f"{name} is empty (zero bytes)")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # of broken EXIF data, which is no reason to stop
+            with Image.open(file) as picture:
+                if picture.width * picture.height > MAX_PICTURE_PIXELS:
+                    raise ValueError(too_large)
+                picture.load()
+                return picture_to_rgb(picture)
+    except Image.DecompressionBombError as error:
+        raise ValueError(too_large) from error
+    except UnidentifiedImageError as error:
+        if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+            message = f"{name} is a HEIC picture, which Pillow reads with the package pillow-heif only: save it as JPEG"
+        else:
+            message = f"{name} is not a picture (or of a kind that Pillow does not know)"
+        raise ValueError(message) from error
+    except BROKEN_PICTURE_ERRORS as error:
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        if isinstance(error, ValueError) and said.startswith(name):
+            raise
+        raise ValueError(f"{name} cannot be read as a picture: {said}") from error
+
+
+def _first_bytes(file: Any) -> bytes:
+    if isinstance(file, io.BytesIO):
+        head = file.read(16)
+        file.seek(0)
+        return head
+    with open(file, "rb") as stream:
+        return stream.read(16)
 
 
 def picture_to_rgb(picture: Image.Image) -> Image.Image:
@@ -297,9 +420,8 @@ def _resize(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
         if values.numel() == 0:
             values = values.new_zeros(len(values), width, values.shape[2])
         elif values.shape[1] != width:
-            picture = values[None].permute(
-                0, 3, 1, 2
-            )  # channels last, which is how it lies in memory already
+            # Channels last, which is how it lies in memory already.
+            picture = values[None].permute(0, 3, 1, 2)
             size = (len(values), width)
             picture = interpolate(picture, size=size, mode="bilinear", align_corners=False)
             values = picture.permute(0, 2, 3, 1)[0]
@@ -371,9 +493,12 @@ def semantic_map(
     """Class of the highest score in each pixel, (H, W) int64. Arguments as for `semantic_scores`."""
     weights, size, bands = _presence(class_logits, mask_logits, image_size, target_size, more_per_pixel=0)
     labels = torch.zeros(size, dtype=torch.int64, device=mask_logits.device)
-    contest = _Contest(weights)
+    possible = weights.amax(0).nonzero().flatten() if len(weights) else labels.new_zeros(0)
+    if not len(possible):
+        return labels
+    contest = _Contest(weights[:, possible])
     for rows, presence in bands:
-        labels[rows] = contest.winners(presence).unflatten(0, (-1, size[1]))
+        labels[rows] = possible[contest.winners(presence)].unflatten(0, (-1, size[1]))
     return labels
 
 
@@ -397,9 +522,8 @@ class _Contest:
         if not self.bounded:
             return
         self.leaders = torch.arange(num_classes)
-        self.bounds = weights.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (
-            1 + ROUNDING
-        )  # (groups of queries, K)
+        # (groups of queries, K)
+        self.bounds = weights.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (1 + ROUNDING)
         frequent_first = weights.sum(0).argsort(descending=True)
         self.groups = pad(frequent_first, (0, -num_classes % GROUP_SIZE), value=num_classes).view(
             -1, GROUP_SIZE
@@ -563,9 +687,8 @@ def instance_segments(
     segmentation = torch.zeros(shape, dtype=torch.bool if binary_maps else torch.int32, device=pairs.device)
     if count == 0:
         return segmentation, segments
-    ranks = torch.arange(
-        count, 0, -1, dtype=torch.int32, device=pairs.device
-    )  # the best instance has the highest
+    # The best instance has the highest rank.
+    ranks = torch.arange(count, 0, -1, dtype=torch.int32, device=pairs.device)
     for rows, logits in masks.bands(len(queries) + 2 * count):
         inside = (logits > cut)[shown]
         if binary_maps:
@@ -636,16 +759,13 @@ class ITAImageProcessor(TorchvisionBackend):
         return super().preprocess(images, segmentation_maps, instance_id_to_semantic_id, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """PIL images, paths, URLs and base64 strings -> RGB PIL images; arrays and tensors stay as they are."""
+        """PIL images, paths, URLs and base64 strings -> RGB PIL images; arrays and tensors stay as they are.
+
+        Errors are those of `read_picture`."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(one) for one in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            if os.path.isfile(image_url_or_urls):
-                with Image.open(image_url_or_urls) as picture:
-                    return picture_to_rgb(picture)
-            return load_image(str(image_url_or_urls))
-        if isinstance(image_url_or_urls, Image.Image):
-            return picture_to_rgb(image_url_or_urls)
+        if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)):
+            return read_picture(image_url_or_urls)
         return image_url_or_urls
 
     def process_image(  # type: ignore[override]
@@ -686,19 +806,33 @@ class ITAImageProcessor(TorchvisionBackend):
         return_tensors: str | None,
         **kwargs: Any,
     ) -> BatchFeature:
-        pictures = [
-            self.process_image(image, input_data_format=input_data_format, device=device)
-            for image in _flat_list(self.fetch_images(images))
-        ]
-        if not pictures:
+        sources = _flat_list(self.fetch_images(images))
+        if not sources:
             raise ValueError("no images given: the list is empty")
+        targets: list[tuple[int, int] | None] = [
+            output_size((image.height, image.width), size)
+            if do_resize and segmentation_maps is None and isinstance(image, Image.Image)
+            else None
+            for image in sources
+        ]
+        pictures = [
+            self.process_image(
+                image if target is None else _reduced(image, target),
+                input_data_format=input_data_format,
+                device=device,
+            )
+            for image, target in zip(sources, targets, strict=True)
+        ]
         if do_rescale and any(picture.is_floating_point() and picture.max() <= 1 for picture in pictures):
             logger.warning_once(
                 "a float image of 0..1 is taken as 0..255: pass `do_rescale=False` to keep it"
             )
         maps = _label_maps(segmentation_maps, pictures)
         if do_resize:
-            sizes = [output_size(picture.shape[-2:], size) for picture in pictures]
+            sizes = [
+                target or output_size(picture.shape[-2:], size)
+                for picture, target in zip(pictures, targets, strict=True)
+            ]
             pictures = [
                 self.resize(picture, SizeDict(height=height, width=width), resample=resample)
                 for picture, (height, width) in zip(pictures, sizes, strict=True)
@@ -825,6 +959,14 @@ class ITAImageProcessor(TorchvisionBackend):
         return results
 
 
+def _reduced(picture: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """A picture of more than `REDUCED_PIXELS`, at a whole fraction of its size, twice the `target` at least."""
+    factor = min(picture.height // (2 * target[0]), picture.width // (2 * target[1]))
+    if picture.width * picture.height <= REDUCED_PIXELS or factor < 2:
+        return picture
+    return picture.reduce(factor)
+
+
 def output_size(image_size: Sequence[int], size: SizeDict) -> tuple[int, int]:
     """Size (height, width) that `size` asks for an image of `image_size`, at least one pixel each way.
 
@@ -917,9 +1059,8 @@ def _images_of(outputs: Any, target_sizes: Any | None) -> Iterator[tuple[_Image,
         if len(stuff) and not isinstance(stuff[0], int):  # a pipeline unbatches a list of lists into a list
             stuff = stuff[index]
         logits = class_logits[index]
-        real = (
-            (logits[:, :-1] > -math.inf).any(0).nonzero()
-        )  # the class axis is padded in a batch of vocabularies
+        # The class axis is padded in a batch of vocabularies.
+        real = (logits[:, :-1] > -math.inf).any(0).nonzero()
         num_classes = int(real[-1]) + 1 if len(real) else 1
         logits = torch.cat([logits[:, :num_classes], logits[:, -1:]], dim=1)
         yield (logits, mask_logits[index], image_size, target_size), frozenset(int(one) for one in stuff)

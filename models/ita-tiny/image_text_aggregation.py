@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .detail_enhancement import sine_positions
 
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         )
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(GradientCheckpointingLayer):
     """Masked cross-attention, optionally self-attention, feed-forward; residual and norm after each (post-norm)."""
 
     def __init__(self, channels: int, heads: int, ffn_dim: int, self_attention: bool):

@@ -7,10 +7,8 @@ Symbols in shapes: B images, Q queries, K classes, N names (a class has one or m
 C the decoder's width, k text queries.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_ita import ITAConfig, check_weight
+from .configuration_ita import ITAConfig, check_shortlist, check_weight
 
 from .batch_groups import (
     check_labels,
@@ -34,36 +32,20 @@ from .batch_groups import (
     scatter,
     valid_pixels,
 )
-from .checkpoint_code import collect_code
+from .checkpoint_code import SavesItsCode
 from .clip_backbone import ClipBackbone, ImageFeatures, resolve_clip_config
 from .detail_enhancement import DeformableAttention, DetailEnhancement
 from .dominant_categories import DominantCategories
 from .image_text_aggregation import Attention, ImageTextAggregation, Prediction
-from .open_vocab_classification import ensemble_log_probabilities, masks_on_dense_feature
+from .open_vocab_classification import Opinions, masks_on_dense_feature
 from .set_criterion import Matches, SetCriterion
+from .text_encoding import VocabularyEncoder
 from .vocabulary import (
     TextClassifier,
     Vocabulary,
-    VocabularyEncoder,
     normalize_vocabulary,
-    shares_a_name,
     vocabularies_of_batch,
 )
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_ita.ITAConfig",
-    "AutoModel": "modeling_ita.ITAForOpenVocabSegmentation",
-    "AutoModelForUniversalSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
-    "AutoModelForSemanticSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
-    "AutoModelForImageSegmentation": "modeling_ita.ITAForOpenVocabSegmentation",
-}
-
-CUSTOM_PIPELINES = {
-    "image-segmentation": {
-        "impl": "pipeline_ita.ITAImageSegmentationPipeline",
-        "pt": ["AutoModelForImageSegmentation"],
-    }
-}
 
 
 @dataclass
@@ -104,6 +86,7 @@ class _Request:
     train_vocabulary: Vocabulary | None
     alpha: float
     beta: float
+    shortlist: int | None
     with_loss: bool
 
 
@@ -118,7 +101,7 @@ class _GroupResult:
     dominant: list[list[str]]
 
 
-class ITAForOpenVocabSegmentation(PreTrainedModel):
+class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
     """Open-vocabulary segmentation by image-text aggregation.
 
     Example:
@@ -138,6 +121,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
     base_model_prefix = "ita"
     main_input_name = "pixel_values"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True  # of the head's layers
 
     def __init__(self, config: ITAConfig):
         super().__init__(config)
@@ -237,6 +221,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         train_vocabulary: Sequence | None = None,
         ensemble_alpha: float | None = None,
         ensemble_beta: float | None = None,
+        class_shortlist: int | None = None,
         return_dict: bool | None = None,
     ) -> ITAForOpenVocabSegmentationOutput | tuple:
         """Segments pictures by the words of a vocabulary.
@@ -252,7 +237,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             mask_labels: for each image (n, H, W), its n ground-truth masks; with
             class_labels: for each image (n,) int64, their classes: losses are computed.
             dominant_categories: names that take the place of the k nearest: a list for all images or one per image.
-            templates, train_vocabulary, ensemble_alpha, ensemble_beta: in the place of the config's.
+            templates, train_vocabulary, ensemble_alpha, ensemble_beta, class_shortlist: in the place of the config's.
             return_dict: False gives a tuple.
 
         Raises:
@@ -282,6 +267,7 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             beta=check_weight(
                 "ensemble_beta", config.ensemble_beta if ensemble_beta is None else ensemble_beta
             ),
+            shortlist=check_shortlist(config.class_shortlist if class_shortlist is None else class_shortlist),
             with_loss=mask_labels is not None,
         )
         vocabularies = vocabularies_of_batch(vocabulary, self.default_vocabulary, batch)
@@ -308,13 +294,17 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
                 )
             )
         members = list(groups.values())
-        layers = range(len(results[0].class_logits))
-        class_logits = [merge_classes([r.class_logits[i] for r in results], members) for i in layers]
-        mask_logits = [
-            merge_masks([r.predictions[i].mask_logits for r in results], members, canvas) for i in layers
+        class_logits = [
+            merge_classes(list(parts), members)
+            for parts in zip(*(r.class_logits for r in results), strict=True)
         ]
-        final = class_logits[-1]
-        if not self.training:
+        mask_logits = [
+            merge_masks([prediction.mask_logits for prediction in parts], members, canvas)
+            for parts in zip(*(r.predictions for r in results), strict=True)
+        ]
+        if self.training:
+            final = class_logits[-1]
+        else:
             final = merge_classes(
                 [r.log_probabilities for r in results if r.log_probabilities is not None], members
             )
@@ -357,37 +347,42 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
             sizes: each picture's own height and width. given: dominant categories from outside, or None.
         """
         classifier = self.vocabulary_encoder.classifier(vocabulary, request.templates)
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.clip_backbone.is_trained):
             features = self.clip_backbone(pixel_values)
-        names, text_queries = self._unearth(pixel_values, valid, sizes, features, classifier, given)
+        whole = None
+        if request.shortlist or (self.dominant_categories is not None and given is None):
+            whole = self._embed_pictures(pixel_values, valid, sizes, features)
+        names, text_queries = self._unearth(whole, classifier, given, len(pixel_values))
         mask_features, levels = self.detail_enhancement(features.levels)
         predictions = self.image_text_aggregation(
             text_queries, mask_features, levels, valid, every_layer=self.training or request.with_loss
         )
-        scale = self.image_text_aggregation.scale
-        class_logits = [
-            classifier.logits(p.class_embeddings, self.void_embedding, scale) for p in predictions
-        ]
-        log_probabilities = None
+        class_logits, log_probabilities = [], None
+        if self.training or request.with_loss:
+            scale = self.image_text_aggregation.scale
+            class_logits = [
+                classifier.logits(p.class_embeddings, self.void_embedding, scale) for p in predictions
+            ]
         if not self.training:
+            shortlists = None
+            if request.shortlist and whole is not None:
+                shortlists = classifier.nearest_classes(whole, request.shortlist)
             log_probabilities = self._classify(
-                predictions[-1], class_logits[-1], features, valid, classifier, request
+                predictions[-1], features, valid, classifier, shortlists, request
             )
         return _GroupResult(class_logits, predictions, mask_features, log_probabilities, names)
 
     def _unearth(
         self,
-        pixel_values: Tensor,
-        valid: Tensor | None,
-        sizes: list[tuple[int, int]],
-        features: ImageFeatures,
+        whole: Tensor | None,
         classifier: TextClassifier,
         given: list[list[str]] | None,
+        batch: int,
     ) -> tuple[list[list[str]], Tensor | None]:
         """Dominant category unearthing: for each image its dominant names, and the text queries (B, k, C)."""
         unearth = self.dominant_categories
         if unearth is None:
-            return [[] for _ in pixel_values], None
+            return [[] for _ in range(batch)], None
         if given is not None:
             if any(len(names) > unearth.num_categories for names in given):
                 raise ValueError(
@@ -397,25 +392,34 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
                 return given, None
             bare = [self.vocabulary_encoder.bare(names, classifier.templates) for names in given]
             return given, unearth(torch.stack(bare))
-        with torch.no_grad():
-            if self.config.dominant_category_source == "thumbnail":
-                pictures = [image[:, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
-                embeddings = torch.cat([self.clip_backbone.embed_thumbnail(picture) for picture in pictures])
-            else:
-                everything = torch.ones_like(pixel_values[:, :1, ::4, ::4])
-                masks = masks_on_dense_feature(everything, features.dense, 1, valid)
-                embeddings = self.clip_backbone.pool_masks(features.dense, masks)[:, 0]
-            nearest = unearth.nearest(embeddings, classifier.candidates)
+        assert whole is not None
+        nearest = unearth.nearest(whole, classifier.candidates)
         names = [[classifier.candidate_names[i] for i in row] for row in nearest.tolist()]
         return names, unearth(classifier.candidates[nearest])
+
+    @torch.no_grad()
+    def _embed_pictures(
+        self,
+        pixel_values: Tensor,
+        valid: Tensor | None,
+        sizes: list[tuple[int, int]],
+        features: ImageFeatures,
+    ) -> Tensor:
+        """CLIP's embeddings of whole pictures, (B, D), not normalised."""
+        if self.config.dominant_category_source == "thumbnail":
+            pictures = [image[:, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
+            return torch.cat([self.clip_backbone.embed_thumbnail(picture) for picture in pictures])
+        everything = torch.ones_like(pixel_values[:, :1, ::4, ::4])
+        masks = masks_on_dense_feature(everything, features.dense, 1, valid)
+        return self.clip_backbone.pool_masks(features.dense, masks)[:, 0]
 
     def _classify(
         self,
         prediction: Prediction,
-        in_vocab_logits: Tensor,
         features: ImageFeatures,
         valid: Tensor | None,
         classifier: TextClassifier,
+        shortlists: list[list[int]] | None,
         request: _Request,
     ) -> Tensor:
         """Log of the final class probabilities, (B, Q, K + 1)."""
@@ -423,20 +427,15 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         masks = masks_on_dense_feature(prediction.mask_logits, dense, config.dense_upsample, valid)
         if config.dense_upsample > 1:
             dense = F.interpolate(dense, size=masks.shape[-2:], mode="bilinear", align_corners=False)
-        embeddings = self.clip_backbone.pool_masks(dense, masks)
-        out_vocab_logits = classifier.logits(embeddings, self.void_embedding, self.clip_backbone.logit_scale)
-        seen = torch.tensor(
-            shares_a_name(classifier.vocabulary, request.train_vocabulary), device=dense.device
-        )
-        return ensemble_log_probabilities(
-            in_vocab_logits,
-            out_vocab_logits,
-            seen,
-            torch.tensor(classifier.vocabulary.repeats, device=dense.device),
-            request.alpha,
-            request.beta,
+        opinions = Opinions(
+            in_vocab=prediction.class_embeddings,
+            out_vocab=self.clip_backbone.pool_masks(dense, masks),
             counts=masks.flatten(2).any(dim=-1) if config.ensemble_on_valid_mask else None,
+            void=self.void_embedding,
+            scales=(self.image_text_aggregation.scale, self.clip_backbone.logit_scale),
+            weights=(request.alpha, request.beta),
         )
+        return opinions.classify(classifier, request.train_vocabulary, shortlists)
 
     def _stuff_ids(self, vocabulary: Vocabulary) -> list[int]:
         stuff = set(self.config.stuff_names or [])
@@ -487,15 +486,6 @@ class ITAForOpenVocabSegmentation(PreTrainedModel):
         model.clip_backbone.restore_buffers(model.config.clip_model_config)
         model.clip_backbone.freeze()
         return (model, info) if wants_info else model
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Saves weights, configuration and the code they need: the folder loads where this package is not installed."""
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
-        code = collect_code(source=getattr(self.config, "_name_or_path", None))
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            for name, text in code.items():
-                (Path(save_directory) / name).write_text(text, encoding="utf-8")
 from .image_processing_ita import ITAImageProcessor  # noqa: E402, F401
 from .pipeline_ita import ITAImageSegmentationPipeline  # noqa: E402, F401
+from .handler import EndpointHandler  # noqa: E402, F401

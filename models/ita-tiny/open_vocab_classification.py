@@ -4,9 +4,13 @@ In-vocabulary probabilities come from the decoder, which was trained on seen cla
 CLIP's dense feature pooled over each mask, which knows every class (FC-CLIP, arXiv 2308.02487, section 3.3).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .vocabulary import TextClassifier, Vocabulary, shares_a_name
 
 IMPOSSIBLE = -1e4
 """A logit whose probability is zero in float32."""
@@ -66,3 +70,59 @@ def ensemble_log_probabilities(
     any_class = in_vocab_logits.logsumexp(dim=-1, keepdim=True)
     total = torch.logaddexp(any_class, void_logit)
     return torch.cat([log_classes + any_class - total, void_logit - total], dim=-1)
+
+
+@dataclass
+class Opinions:
+    """What the decoder and CLIP each make of the queries, before a vocabulary is known.
+
+    Attributes:
+        in_vocab, out_vocab: (B, Q, D), the decoder's class embeddings and CLIP's of the masks, any length.
+        counts: (B, Q) bool, masks for which CLIP's opinion counts; None where it does for all.
+        void: (1, D), the void embedding.
+        scales: logit scales of the decoder and of CLIP. weights: alpha and beta of the ensemble.
+    """
+
+    in_vocab: Tensor
+    out_vocab: Tensor
+    counts: Tensor | None
+    void: Tensor
+    scales: tuple[Tensor, Tensor]
+    weights: tuple[float, float]
+
+    def classify(
+        self,
+        classifier: TextClassifier,
+        train_vocabulary: Vocabulary | None,
+        shortlists: list[list[int]] | None = None,
+    ) -> Tensor:
+        """Log of the final class probabilities, (B, Q, K + 1) float32, void last.
+
+        train_vocabulary: the classes that were seen in training. shortlists: for each image the classes that it can
+        have at all, as increasing indices; the others get -inf, as they would in a vocabulary of those alone.
+        """
+        if shortlists is None:
+            return self._of_images(slice(None), classifier, train_vocabulary)
+        batch, queries = self.in_vocab.shape[:2]
+        result = self.in_vocab.new_full(
+            (batch, queries, classifier.num_classes + 1), float("-inf"), dtype=torch.float32
+        )
+        for image, classes in enumerate(shortlists):
+            one = slice(image, image + 1)
+            columns = torch.tensor([*classes, classifier.num_classes], device=result.device)
+            result[one, :, columns] = self._of_images(one, classifier.shortlist(classes), train_vocabulary)
+        return result
+
+    def _of_images(
+        self, images: slice, classifier: TextClassifier, train_vocabulary: Vocabulary | None
+    ) -> Tensor:
+        in_scale, out_scale = self.scales
+        seen = shares_a_name(classifier.vocabulary, train_vocabulary)
+        return ensemble_log_probabilities(
+            classifier.logits(self.in_vocab[images], self.void, in_scale),
+            classifier.logits(self.out_vocab[images], self.void, out_scale),
+            torch.tensor(seen, device=self.in_vocab.device),
+            classifier.repeats,
+            *self.weights,
+            counts=None if self.counts is None else self.counts[images],
+        )

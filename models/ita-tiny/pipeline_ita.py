@@ -1,18 +1,22 @@
-"""The image-segmentation pipeline with words of one's own: `candidate_labels=["cat", "sofa|couch"]`.
+"""The image-segmentation pipelines with words of one's own: `candidate_labels=["cat", "sofa|couch"]`.
 
-It is transformers' `ImageSegmentationPipeline` beside that: without candidate labels the checkpoint's own
-vocabulary is segmented. A checkpoint carries this file, so `pipeline("image-segmentation", model=path,
-trust_remote_code=True)` finds it.
+"image-segmentation" is transformers' `ImageSegmentationPipeline` beside that: without candidate labels the
+checkpoint's own vocabulary is segmented. "zero-shot-image-segmentation" asks for them, at each call or once. A
+checkpoint carries this file, so `pipeline("image-segmentation", model=path, trust_remote_code=True)` finds it.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader
 from transformers import ImageSegmentationPipeline
-from transformers.image_utils import load_image
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+from .image_processing_ita import read_picture
 
 
 def parse_candidate_labels(candidate_labels: str | Iterable[str | Sequence[str]]) -> list[list[str]]:
@@ -37,6 +41,27 @@ def parse_candidate_labels(candidate_labels: str | Iterable[str | Sequence[str]]
     return classes
 
 
+def collate_pictures(items: Sequence[Any]) -> dict[str, Any]:
+    """Inputs of single pictures -> those of a batch, padded at the bottom and on the right to a common size.
+
+    items: each {"pixel_values" (1, 3, h, w), "pixel_mask" (1, h, w), "target_size" [(height, width)]}.
+    """
+    sides = [item["pixel_values"].shape[-2:] for item in items]
+    height, width = (max(side[axis] for side in sides) for axis in (0, 1))
+    return {
+        **{
+            key: torch.cat(
+                [
+                    pad(item[key], (0, width - side[1], 0, height - side[0]))
+                    for item, side in zip(items, sides, strict=True)
+                ]
+            )
+            for key in ("pixel_values", "pixel_mask")
+        },
+        "target_size": [item["target_size"] for item in items],
+    }
+
+
 class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
     """Masks of the things and stuff that `candidate_labels` name, or of the checkpoint's own classes.
 
@@ -44,7 +69,11 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
     wins); `subtask` ("panoptic" by default, "instance", "semantic"), `threshold`, `mask_threshold`,
     `overlap_mask_area_threshold` and `timeout` are those of `ImageSegmentationPipeline`, and so are the results:
     for each image a list of {"score", "label", "mask"}. A label is the first name of its class. A picture is
-    segmented as a person sees it: upright, transparency over white.
+    segmented as a person sees it: upright, transparency over white (see `image_processing_ita.read_picture`).
+
+    A picture is a PIL image, a path, a URL, base64 text or a file's bytes. A list gives a list; a generator or a
+    `KeyDataset` of a `datasets` column gives an iterator that works as it is read. `batch_size` pictures go through
+    the network together, whatever their sizes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -66,14 +95,37 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             postprocess["labels"] = [names[0] for names in vocabulary]
         return preprocess, forward, postprocess
 
+    def get_iterator(  # type: ignore[override]
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Any:
+        """As the base class's, with batches of pictures of any sizes."""
+        if batch_size == 1:
+            return super().get_iterator(
+                inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+            )
+        sized = hasattr(inputs, "__len__")
+        kind = PipelineDataset if sized else PipelineIterator
+        loader = DataLoader(
+            kind(inputs, self.preprocess, preprocess_params),
+            num_workers=num_workers if sized else min(num_workers, 1),
+            batch_size=batch_size,
+            collate_fn=collate_pictures,
+        )
+        outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(outputs, self.postprocess, postprocess_params)
+
     def preprocess(  # type: ignore[override]
         self, image: Any, subtask: str | None = None, timeout: float | None = None
     ) -> Any:
-        """A PIL image, a path, a URL or a base64 string -> the model's inputs and `target_size`."""
-        if not isinstance(image, Image.Image) and not (isinstance(image, str) and os.path.isfile(image)):
-            image = load_image(image, timeout=timeout)
+        """A picture -> the model's inputs and `target_size`. Errors are those of `read_picture`."""
         processor: Any = self.image_processor
-        picture = processor.fetch_images(image)
+        picture = read_picture(image, timeout)
         inputs = processor(images=[picture], return_tensors="pt").to(self.dtype)
         inputs["target_size"] = [(picture.height, picture.width)]
         return inputs
@@ -135,3 +187,14 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             }
             for score, label, mask in found
         ]
+
+
+class ITAZeroShotImageSegmentationPipeline(ITAImageSegmentationPipeline):
+    """The same, for `candidate_labels` only: a call without them, at it or at construction, raises ValueError."""
+
+    def _forward(self, model_inputs: Any, vocabulary: list[list[str]] | None = None) -> Any:  # type: ignore[override]
+        if vocabulary is None:
+            raise ValueError(
+                'zero-shot-image-segmentation needs candidate_labels, such as candidate_labels=["cat", "sofa|couch"]'
+            )
+        return super()._forward(model_inputs, vocabulary)

@@ -1,27 +1,23 @@
-"""Vocabulary -> text classifier: names, synonyms and prompt templates, encoded once.
+"""What a vocabulary is, and the text classifier that becomes of it.
 
 A *class* is one or more *names* (synonyms). Each name is put into every prompt template; the normalised embeddings of
-its prompts are averaged and normalised again (ViLD, arXiv 2104.13921; FC-CLIP, arXiv 2308.02487). The same pass gives
-the *bare* embedding of the name alone, which dominant category unearthing compares with the image.
+its prompts are averaged and normalised again (ViLD, arXiv 2104.13921; FC-CLIP, arXiv 2308.02487). The *bare*
+embedding of the name alone is what dominant category unearthing compares with the image.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .clip_backbone import ClipBackbone
-
 logger = logging.get_logger(__name__)
 
 OTHER = "other"
 """The word that joins every vocabulary when dominant categories are looked for."""
-
-MAX_CACHED_NAMES = 65_536
-MAX_CACHED_VOCABULARIES = 16
 
 
 class Vocabulary(list):
@@ -162,6 +158,38 @@ class TextClassifier:
     def num_classes(self) -> int:
         return len(self.vocabulary)
 
+    @cached_property
+    def repeats(self) -> Tensor:
+        """(K,) bool, `Vocabulary.repeats`."""
+        return torch.tensor(self.vocabulary.repeats, device=self.class_of_name.device)
+
+    def nearest_classes(self, embeddings: Tensor, names: int) -> list[list[int]]:
+        """For each embedding (B, D) of a picture, in order the classes that have one of the `names` nearest names."""
+        classes_of: dict[str, list[int]] = {name: [] for name in self.candidate_names}
+        for name, index in zip(self.vocabulary.names, self.class_of_name.tolist(), strict=True):
+            classes_of[name].append(index)
+        similarity = F.normalize(embeddings.float(), dim=-1) @ self.candidates.float().T
+        # One more than asked for: `other` stands among the candidates without being a class.
+        nearest = similarity.topk(min(names + 1, len(self.candidate_names)), dim=-1).indices
+        found = [[classes_of[self.candidate_names[index]] for index in row] for row in nearest.tolist()]
+        chosen = [[classes for classes in row if classes][:names] for row in found]
+        return [sorted({index for classes in row for index in classes}) for row in chosen]
+
+    def shortlist(self, classes: Sequence[int]) -> "TextClassifier":
+        """The classifier of these classes alone, given as increasing indices."""
+        place = torch.full((self.num_classes,), -1)
+        place[list(classes)] = torch.arange(len(classes))
+        place = place.to(self.class_of_name.device)[self.class_of_name]
+        names = (place >= 0).nonzero().flatten()
+        return TextClassifier(
+            vocabulary=Vocabulary(self.vocabulary[index] for index in classes),
+            templated=self.templated[names],
+            class_of_name=place[names],
+            candidate_names=self.candidate_names,
+            candidates=self.candidates,
+            templates=self.templates,
+        )
+
     def logits(self, embeddings: Tensor, void: Tensor, scale: Tensor) -> Tensor:
         """Class logits of embeddings: scaled cosine, the maximum over a class's names; void last.
 
@@ -180,91 +208,6 @@ class TextClassifier:
             classes = names.new_full((*names.shape[:-1], self.num_classes), float("-inf"))
             classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
         return torch.cat([classes, void_logit], dim=-1)
-
-
-class VocabularyEncoder:
-    """Encodes names with the frozen text tower and keeps what it encoded.
-
-    Every name is encoded by itself, in a batch of its own prompts, so its embedding does not depend on the company it
-    came in, to the bit. The cache empties itself when the text tower's weights change.
-    """
-
-    def __init__(self, clip: ClipBackbone):
-        self.clip = clip
-        self._fingerprint: tuple = ()
-        self._rows: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._classifiers: dict[tuple, TextClassifier] = {}
-        self.names_encoded = 0
-
-    def classifier(self, vocabulary: Vocabulary, templates: Sequence[str]) -> TextClassifier:
-        """The text classifier of a vocabulary. Raises ValueError for a template without `{}`."""
-        templates = check_templates(templates)
-        self._drop_if_stale()
-        key = (vocabulary.key, templates)
-        if key not in self._classifiers:
-            rows = [self._encode(name, templates) for name in vocabulary.names]
-            candidate_names = list(dict.fromkeys([*vocabulary.names, OTHER]))
-            if len(self._classifiers) >= MAX_CACHED_VOCABULARIES:
-                self._classifiers.pop(next(iter(self._classifiers)))
-            with torch.inference_mode(False), torch.no_grad():
-                templated = torch.stack([row for row, _ in rows])
-                self._classifiers[key] = TextClassifier(
-                    vocabulary=vocabulary,
-                    templated=templated,
-                    class_of_name=torch.tensor(vocabulary.class_of_name, device=templated.device),
-                    candidate_names=candidate_names,
-                    candidates=torch.stack([self._encode(name, templates)[1] for name in candidate_names]),
-                    templates=templates,
-                )
-        return self._classifiers[key]
-
-    def bare(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Unit bare embeddings of names, (len(names), D)."""
-        self._drop_if_stale()
-        return torch.stack([self._encode(name, check_templates(templates))[1] for name in names])
-
-    def _encode(self, name: str, templates: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        key = (name, templates)
-        if key not in self._rows:
-            if len(self._rows) >= MAX_CACHED_NAMES:
-                self._rows.pop(next(iter(self._rows)))
-            prompts = [name, *(template.format(name) for template in templates)]
-            too_long = self.clip.prompts_too_long(prompts)
-            if too_long:
-                logger.warning(
-                    f"the name {name!r} is longer than the text tower's context of {self.clip.context_length} tokens "
-                    f"in {too_long} of its {len(prompts)} prompts; what is beyond is cut off"
-                )
-            # Outside of inference mode, so that what is kept can take part in training later.
-            device_type = self.clip.device.type
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
-                embeddings = F.normalize(self.clip.encode_text(prompts), dim=-1)
-                self._rows[key] = (F.normalize(embeddings[1:].mean(dim=0), dim=-1), embeddings[0])
-            self.names_encoded += 1
-        return self._rows[key]
-
-    def _drop_if_stale(self) -> None:
-        fingerprint = self.clip.text_fingerprint()
-        if fingerprint != self._fingerprint:
-            self._rows.clear()
-            self._classifiers.clear()
-            self._fingerprint = fingerprint
-
-
-def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates as a tuple. Raises ValueError if there is none or one does not have exactly one `{}`."""
-    templates = (templates,) if isinstance(templates, str) else tuple(templates)
-    if not templates:
-        raise ValueError("no prompt template: give at least one, such as 'a photo of a {}.'")
-    for template in templates:
-        if (
-            not isinstance(template, str)
-            or template.count("{}") != 1
-            or template.count("{") != 1
-            or template.count("}") != 1
-        ):
-            raise ValueError(f"a prompt template has exactly one '{{}}' for the name, got {template!r}")
-    return templates
 
 
 def shares_a_name(vocabulary: Vocabulary, train_vocabulary: Vocabulary | None) -> list[bool]:
