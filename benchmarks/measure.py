@@ -7,6 +7,7 @@ and what is measured here is what every picture costs.
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,14 +25,17 @@ ROOMS = ("backbone", "dcu", "dem", "ita", "classification", "read-out")
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def build(clip_model_name: str) -> ITAForOpenVocabSegmentation:
-    """A model with random weights, whose text tower is replaced by random embeddings."""
+def build(clip_model_name: str, queries: int = 200) -> ITAForOpenVocabSegmentation:
+    """A model with random weights, 20 of its queries text queries, its text tower replaced by random embeddings."""
     torch.manual_seed(0)
-    model = ITAForOpenVocabSegmentation(ITAConfig(clip_model_name=clip_model_name)).eval()
+    config = ITAConfig(clip_model_name=clip_model_name, num_learned_queries=queries - 20)
+    model = ITAForOpenVocabSegmentation(config).eval()
     for layer in model.detail_enhancement.layers:  # zero at first: every cell would look the same way
         torch.nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.02)  # type: ignore[union-attr]
     width = model.clip_backbone.embed_dim
-    model.clip_backbone.encode_text = lambda prompts: torch.randn(len(prompts), width)  # type: ignore[assignment]
+    backbone: Any = model.clip_backbone
+    backbone.tokenize = lambda prompts: (torch.zeros(len(prompts), 1, dtype=torch.int64), 0)
+    backbone.encode_tokens = lambda tokens: torch.randn(len(tokens), width)
     return model
 
 
@@ -54,6 +58,7 @@ class Stopwatch:
         self._inside = False
         for room, owner, method in (
             ("backbone", model.clip_backbone, "forward"),
+            ("dcu", model, "_embed_pictures"),
             ("dcu", model, "_unearth"),
             ("dem", model.detail_enhancement, "forward"),
             ("ita", model.image_text_aggregation, "forward"),
@@ -88,17 +93,23 @@ def memory(field: str) -> int:
 
 
 def measure(
-    model: ITAForOpenVocabSegmentation, height: int, width: int, classes: int, repeats: int
+    model: ITAForOpenVocabSegmentation,
+    height: int,
+    width: int,
+    classes: int,
+    repeats: int,
+    batch: int = 1,
+    shortlist: int | None = None,
 ) -> dict[str, Any]:
-    """Times of the first call and of the middle one (by ratio) of `repeats` warm ones, on one picture.
+    """Times of the first call and of the middle one (by ratio) of `repeats` warm ones, on `batch` pictures of a size.
 
     Returns: seconds of each room, `rest` and `total` (network and semantic read-out at the picture's own size);
     `ratio`, its total as a multiple of the backbone in the same call; the first call's total; and the
     highest memory above the loaded model's in bytes.
     """
     padded = [math.ceil(side / 32) * 32 for side in (height, width)]
-    pixels = torch.randn(1, 3, *padded)
-    mask = torch.zeros(1, *padded, dtype=torch.int64)
+    pixels = torch.randn(batch, 3, *padded)
+    mask = torch.zeros(batch, *padded, dtype=torch.int64)
     mask[:, :height, :width] = 1
     vocabulary = made_up_vocabulary(classes)
     stopwatch = Stopwatch(model)
@@ -108,7 +119,7 @@ def measure(
     for _ in range(repeats + 1):
         stopwatch.seconds = {}
         start = time.perf_counter()
-        _segment(model, stopwatch, pixels, mask, vocabulary, (height, width))
+        _segment(model, stopwatch, pixels, mask, vocabulary, (height, width), shortlist)
         total = time.perf_counter() - start
         rest = total - sum(stopwatch.seconds.values())
         calls.append(stopwatch.seconds | {"rest": rest, "total": total})
@@ -120,6 +131,9 @@ def measure(
         "width": width,
         "classes": classes,
         "names": len(vocabulary.names),
+        "batch": batch,
+        "queries": model.config.num_learned_queries + model.config.num_dominant_categories,
+        "shortlist": shortlist,
         "seconds": middle,
         "ratio": middle["total"] / middle["backbone"],
         "ratios": [call["total"] / call["backbone"] for call in warm],
@@ -136,10 +150,12 @@ def _segment(
     mask: Tensor,
     vocabulary: Vocabulary,
     size: tuple[int, int],
+    shortlist: int | None,
 ) -> None:
-    outputs = model(pixels, pixel_mask=mask, vocabulary=vocabulary)
+    outputs = model(pixels, pixel_mask=mask, vocabulary=vocabulary, class_shortlist=shortlist)
     with stopwatch.time("read-out"):
-        semantic_map(outputs.class_queries_logits[0], outputs.masks_queries_logits[0], size, size)
+        for image in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
+            semantic_map(*image, size, size)
 
 
 def main() -> None:
@@ -148,11 +164,17 @@ def main() -> None:
     parser.add_argument("--height", type=int, required=True)
     parser.add_argument("--width", type=int, required=True)
     parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--shortlist", type=int, help="class_shortlist; without, every class can be found")
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(json.dumps(measure(build(args.clip), args.height, args.width, args.classes, args.repeats)))
+    os.environ["ITA_TEXT_CACHE"] = "off"  # made-up embeddings are nothing to keep
+    model = build(args.clip, args.queries)
+    size = (args.height, args.width)
+    print(json.dumps(measure(model, *size, args.classes, args.repeats, args.batch, args.shortlist)))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,13 @@ def picture_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def run(clip: str, size: tuple[int, int], classes: int, repeats: int, threads: int) -> dict[str, Any]:
-    """One measurement in a process of its own. Raises RuntimeError with the last line of what went wrong."""
+def run(
+    clip: str, size: tuple[int, int], classes: int, repeats: int, threads: int, **more: int
+) -> dict[str, Any]:
+    """One measurement in a process of its own; `more`: further options of `measure.py`.
+
+    Raises RuntimeError with the last line of what went wrong.
+    """
     settings = {
         "clip": clip,
         "height": size[0],
@@ -38,6 +43,7 @@ def run(clip: str, size: tuple[int, int], classes: int, repeats: int, threads: i
         "classes": classes,
         "repeats": repeats,
         "threads": threads,
+        **more,
     }
     command = [
         sys.executable,

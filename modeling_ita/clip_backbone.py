@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.image_transforms import to_pil_image
 
 from .image_text_aggregation import mask_means
@@ -65,6 +66,19 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
     return config
 
 
+class _WithoutFilling(TorchFunctionMode):
+    """Leaves out what fills tensors on the meta device: they have no content, and towers spend a second on it."""
+
+    FILLING = frozenset(
+        ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "trunc_normal_", "uniform_", "zero_")
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.FILLING and args and args[0].device.type == "meta":
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 class ClipBackbone(nn.Module):
     """Both towers of a frozen CLIP.
 
@@ -85,7 +99,8 @@ class ClipBackbone(nn.Module):
         super().__init__()
         config = copy.deepcopy(config)
         custom_text = config.pop("custom_text", False)
-        self.clip: Any = (CustomTextCLIP if custom_text else CLIP)(**config)
+        with _WithoutFilling():
+            self.clip: Any = (CustomTextCLIP if custom_text else CLIP)(**config)
         self.has_text_module: bool = custom_text
         text_config = config["text_cfg"]
         self.tokenizer = SimpleTokenizer(
