@@ -9,23 +9,30 @@ a run leaves in `output_dir` a checkpoint that loads through transformers' Auto 
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from configuration_ita import ITAConfig
 from data_ita import training as source
 from data_ita.arguments import ITADataArguments, load_data
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 from training_ita.arguments import BadInput, ITAModelArguments, ITATrainingArguments, read_mapping
+from training_ita.checkpoints import checkpoints_of, damage, flush, last_complete, unfinished
+from training_ita.clip_training import prepare_clip
+from training_ita.stopping import FAILED, RunStopped
 from training_ita.trainer import ITATrainer
+from training_ita.weights import on_host
 
 Arguments = tuple[ITAModelArguments, ITADataArguments, ITATrainingArguments]
 ARGUMENT_CLASSES: tuple[Any, ...] = (ITAModelArguments, ITADataArguments, ITATrainingArguments)
@@ -187,18 +194,50 @@ def read_clip(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def checkpoint_to_resume(training: ITATrainingArguments) -> str | None:
-    """The folder to resume from; "last" is the latest checkpoint in the output folder."""
-    wanted = training.resume_from_checkpoint
+    """The folder to resume from; None for a new run.
+
+    "last" is the latest checkpoint of the output folder that is whole, "auto" the same or a new run if there is none.
+    The first process looks, and the others do as it says.
+
+    Raises:
+        BadInput: there is no such checkpoint, it is damaged, or a new run would mix its checkpoints with others.
+    """
+    found: list[Any] = [None, None]
+    if training.process_index == 0:
+        try:
+            found[0] = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir or "."))
+        except BadInput as error:
+            found[1] = str(error)
+    checkpoint, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise BadInput(problem)
+    return checkpoint
+
+
+def find_checkpoint(wanted: str | None, output: Path) -> str | None:
+    """As `checkpoint_to_resume`, in the process that looks."""
     if wanted is None:
+        present = checkpoints_of(output)
+        if present:
+            raise BadInput(
+                f"{output} has checkpoints of an earlier run, such as {present[0].name}: go on with "
+                "--resume_from_checkpoint, or name another --output_dir"
+            )
         return None
-    if wanted.lower() in ("last", "true"):
-        output = Path(training.output_dir or "")
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if last is None:
-            raise BadInput(f"--resume_from_checkpoint: there is no checkpoint in {output}")
-        return last
-    if not (Path(wanted) / "trainer_state.json").is_file():
+    if wanted.lower() in ("last", "true", "auto"):
+        last, damaged = last_complete(output)
+        for line in damaged:
+            sys.stderr.write(f"run_train: {line}; the one before it is taken\n")
+        if last is None and (wanted.lower() != "auto" or damaged):
+            raise BadInput(
+                f"--resume_from_checkpoint: there is no {'whole ' * bool(damaged)}checkpoint in {output}"
+            )
+        return None if last is None else str(last)
+    if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
         raise BadInput(f"--resume_from_checkpoint: {wanted} is no checkpoint of a training run")
+    reason = damage(Path(wanted))
+    if reason is not None:
+        raise BadInput(f"--resume_from_checkpoint: {wanted} is damaged: {reason}")
     return wanted
 
 
@@ -213,6 +252,7 @@ def build_trainer(arguments: Arguments) -> tuple[Any, str | None]:
             f"eval_strategy is {training.eval_strategy}, but {data.dataset} has no {data.eval_split}"
         )
     model, processor = load_model(model_arguments, classes, data)
+    prepare_clip(model, training.train_clip, training.lora_rank, training.clip_dtype, training.channels_last)
     trainer = ITATrainer(
         model=model,
         args=training,
@@ -231,30 +271,48 @@ def main(argv: list[str] | None = None) -> None:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         trainer, resume = build_trainer(arguments)
-    except (BadInput, ValueError, OSError) as error:
+    except (BadInput, ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"run_train: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from error
-    result = trainer.train(resume_from_checkpoint=resume)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_state()
-    if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics, combined=False)
-    if trainer.is_world_process_zero():
-        save(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, trainer.args)
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+        trainer.finish()
+        trainer.log_metrics("train", result.metrics)
+        if trainer.eval_dataset is not None:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics, combined=False)
+        trainer.save_state()
+        save(trainer)
+    except (RunStopped, ValueError, OSError, SafetensorError) as error:
+        if trainer.is_world_process_zero():
+            sys.stderr.write(f"run_train: {' '.join(str(error).split())}\n")
+        raise SystemExit(getattr(error, "status", FAILED)) from error
 
 
-def save(
-    model: ITAForOpenVocabSegmentation, processor: ITAImageProcessor, training: ITATrainingArguments
-) -> None:
-    """The complete checkpoint. Weights written in half precision still load, and compute, in float32."""
-    folder = Path(training.output_dir or ".")
-    weights = model.state_dict()
-    if training.half_weights:
+def save(trainer: ITATrainer) -> None:
+    """The complete checkpoint, each file of it whole or as it was before.
+
+    Weights written in half precision still load, and compute, in float32.
+    """
+    if trainer.is_fsdp_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+    else:
+        weights = trainer.network.state_dict()
+    if not trainer.is_world_process_zero():
+        return
+    if trainer.args.half_weights:
         weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
-    model.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
+    written = unfinished(trainer.output / "model")
+    shutil.rmtree(written, ignore_errors=True)
+    try:
+        trainer.network.save_pretrained(written, state_dict=on_host(weights))
+        trainer.processor.save_pretrained(written)
+        for file in written.iterdir():
+            flush(file)
+            os.replace(file, trainer.output / file.name)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 if __name__ == "__main__":
