@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -63,7 +64,7 @@ def load_everything(folder: str, image) -> dict:
         assert not answers or all(torch.equal(answers[key], tensors[key]) for key in tensors), auto
         answers = tensors
     for task in ("image-segmentation", "zero-shot-image-segmentation"):
-        segment = pipeline(task, model=folder, trust_remote_code=True)
+        segment: Any = pipeline(task, model=folder, trust_remote_code=True)  # type: ignore[call-overload]
         for subtask in ("semantic", "panoptic", "instance"):
             options = (
                 {} if subtask == "semantic" else EVERYTHING if subtask == "panoptic" else {"threshold": 0.0}
@@ -94,7 +95,7 @@ def main(folder: str, picture: str, output: str) -> None:
         "package": importlib.util.find_spec("modeling_ita") is not None,
         "files": sorted(path.name for path in Path(again).iterdir()),
     }
-    print(json.dumps(facts))
+    sys.stdout.write(json.dumps(facts) + "\n")
 
 
 if __name__ == "__main__":

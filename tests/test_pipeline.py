@@ -1,5 +1,11 @@
 """`pipeline("image-segmentation")` with a checkpoint's own classes and with candidate labels."""
 
+import base64
+import contextlib
+import functools
+import http.server
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +13,11 @@ from PIL import Image
 from transformers import ImageSegmentationPipeline, pipeline
 
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, ITAImageProcessor
-from pipeline_ita import ITAImageSegmentationPipeline, parse_candidate_labels
+from pipeline_ita import (
+    ITAImageSegmentationPipeline,
+    ITAZeroShotImageSegmentationPipeline,
+    parse_candidate_labels,
+)
 
 TINY_CLIP = {
     "embed_dim": 32,
@@ -151,4 +161,171 @@ def test_a_checkpoint_brings_its_pipeline(segment, picture, tmp_path):
     assert type(loaded).__name__ == "ITAImageSegmentationPipeline"
     assert {one["label"] for one in loaded(picture, subtask="semantic", candidate_labels=["dog"])} == {"dog"}
     loaded.save_pretrained(tmp_path / "again")
+    assert loaded.model.config.custom_pipelines == PIPELINES
+
+
+# --- many pictures, of any kind -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    random = np.random.RandomState(1)
+    sizes = [(40, 60), (64, 32), (33, 50)]
+    return [Image.fromarray(random.randint(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def expected(segment, pictures):
+    """What each picture alone gives, in the order of `pictures`."""
+    return [summary(segment(one, candidate_labels="dog, car|automobile", **EVERYTHING)) for one in pictures]
+
+
+def summary(segments):
+    return [
+        (one["label"], pytest.approx(one["score"], abs=1e-4), one["mask"].size, float(np.mean(one["mask"])))
+        for one in segments
+    ]
+
+
+def close(found, expected):
+    """Same segments; masks may differ in a pixel here and there, as sums of floats are made in another order."""
+    assert len(found) == len(expected)
+    for segments, wanted in zip(found, expected, strict=True):
+        assert len(segments) == len(wanted)
+        for one, (label, score, size, mean) in zip(segments, wanted, strict=True):
+            assert (one["label"], one["score"], one["mask"].size) == (label, score, size)
+            assert abs(float(np.mean(one["mask"])) - mean) < 2
+
+
+@pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_pictures_of_different_sizes_share_a_batch(segment, pictures, subtask, batch_size):
+    arguments = {"candidate_labels": ["dog", "car|automobile"], "subtask": subtask, **EVERYTHING}
+    alone = [segment(one, **arguments) for one in pictures]
+    together = segment(pictures, batch_size=batch_size, **arguments)
+    assert [[(one["label"], one["mask"].size) for one in found] for found in together] == [
+        [(one["label"], one["mask"].size) for one in found] for found in alone
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_generator_is_read_as_its_answers_are(segment, pictures, expected, batch_size):
+    taken = []
+
+    def source():
+        for index, one in enumerate(pictures):
+            taken.append(index)
+            yield one
+
+    answers = segment(source(), batch_size=batch_size, candidate_labels="dog, car|automobile", **EVERYTHING)
+    first = next(iter(answers))
+    assert len(taken) < len(pictures)
+    close([first], expected[:1])
+    everything = segment(
+        source(), batch_size=batch_size, candidate_labels="dog, car|automobile", **EVERYTHING
+    )
+    close(list(everything), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_column_of_a_dataset(segment, pictures, expected, batch_size):
+    from datasets import Dataset, Features
+    from datasets import Image as ImageColumn
+    from transformers.pipelines.pt_utils import KeyDataset
+
+    rows = Dataset.from_dict({"picture": pictures}, features=Features({"picture": ImageColumn()}))
+    column = KeyDataset(rows, "picture")
+    answers = segment(column, batch_size=batch_size, candidate_labels="dog, car|automobile", **EVERYTHING)
+    close(list(answers), expected)
+
+
+def test_paths_addresses_base64_and_bytes_are_the_same_picture(segment, pictures, expected, tmp_path):
+    pictures[0].save(tmp_path / "picture.png")
+    data = (tmp_path / "picture.png").read_bytes()
+    text = base64.b64encode(data).decode()
+    with served(tmp_path) as address:
+        sources = [
+            str(tmp_path / "picture.png"),
+            tmp_path / "picture.png",
+            f"{address}/picture.png",
+            text,
+            f"data:image/png;base64,{text}",
+            data,
+        ]
+        for source in sources:
+            found = segment(source, candidate_labels="dog, car|automobile", **EVERYTHING)
+            close([found], expected[:1])
+        with pytest.raises(ValueError, match=r"missing\.png cannot be fetched: HTTP 404"):
+            segment(f"{address}/missing.png")
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        segment(f"{address}/picture.png", timeout=2)
+
+
+@contextlib.contextmanager
+def served(folder):
+    """A server of files on this machine, and its address."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("no/such/picture.png", "no such picture: 'no/such/picture.png'"), ("", "no such picture")],
+)
+def test_a_picture_that_is_not_there_is_named(segment, source, message):
+    with pytest.raises(ValueError, match=message):
+        segment(source)
+
+
+def test_thresholds_leave_less(segment, picture):
+    for subtask in ("panoptic", "instance"):
+        counts = [
+            len(segment(picture, subtask=subtask, **{**EVERYTHING, "threshold": value}))
+            for value in (0.0, 1.0)
+        ]
+        assert counts[0] > counts[1] == 0
+
+
+# --- zero-shot -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zero_shot(segment):
+    return pipeline(
+        "zero-shot-image-segmentation", model=segment.model, image_processor=segment.image_processor
+    )
+
+
+def test_the_zero_shot_task_is_registered_by_this_package(zero_shot, segment, picture):
+    assert type(zero_shot) is ITAZeroShotImageSegmentationPipeline
+    arguments = {"candidate_labels": ["dog", "lake"], "subtask": "semantic"}
+    ours, theirs = zero_shot(picture, **arguments), segment(picture, **arguments)
+    assert [one["label"] for one in ours] == [one["label"] for one in theirs]
+    assert all(np.array_equal(a["mask"], b["mask"]) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_zero_shot_task_asks_for_labels(zero_shot, picture):
+    with pytest.raises(ValueError, match="needs candidate_labels"):
+        zero_shot(picture)
+    with pytest.raises(ValueError, match="needs candidate_labels"):
+        list(zero_shot([picture, picture], batch_size=2))
+
+
+def test_a_checkpoint_brings_its_zero_shot_pipeline(zero_shot, picture, tmp_path):
+    zero_shot.save_pretrained(tmp_path)
+    loaded = pipeline("zero-shot-image-segmentation", model=str(tmp_path), trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules")
+    assert {one["label"] for one in loaded(picture, subtask="semantic", candidate_labels="bus")} == {"bus"}
     assert loaded.model.config.custom_pipelines == PIPELINES
