@@ -136,19 +136,19 @@ class _ViewScores:
         self.top, self.left, self.bottom, self.right = output.view.region
         self.mirrored = output.view.mirrored
         probabilities = class_probabilities(output.class_logits)[:, :-1]
-        self.weights = probabilities.T.contiguous()  # (K, Q)
+        self.weights = probabilities  # (Q, K)
         size = (self.bottom - self.top, self.right - self.left)
         self.masks = MaskBands(output.mask_logits, output.image_size, size)
 
     def add_to(self, scores: Tensor, rows: slice) -> None:
-        """Adds this view's share to `scores` (K, rows, W) float32 of those rows of the picture."""
+        """Adds this view's share to `scores` (rows, W, K) float32 of those rows of the picture."""
         start, stop = max(rows.start, self.top), min(rows.stop, self.bottom)
         if start >= stop:
             return
-        shares = self.masks.rows(slice(start - self.top, stop - self.top)).sigmoid_()
-        seen = (self.weights @ shares.flatten(1)).unflatten(1, shares.shape[1:])
-        target = scores[:, start - rows.start : stop - rows.start, self.left : self.right]
-        target += seen.flip(-1) if self.mirrored else seen
+        shares = self.masks.rows(slice(start - self.top, stop - self.top)).permute(1, 2, 0).sigmoid_()
+        shares = shares.flip(1) if self.mirrored else shares
+        target = scores[start - rows.start : stop - rows.start, self.left : self.right]
+        target += shares @ self.weights
 
 
 def semantic_map_of_views(outputs: Sequence[ViewOutput], size: tuple[int, int]) -> Tensor:
@@ -163,12 +163,12 @@ def semantic_map_of_views(outputs: Sequence[ViewOutput], size: tuple[int, int]) 
     device = outputs[0].mask_logits.device
     labels = torch.zeros(size, dtype=torch.int64, device=device)
     parts = [_ViewScores(output) for output in outputs]
-    num_classes, num_queries = parts[0].weights.shape
+    num_queries, num_classes = parts[0].weights.shape
     for rows in _bands(size, 2 * num_classes + num_queries):
-        scores = torch.zeros((num_classes, rows.stop - rows.start, size[1]), device=device)
+        scores = torch.zeros((rows.stop - rows.start, size[1], num_classes), device=device)
         for part in parts:
             part.add_to(scores, rows)
-        labels[rows] = scores.max(0).indices
+        labels[rows] = scores.argmax(2)
     return labels
 
 
