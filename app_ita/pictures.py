@@ -1,0 +1,94 @@
+"""Pictures on their way in, within limits, and on their way out, as data that a browser draws."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from evaluation_ita.door import BROKEN_PICTURE_ERRORS, DoorError, read_picture
+from evaluation_ita.overlay import resize_labels
+
+MAX_SHOWN_SIDE = 1600  # pixels; larger pictures are shown smaller
+MAX_LOSSLESS_PIXELS = 400_000  # larger pictures are shown as JPEG
+
+
+def read_limited_picture(path: Path, name: str, max_pixels: int) -> Image.Image:
+    """`read_picture`, with a limit that is checked before anything is decoded, and the name that the person knows.
+
+    Args:
+        path: the uploaded file.
+        name: what the person calls it.
+        max_pixels: most pixels allowed, width times height.
+
+    Raises:
+        DoorError: what is wrong with the picture, in a sentence.
+    """
+    size = _size_in_header(path)
+    if size is not None and size[0] * size[1] > max_pixels:
+        raise DoorError(
+            f"{name} has {size[0]:,} x {size[1]:,} pixels, which are {size[0] * size[1] / 1e6:,.1f} megapixels; "
+            f"this page takes up to {max_pixels / 1e6:g}. Please make the picture smaller."
+        )
+    try:
+        return read_picture(path)
+    except DoorError as error:
+        reason = str(error).replace(str(path), name)
+        raise DoorError(f"{reason}. Please try a JPEG or PNG picture.") from error
+
+
+def _size_in_header(path: Path) -> tuple[int, int] | None:
+    """Width and height as the file's header says, None where Pillow does not open it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as picture:
+                return picture.size
+    except (*BROKEN_PICTURE_ERRORS, Image.DecompressionBombError):
+        return None
+
+
+def shown_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height at which a picture of `size` (width, height) is shown."""
+    factor = min(1.0, MAX_SHOWN_SIDE / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def picture_data(picture: Image.Image) -> str:
+    """A data URI of an RGB picture at its shown size: PNG where it is small, JPEG else."""
+    size = shown_size(picture.size)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    if size[0] * size[1] <= MAX_LOSSLESS_PIXELS:
+        return data_uri(png_bytes(picture), "image/png")
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG", quality=90)
+    return data_uri(stream.getvalue(), "image/jpeg")
+
+
+def id_map_data(label_map: np.ndarray) -> str:
+    """A data URI of an RGB PNG at the shown size: red holds the low byte of each id and green the high one.
+
+    Args:
+        label_map: (H, W), uint8 or uint16.
+    """
+    width, height = shown_size((label_map.shape[1], label_map.shape[0]))
+    ids = resize_labels(label_map, (height, width)).astype(np.uint16)
+    channels = np.stack([ids & 255, ids >> 8, np.zeros_like(ids)], axis=-1).astype(np.uint8)
+    return data_uri(png_bytes(Image.fromarray(channels)), "image/png")
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    """`content` as a `data:` address."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"

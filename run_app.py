@@ -1,0 +1,126 @@
+"""A web page that segments pictures by the words typed. It is also a Space: `--write_space` writes its folder.
+
+python run_app.py --model models/ita-tiny
+python run_app.py --model models/ita-tiny --write_space my_space
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from evaluation_ita.door import DoorError, DoorParser, load_checkpoint, open_door, output_folder, positive_int
+
+ROOT = Path(__file__).resolve().parent
+
+
+def build_parser() -> DoorParser:
+    parser = DoorParser(description="A web page that segments pictures by the words typed.")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--model_name", help="what the page's Python lines call the checkpoint (its folder)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)"
+    )
+    parser.add_argument("--port", type=positive_int, help="port to listen at (the first free one from 7860)")
+    parser.add_argument(
+        "--max_pixels", type=positive_int, default=25_000_000, help="most pixels of a picture (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_classes", type=positive_int, default=2_000, help="most class words of a request (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_upload_mb", type=positive_int, default=30, help="largest file, in megabytes (%(default)s)"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=positive_int,
+        default=2,
+        help="requests worked on at the same time (%(default)s)",
+    )
+    parser.add_argument(
+        "--max_waiting", type=positive_int, default=64, help="requests that may wait in line (%(default)s)"
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="also a public address, through Gradio's servers"
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    parser.add_argument(
+        "--write_space",
+        type=Path,
+        metavar="DIR",
+        help="write a Space with this model to a new folder, and stop",
+    )
+    return parser
+
+
+def main() -> NoReturn:
+    """The door: the process's arguments in, its exit status out."""
+    open_door(serve)
+
+
+def serve(argv: Sequence[str] | None = None) -> int:
+    """Does what the arguments say; serves until interrupted.
+
+    Raises:
+        DoorError: what stops everything, in one line.
+    """
+    arguments = build_parser().parse_door(argv)
+    if arguments.write_space is not None:
+        from app_ita.space import write_space
+
+        write_space(output_folder(arguments.write_space), arguments.model, ROOT)
+        print(f"A Space is in {arguments.write_space}: upload that folder, or run app.py there.")
+        return 0
+    launch(arguments)
+    return 0
+
+
+def prepare(arguments: Any) -> Any:
+    """The page (`gradio.Blocks`), with the checkpoint loaded.
+
+    Raises:
+        DoorError: if the checkpoint cannot be loaded, or Gradio is missing.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        from app_ita.page import build_page, example_pictures
+    except ImportError as error:
+        raise DoorError(
+            f"the page needs more packages: pip install 'ita-segmentation[app]' ({error})"
+        ) from error
+    from app_ita.page_segmenter import Limits, PageSegmenter
+
+    model, processor = load_checkpoint(arguments.model, arguments.device)
+    limits = Limits(arguments.max_pixels, arguments.max_classes)
+    segmenter = PageSegmenter(model, processor, arguments.model_name or str(arguments.model), limits)
+    examples = example_pictures(arguments.model, ROOT / "examples")
+    return build_page(segmenter, examples, arguments.concurrency, arguments.max_waiting)
+
+
+def launch(arguments: Any) -> None:
+    """Serves the page until interrupted.
+
+    Raises:
+        DoorError: see `prepare`; and if the port is taken.
+    """
+    page = prepare(arguments)
+    from app_ita.page import page_style
+
+    try:
+        page.launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            share=arguments.share,
+            max_file_size=arguments.max_upload_mb * 1_000_000,
+            run_history=False,
+            ssr_mode=False,
+            **page_style(),
+        )
+    except OSError as error:
+        raise DoorError(f"cannot serve at {arguments.host}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
