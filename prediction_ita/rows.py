@@ -61,7 +61,8 @@ class ListedRows:
     """
 
     def __init__(self, length: int, row: Callable[[int], Row], digest: str):
-        self._length, self._row, self.description = length, row, {"pictures": length, "digest": digest}
+        self._length, self._row = length, row
+        self.description = {"unit_size": UNIT_SIZE, "pictures": length, "digest": digest}
 
     def units(self, rank: int, world: int, is_done: IsDone) -> Iterator[Unit]:
         """The units of process `rank` of `world` that `is_done(part, number)` does not have yet."""
@@ -90,7 +91,7 @@ class StreamedRows:
     ):
         self._num_parts, self._part = num_parts, part
         self._part_length, self._note_length = part_length, note_length
-        self.description = {"parts": num_parts}
+        self.description = {"unit_size": UNIT_SIZE, "parts": num_parts}
 
     def units(self, rank: int, world: int, is_done: IsDone) -> Iterator[Unit]:
         """As `ListedRows.units`. Processes share the parts where there are enough, else the units of each part, and

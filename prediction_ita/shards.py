@@ -19,7 +19,7 @@ from typing import Any
 
 from evaluation_ita.door import WEIGHT_FILES, DoorError, one_line, read_text, write_files
 from prediction_ita.pictures import json_bytes, label_png
-from prediction_ita.rows import UNIT_SIZE, Row, Unit, batches
+from prediction_ita.rows import Row, Unit, batches
 from prediction_ita.segmenter import Prediction, Segmenter
 
 DATASET_FORMATS = ("labels", "segments", "coco")
@@ -124,7 +124,6 @@ def plan_of(
         "image_column": columns[0],
         "id_column": columns[1],
         **description,
-        "unit_size": UNIT_SIZE,
         "model": str(checkpoint),
         "model_config": digest,
         "model_bytes": sum(path.stat().st_size for path in weights),
