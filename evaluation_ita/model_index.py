@@ -6,7 +6,6 @@ Values are fractions, as `evaluate`'s metrics of the same names give them, round
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from evaluation_ita.door import DoorError, one_line, write_files
 from evaluation_ita.score_tables import Results, score_of
+from modeling_ita.model_card import FRONT_MATTER, CardError, dump, with_keys, with_scores
 
 TASK_TYPE, TASK_NAME = "image-segmentation", "Image segmentation"
 
@@ -45,9 +45,6 @@ DATASET_NAMES = {
     "coco-panoptic": "COCO 2017 panoptic",
     "cityscapes": "Cityscapes",
 }
-FRONT_MATTER = re.compile(
-    r"\A---[ \t]*(?:\r\n|\n|\r)(?P<yaml>.*?)^---[ \t]*(?:\r\n|\n|\r|\Z)", re.DOTALL | re.MULTILINE
-)
 
 
 def model_index(results: Results, model_name: str) -> dict[str, Any]:
@@ -65,14 +62,14 @@ def model_index(results: Results, model_name: str) -> dict[str, Any]:
 
 def model_index_yaml(results: Results, model_name: str) -> str:
     """`model_index` as YAML, to be pasted between the two `---` at the head of a model card."""
-    return _dump(model_index(results, model_name))
+    return dump(model_index(results, model_name))
 
 
 def update_model_card(path: Path, results: Results) -> Path:
     """Puts the scores into the front matter of a model card; everything else in it stays as it is, to the byte.
 
     Earlier scores on the same data set and split are replaced, those on others are kept. A card that does not exist is
-    made.
+    made. In a card that came with a checkpoint and that nobody has changed, the table of scores follows.
 
     Args:
         path: the card, or the folder whose README.md it is.
@@ -91,7 +88,11 @@ def update_model_card(path: Path, results: Results) -> Path:
     kept = [result for result in earlier if result.unique_identifier not in replaced]
     name = name or card_path.resolve().parent.name or "model"
     index = ModelCardData(model_name=name, eval_results=kept + new).to_dict()
-    write_files({card_path: _with_index(card_path, text, _dump(index)).encode()})
+    try:
+        text = with_scores(with_keys(text, index))
+    except CardError as error:
+        raise DoorError(f"the model card {card_path}: {error}") from error
+    write_files({card_path: text.encode()})
     return card_path
 
 
@@ -119,10 +120,6 @@ def _split_of(scores: Mapping[str, Any]) -> str | None:
     return None if split is None else str(split)
 
 
-def _dump(front_matter: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(front_matter), sort_keys=False, allow_unicode=True, width=1000)
-
-
 def _read_card(path: Path) -> str:
     """The text with its line ends and byte order mark as they are; "" if there is no card."""
     try:
@@ -147,38 +144,3 @@ def _earlier_results(path: Path, text: str) -> tuple[str | None, list[EvalResult
     if len(models) > 1:
         raise DoorError(f"the model card {path} has scores of {len(models)} models, not of one")
     return data.get("model_name"), list(data.get("eval_results", []))
-
-
-def _with_index(path: Path, text: str, index: str) -> str:
-    """The card with its `model-index` replaced by this YAML, or added at the end of the front matter."""
-    mark = "\ufeff" if text.startswith("\ufeff") else ""
-    text = text.removeprefix(mark)
-    line_end = "\r\n" if "\r\n" in text else "\n"
-    index = index.replace("\n", line_end)
-    found = FRONT_MATTER.match(text)
-    if found is None:
-        return f"{mark}---{line_end}{index}---{line_end}{text and line_end + text}"
-    matter = found.group("yaml")
-    if matter.lstrip().startswith("{"):
-        raise DoorError(f"the front matter of the model card {path} must be lines 'key: value'")
-    start, end = _place_of_index(matter)
-    head, tail = text[: found.start("yaml")], text[found.end("yaml") :]
-    return mark + head + matter[:start] + index + matter[end:] + tail
-
-
-def _place_of_index(matter: str) -> tuple[int, int]:
-    """Where the block `model-index` starts and ends in the front matter; its end twice if there is none."""
-    document = yaml.compose(matter)
-    pairs = document.value if isinstance(document, yaml.MappingNode) else []
-    for key, value in pairs:
-        if key.value == "model-index":
-            block = matter[key.start_mark.index : value.end_mark.index]
-            # The block ends with its last line that says something: comments after it belong to what follows.
-            lines = block.splitlines(keepends=True)
-            while len(lines) > 1 and lines[-1].strip()[:1] in ("", "#"):
-                lines.pop()
-            end = key.start_mark.index + sum(map(len, lines))
-            if not lines[-1].endswith(("\n", "\r")):
-                end = matter.find("\n", end) + 1 or len(matter)
-            return key.start_mark.index, end
-    return len(matter), len(matter)

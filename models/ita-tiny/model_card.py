@@ -154,7 +154,7 @@ def front_matter(text: str) -> dict[str, Any]:
         content = yaml.safe_load(found.group("yaml"))
         ModelCard(found.group())
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise CardError(f"its front matter cannot be read: {' '.join(str(error).split())[:240]}") from error
+        raise CardError(f"the front matter cannot be read: {' '.join(str(error).split())[:240]}") from error
     return content or {}
 
 
@@ -175,7 +175,7 @@ def with_keys(text: str, values: Mapping[str, Any]) -> str:
             continue
         matter = found.group("yaml")
         if matter.lstrip().startswith("{"):
-            raise CardError("its front matter must be lines 'key: value'")
+            raise CardError("the front matter must be lines 'key: value'")
         start, end = _place_of(matter, key)
         text = text[: found.start("yaml")] + matter[:start] + block + matter[end:] + text[found.end("yaml") :]
     return mark + text
