@@ -9,6 +9,7 @@ a str, and perhaps `skipped`, ids of corrupt pictures that were passed over. Tar
 
 from typing import Any
 
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
@@ -106,12 +107,16 @@ class TrainingCollator:
         height, width = batch["pixel_values"].shape[-2:]
         if bool(batch["pixel_mask"].all()):
             del batch["pixel_mask"]
-        batch["mask_labels"] = [
-            pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
-            for masks in (example["mask_labels"] for example in examples)
-        ]
+        batch["mask_labels"] = [padded(example["mask_labels"], height, width) for example in examples]
         batch["class_labels"] = [example["class_labels"] for example in examples]
         return batch | names_of(examples)
+
+
+def padded(masks: Tensor, height: int, width: int) -> Tensor:
+    """Masks (n, h, w) -> (n, height, width), nothing at the bottom and on the right."""
+    if masks.shape[-2:] == (height, width):
+        return masks
+    return pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
 
 
 class EvaluationCollator:
