@@ -7,17 +7,21 @@ from typing import Any
 import numpy as np
 
 LEAST_OVERLAP = 0.3
-"""Intersection over union from which two segments of one class in neighbouring frames are the same."""
+"""Intersection over union from which two segments of one class are the same."""
+MEMORY = 12
+"""Frames after which a segment that is gone is forgotten."""
 
 
 class Tracks:
-    """Gives the segments of each frame ids that last: that of the segment of the same class in the frame before that it
-    overlaps most, or a new one. A class index is an id that lasts by itself: semantic maps need none of this."""
+    """Gives the segments of each frame ids that last: that of the segment of the same class that it overlaps most, of
+    those in the frames before, or a new one. A segment that is gone is remembered for `MEMORY` frames where nothing
+    else took its place. A class index is an id that lasts by itself: semantic maps need none of this."""
 
     def __init__(self) -> None:
-        self._map: np.ndarray | None = None
+        self._map: np.ndarray | None = None  # where each remembered id was last
         self._label_of: dict[int, int] = {}
-        self._next = 1
+        self._last_seen: dict[int, int] = {}
+        self._frame, self._next = 0, 1
 
     def follow(
         self, label_map: np.ndarray, segments: list[dict[str, Any]]
@@ -37,14 +41,29 @@ class Tracks:
         for segment in segments:
             number = chosen.get(segment["id"])
             if number is None:
-                number = chosen[segment["id"]] = self._new(chosen)
+                number = chosen[segment["id"]] = self._new()
             lasting[segment["id"]] = number
-        self._map = lasting[label_map]
-        self._label_of = {chosen[segment["id"]]: segment["label_id"] for segment in segments}
-        return self._map, [{**segment, "id": chosen[segment["id"]]} for segment in segments]
+        followed = lasting[label_map]
+        for segment in segments:
+            number = chosen[segment["id"]]
+            self._label_of[number], self._last_seen[number] = segment["label_id"], self._frame
+        self._remember(followed)
+        return followed, [{**segment, "id": chosen[segment["id"]]} for segment in segments]
+
+    def _remember(self, followed: np.ndarray) -> None:
+        """Lays a frame's map over what is remembered of ids that are gone, and forgets the oldest of those."""
+        gone = [n for n, frame in self._last_seen.items() if self._frame - MEMORY <= frame < self._frame]
+        kept = followed.copy()
+        if self._map is not None and self._map.shape == followed.shape and gone:
+            place = (followed == 0) & np.isin(self._map, gone)
+            kept[place] = self._map[place]
+        self._map = kept
+        self._last_seen = {n: f for n, f in self._last_seen.items() if f == self._frame or n in gone}
+        self._label_of = {number: self._label_of[number] for number in self._last_seen}
+        self._frame += 1
 
     def _matches(self, label_map: np.ndarray, segments: list[dict[str, Any]]) -> dict[int, int]:
-        """This frame's ids -> the former frame's, best overlap first, each at most once."""
+        """This frame's ids -> remembered ids, best overlap first, each at most once."""
         before = self._map
         if before is None or before.shape != label_map.shape:
             return {}
@@ -63,8 +82,8 @@ class Tracks:
                 chosen[new] = old
         return chosen
 
-    def _new(self, chosen: dict[int, int]) -> int:
-        while self._next in chosen.values():
+    def _new(self) -> int:
+        while self._next in self._last_seen:
             self._next = self._next % 65_535 + 1
         number, self._next = self._next, self._next % 65_535 + 1
         return number

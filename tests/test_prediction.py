@@ -11,7 +11,7 @@ import run_predict
 from evaluation_ita.door import DoorError, load_checkpoint
 from prediction_ita.segmenter import Segmenter
 from prediction_ita.sources import find_sources
-from prediction_ita.tracks import Tracks
+from prediction_ita.tracks import MEMORY, Tracks
 from tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -223,6 +223,21 @@ def test_a_segment_that_moves_a_little_keeps_its_id():
     lasting, segments = tracks.follow(second, [entry(1, 1), entry(2, 0)])
     assert [segment["id"] for segment in segments] == [2, 1]
     assert lasting[0].tolist() == [0, 1, 1, 1, 1, 0, 2, 2]
+
+
+def test_a_segment_that_is_gone_for_a_moment_comes_back_with_its_id():
+    tracks = Tracks()
+    there, gone = np.zeros((2, 6), np.uint8), np.zeros((2, 6), np.uint8)
+    there[:, :2] = 1
+    gone[:, 4:] = 1
+    tracks.follow(there, [entry(1, 0)])
+    tracks.follow(gone, [entry(1, 0)])
+    lasting, segments = tracks.follow(there, [entry(1, 0)])
+    assert [segment["id"] for segment in segments] == [1]
+    assert lasting.tolist() == there.tolist()
+    for _ in range(MEMORY + 1):
+        tracks.follow(gone, [entry(1, 0)])
+    assert tracks.follow(there, [entry(1, 0)])[1][0]["id"] == 3
 
 
 def test_another_class_or_another_place_is_a_new_segment():
