@@ -21,7 +21,7 @@ from prediction_ita.segmenter import DEFAULT_THRESHOLDS
 
 WEB = Path(__file__).parent / "web"
 MAX_EXAMPLES = 8
-UPLOADS_KEPT_SECONDS = 3600
+CLEANING_SECONDS, UPLOADS_KEPT_SECONDS = 600, 3000  # looked for every ten minutes; gone within the hour
 TASK_CHOICES = [("Semantic", "semantic"), ("Panoptic", "panoptic"), ("Instance", "instance")]
 TASK_HELP = (
     "Semantic: a class for every pixel. Panoptic: things one by one, and stuff. Instance: things alone."
@@ -64,7 +64,7 @@ def build_page(
     with gr.Blocks(
         title="ITA: segment anything you can name",
         analytics_enabled=False,
-        delete_cache=(UPLOADS_KEPT_SECONDS, UPLOADS_KEPT_SECONDS),
+        delete_cache=(CLEANING_SECONDS, UPLOADS_KEPT_SECONDS),
     ) as page:
         gr.HTML(HEAD)
         with gr.Row(equal_height=False):

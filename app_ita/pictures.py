@@ -28,6 +28,8 @@ def read_limited_picture(path: Path, name: str, max_pixels: int) -> Image.Image:
     Raises:
         DoorError: what is wrong with the picture, in a sentence.
     """
+    if not path.is_file():
+        raise DoorError(f"{name} is no longer on the server, which forgets pictures. Please drop it again.")
     size = _size_in_header(path)
     if size is not None and size[0] * size[1] > max_pixels:
         raise DoorError(

@@ -60,12 +60,12 @@ def running_page(
             process.wait(timeout=20)
 
 
-def wait_until_up(process: subprocess.Popen, address: str, seconds: float = 90) -> None:
+def wait_until_up(process: subprocess.Popen, address: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert process.poll() is None, "the page ended before it answered"
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(address, timeout=5).close()
+            urllib.request.urlopen(address, timeout=20).close()
             return
         time.sleep(0.3)
     raise AssertionError("the page did not answer in time")
