@@ -1,5 +1,5 @@
 """A COCO release in miniature -> run_prepare.py -> accelerate launch run_train.py: the loss falls, on one process and
-on two."""
+on two, and a run that was broken off goes on with the pictures that come next."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import run_prepare
+import run_train
 from miniature_releases import save_segment_ids
 from tiny_checkpoint import tiny_config
 
@@ -100,22 +101,29 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def words_for(folder: Path, name: str, steps: int, *more: str) -> list[str]:
+    words = ["--config", folder / "recipe.yaml", "--clip", folder / "clip", "--dataset", folder / "data"]
+    return [*map(str, [*words, "--output_dir", folder / name, "--max_steps", steps]), *more]
+
+
 def launch(folder: Path, name: str, processes: int, *more: str) -> list[float]:
     """Losses of a run, step by step."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    words = ["--config", folder / "recipe.yaml", "--clip", folder / "clip", "--dataset", folder / "data"]
-    words += ["--output_dir", folder / name, "--max_steps", STEPS, *more]
     subprocess.run(
-        [*launch, str(ROOT / "run_train.py"), *map(str, words)],
+        [*launch, str(ROOT / "run_train.py"), *words_for(folder, name, STEPS, *more)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
         check=True,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+    return losses_of(folder / name)
+
+
+def losses_of(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
@@ -129,3 +137,13 @@ def test_a_coco_release_trains_and_the_loss_falls(folder, processes, more):
     assert len(losses) == STEPS
     assert np.mean(losses[-4:]) < 0.85 * np.mean(losses[:4])
     assert (folder / f"out{processes}" / "model.safetensors").is_file()
+
+
+def test_a_run_broken_off_in_the_middle_of_its_second_epoch_sees_what_it_would_have_seen(folder):
+    """Four steps are an epoch; the resumed run has a worker, the unbroken one has none."""
+    run_train.main(words_for(folder, "whole", 10, "--save_strategy", "steps", "--save_steps", "6"))
+    checkpoint = str(folder / "whole" / "checkpoint-6")
+    resume = ["--resume_from_checkpoint", checkpoint, "--dataloader_num_workers", "1"]
+    run_train.main(words_for(folder, "resumed", 10, *resume))
+    whole, resumed = losses_of(folder / "whole"), losses_of(folder / "resumed")
+    assert len(whole) == 10 and whole == resumed
