@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -236,13 +237,12 @@ def test_two_processes_that_are_killed_lose_nothing(checkpoint, predict, tmp_pat
     source, output = folder_of(tmp_path / "in", 24, broken=9), tmp_path / "out"
     door = tmp_path / "door.py"
     door.write_text(SLOW_DOOR.format(root=str(ROOT), seconds=0.3))
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # What `accelerate launch` runs for several processes; of CPUs it makes but one.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     given = ["--dataset", str(source), "--output", str(output), "--task", "panoptic"]
     command = [
         sys.executable,
         *launch,
-        "--main_process_port",
-        "0",
         str(door),
         "--model",
         str(checkpoint),
@@ -256,8 +256,12 @@ def test_two_processes_that_are_killed_lose_nothing(checkpoint, predict, tmp_pat
     while len(list(output.glob("0*.parquet"))) < 2 and process.poll() is None:
         assert time.monotonic() < deadline, "no unit was written"
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) == 2
+    for one in (process, *workers):
+        os.kill(one.pid, signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(workers, timeout=10)
     left = {path: path.read_bytes() for path in output.glob("0*.parquet")}
     assert 2 <= len(left) < 6
     assert all(parquet.read_table(path).num_rows == 4 for path in left)
