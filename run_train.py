@@ -15,11 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -29,6 +27,7 @@ from data_ita.arguments import ITADataArguments, load_data
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 from training_ita.arguments import BadInput, ITAModelArguments, ITATrainingArguments, read_mapping
 from training_ita.checkpoints import checkpoints_of, damage, flush, last_complete, unfinished
+from training_ita.clip_source import read_clip
 from training_ita.clip_training import prepare_clip
 from training_ita.stopping import FAILED, RunStopped
 from training_ita.trainer import ITATrainer
@@ -130,7 +129,7 @@ def load_model(
     """
     picture_size = {"shortest_edge": data.image_size, "longest_edge": 4 * data.image_size}
     if (arguments.clip is None) == (arguments.model is None):
-        raise BadInput("give one of --clip DIR (a new model) and --model DIR (fine-tuning)")
+        raise BadInput("give one of --clip CLIP (a new model) and --model DIR (fine-tuning)")
     changes = arguments.config_changes
     unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(ITAConfig)})
     if unknown:
@@ -150,9 +149,9 @@ def load_model(
             return model, ITAImageProcessor.from_pretrained(folder, size=picture_size)
         return model, ITAImageProcessor.from_pretrained(folder)
 
-    clip_config, weights = read_clip(existing_folder(arguments.clip or "", "clip"))
+    clip_config, weights = read_clip(arguments.clip or "")
     fields: dict[str, Any] = {
-        "clip_model_name": Path(arguments.clip or "").resolve().name,
+        "clip_model_name": clip_config["name"],
         "clip_model_config": clip_config["model_cfg"],
         "vocabulary": classes.classes,
         "train_vocabulary": classes.seen_classes,
@@ -172,22 +171,6 @@ def existing_folder(path: str, name: str) -> Path:
     if not Path(path).is_dir():
         raise BadInput(f"--{name}: there is no folder {path}")
     return Path(path)
-
-
-def read_clip(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration (`model_cfg`, `preprocess_cfg`) and weights of a CLIP.
-
-    The folder is as open_clip saves it for the Hub; a configuration file may hold `model_cfg` alone.
-    """
-    try:
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "open_clip_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(
-            f"--clip: {folder} cannot be read as a CLIP: {' '.join(str(error).split())}"
-        ) from error
-    config = config if "model_cfg" in config else {"model_cfg": config}
-    return config, weights
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_the_command_line_goes_before_the_file(folder):
         (["--model_config.hiden_dim", "64"], "hiden_dim"),
         (["--model_config.hidden_dim", "33"], "hidden_dim"),
         (["--dataset", "nowhere"], "nowhere"),
-        (["--model", "nowhere"], "one of --clip DIR"),
+        (["--model", "nowhere"], "one of --clip CLIP"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
         (["--image_size", "8"], "image_size"),
         (["--max_minutes", "0"], "max_minutes"),
