@@ -106,10 +106,12 @@ def launch(arguments: Any) -> None:
         DoorError: see `prepare`; and if the port is taken.
     """
     page = prepare(arguments)
-    from app_ita.page import page_style
+    from app_ita.page import example_pictures, page_style
 
+    examples = example_pictures(arguments.model, ROOT / "examples")
     try:
         page.launch(
+            allowed_paths=[str(path.resolve()) for path in examples],
             server_name=arguments.host,
             server_port=arguments.port,
             share=arguments.share,

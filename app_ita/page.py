@@ -96,7 +96,9 @@ def build_page(
             api_visibility="private",
         )
 
-        def segment(picture: Upload | None, words: Any, task: Any, threshold: Any) -> dict[str, Any]:
+        def segment(picture: Upload | str | None, words: Any, task: Any, threshold: Any) -> dict[str, Any]:
+            if isinstance(picture, str):  # gr.Examples puts a plain gr.Image in the place of the input
+                picture = Upload(picture, Path(picture).name)
             path, name = (picture.path, picture.name) if picture else (None, None)
             return segmenter.answer(path, words, task, threshold, name)
 
