@@ -151,7 +151,9 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         sizes = model_outputs["target_size"]
         if subtask == "semantic":
             [classes] = processor.post_process_semantic_segmentation(model_outputs, target_sizes=sizes)
-            found = [(None, label, classes == label) for label in classes.unique().tolist()]
+            # Counted: sorting all pixels, as `unique` does, would take several times their size.
+            present = classes.flatten().bincount().nonzero().flatten().tolist()
+            found = [(None, label, classes == label) for label in present]
         elif subtask == "instance":
             [result] = processor.post_process_instance_segmentation(
                 model_outputs,

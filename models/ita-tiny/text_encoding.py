@@ -152,16 +152,14 @@ class VocabularyEncoder:
         return torch.stack([templated[i] for i in order]), torch.stack([bare[i] for i in order])
 
     def _batches(self, tokens: list[Tensor]) -> Iterator[tuple[list[int], int]]:
-        """Indices of names to encode together, and the number of names to fill up to."""
-        if self.clip.device.type == "cpu":
-            yield from (([index], 1) for index in range(len(tokens)))
-            return
+        """Indices of names whose prompts are of one length, and the number of names to fill up to."""
+        size = 1 if self.clip.device.type == "cpu" else NAMES_IN_A_BATCH
         by_length: dict[int, list[int]] = {}
         for index, of_name in enumerate(tokens):
             by_length.setdefault(of_name.shape[1], []).append(index)
         for members in by_length.values():
-            for start in range(0, len(members), NAMES_IN_A_BATCH):
-                yield members[start : start + NAMES_IN_A_BATCH], NAMES_IN_A_BATCH
+            for start in range(0, len(members), size):
+                yield members[start : start + size], size
 
     def _drop_if_stale(self) -> None:
         fingerprint = self.clip.text_fingerprint()

@@ -6,6 +6,7 @@ then renamed, so it is complete or absent; it carries a digest of its content, a
 names are encoded again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -115,7 +116,8 @@ class TextStore:
             save_file(tensors, unfinished, metadata={"digest": digest})
             os.replace(unfinished, path)
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
             logger.warning_once(f"encoded names cannot be kept in {self.folder}: {error}")
 
 
