@@ -42,6 +42,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         raise DoorError("two benchmarks have the same name; score them in two runs")
     files = vocabulary_files(options.vocabulary, names)
 
+    import torch
     from accelerate import Accelerator
 
     from evaluation_ita.benchmarks import load_benchmark
@@ -49,7 +50,9 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     from evaluation_ita.report import summary_table, write_results
 
     try:
-        accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        # Without being told so, processes that find no accelerator do not find each other either.
+        on_cpu = not torch.accelerator.is_available()
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=options.mixed_precision)
     except ValueError as error:
         raise DoorError(one_line(error)) from error
     with accelerator.main_process_first():

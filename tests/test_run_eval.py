@@ -238,8 +238,8 @@ def test_files_of_a_run(checkpoint, data, tmp_path):
 def door(checkpoint: Path, data: Path, output: Path, *arguments: Any, processes: int = 1) -> list[str]:
     launch: list[Any] = []
     if processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
-        launch += ["--num_machines", 1, "--main_process_port", 0]
+        # What `accelerate launch` runs for several processes; with `--cpu` it would start but one.
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     given = ["--model", checkpoint, "--benchmarks", "squares", "--data_dir", data, "--output", output]
     return [sys.executable, *map(str, [*launch, "run_eval.py", *given, *arguments])]
 
@@ -273,6 +273,7 @@ def test_two_and_three_processes_score_as_one_does_to_the_last_bit(checkpoint, d
     for count, process in running.items():
         assert finish(process).count("Scores in per cent") == 1  # one process speaks
         found[count] = read(tmp_path / str(count))
+        assert found[count][0]["settings"]["processes"] == count
     for count in (2, 3):
         assert np.array_equal(found[1][1], found[count][1])
         assert without_the_run(found[1][0]) == without_the_run(found[count][0])
@@ -301,6 +302,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(checkpoint, tmp_path):
     assert again.returncode == 0, error[-2000:]
     finish(whole)
     (one, matrix), (other, expected) = read(tmp_path / "cut"), read(tmp_path / "whole")
+    assert one["settings"]["processes"] == 2 and other["settings"]["processes"] == 1
     assert np.array_equal(matrix, expected)
     assert without_the_run(one) == without_the_run(other)
     assert f"{counted}/60" in error.replace(" ", "")  # the bar starts where the first run was
