@@ -267,10 +267,19 @@ def main(argv: list[str] | None = None) -> None:
             trainer.save_metrics("eval", metrics, combined=False)
         trainer.save_state()
         save(trainer)
-    except (RunStopped, ValueError, OSError, SafetensorError) as error:
+    except RunStopped as error:  # all processes stop, and one says so
         if trainer.is_world_process_zero():
-            sys.stderr.write(f"run_train: {' '.join(str(error).split())}\n")
-        raise SystemExit(getattr(error, "status", FAILED)) from error
+            sys.stderr.write(f"run_train: {error}\n")
+        raise SystemExit(error.status) from error
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.stderr.write(f"run_train: {in_one_line(error)}\n")
+        raise SystemExit(FAILED) from error
+
+
+def in_one_line(error: Exception) -> str:
+    """The message of an error, without the traceback that a worker process sends along with it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if "Traceback" in str(error) else " ".join(" ".join(lines).split())
 
 
 def save(trainer: ITATrainer) -> None:

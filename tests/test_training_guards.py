@@ -95,6 +95,13 @@ def test_a_run_with_another_clip_is_not_resumed(world, copy, tmp_path, capsys):
     assert status == 1 and "other frozen weights" in line
 
 
+def test_a_run_that_ended_after_its_last_checkpoint_does_not_train_on(world, copy):
+    words, whole = world
+    (copy / "model.safetensors").unlink()
+    run_train.main([*words, "--output_dir", str(copy), "--resume_from_checkpoint"])
+    training_runs.assert_same_run(copy, whole)
+
+
 def test_old_checkpoints_lose_their_name_before_their_files(copy, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # killed while deleting
     checkpoints.keep_latest(copy, limit=1, best=str(copy / "checkpoint-2"))

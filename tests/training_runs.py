@@ -47,7 +47,7 @@ MODEL_CONFIG = {
 RECIPE: dict[str, Any] = {
     "image_size": 64,
     "model_config": MODEL_CONFIG,
-    "max_steps": 16,
+    "max_steps": 12,
     "per_device_train_batch_size": 2,
     "learning_rate": 1e-3,
     "max_grad_norm": 1.0,
@@ -203,7 +203,10 @@ def kill_until_finished(
             kill(processes)
             has_checkpoint = any(output.glob("checkpoint-*"))
             is_writing = any(output.glob(".unfinished-checkpoint-*"))
-            counts["writing" if is_writing else "after" if has_checkpoint else "before"] += 1
+            moment = "writing" if is_writing else "after" if has_checkpoint else "before"
+            counts[moment] += 1
+            with output.with_suffix(".kills").open("a") as file:
+                file.write(f"{moment}\n")
         else:
             assert finish(processes) == [0] * num_processes, output.with_suffix(".log").read_text()[-2000:]
             output.rename(output.with_name(f"{output.name}-{counts['rounds']}"))

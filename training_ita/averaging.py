@@ -33,7 +33,11 @@ class WeightAverage:
         def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
             torch._foreach_lerp_(averaged, current, 1.0 - decay_after(int(num_averaged), decay))
 
-        self.average = AveragedModel(self.parameters, multi_avg_fn=average)
+        self.average = AveragedModel(self.parameters, multi_avg_fn=average)  # type: ignore[arg-type]
+
+    @property
+    def averages(self) -> list[nn.Parameter]:
+        return list(self.average.module.parameters())
 
     def update(self) -> None:
         """Takes in the parameters as they are now; the first time, copies them."""
@@ -50,12 +54,12 @@ class WeightAverage:
 
     def swap(self) -> None:
         """The averaged weights and the others change places; nothing is copied."""
-        for parameter, averaged in zip(self.parameters, self.average.module, strict=True):
+        for parameter, averaged in zip(self.parameters.parameters(), self.averages, strict=True):
             parameter.data, averaged.data = averaged.data, parameter.data
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights by name."""
-        return {name: tensor.detach() for name, tensor in zip(self.names, self.average.module, strict=True)}
+        return {name: tensor.detach() for name, tensor in zip(self.names, self.averages, strict=True)}
 
     def save(self, file: Path) -> None:
         count = self.average.n_averaged.reshape(1).cpu()
@@ -66,5 +70,5 @@ class WeightAverage:
         """Raises KeyError if `file` is of other parameters."""
         tensors = load_file(file)
         self.average.n_averaged.fill_(int(tensors[COUNT]))
-        for name, averaged in zip(self.names, self.average.module, strict=True):
+        for name, averaged in zip(self.names, self.averages, strict=True):
             averaged.copy_(tensors[name])

@@ -128,7 +128,7 @@ def damage(folder: Path) -> str | None:
 
 def last_complete(output: Path) -> tuple[Path | None, list[str]]:
     """The latest checkpoint that is whole (None if there is none), and a line on each later one that is not."""
-    lines = []
+    lines: list[str] = []
     for folder in checkpoints_of(output):
         reason = damage(folder)
         if reason is None:

@@ -28,6 +28,7 @@ from evaluation_ita.semantic import ConfusionMatrix
 from modeling_ita.vocabulary import normalize_vocabulary
 
 from . import checkpoints
+from .arguments import ITATrainingArguments
 from .averaging import WeightAverage
 from .clip_training import NORMS, merge_adapters
 from .criterion import StepCriterion
@@ -77,6 +78,8 @@ class ITATrainer(Trainer):
         eval_resize: in evaluation, resize pictures as the processor says.
         **kwargs: as of `Trainer`; `args` are `ITATrainingArguments`, `processing_class` is the `ITAImageProcessor`.
     """
+
+    args: ITATrainingArguments
 
     def __init__(self, *, classes: TrainingClasses, eval_resize: bool = False, **kwargs: Any) -> None:
         model: Any = kwargs["model"]
@@ -211,11 +214,11 @@ class ITATrainer(Trainer):
             and not name.endswith(EMBEDDINGS)
         ]
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """Weights of CLIP, where they learn, are in groups with a learning rate of their own."""
         if self.optimizer is None:
             optimizer: Any = super().create_optimizer(model)
-            network = self.model if model is None else model
+            network: Any = self.model if model is None else model
             of_clip = {id(p) for name, p in network.named_parameters() if CLIP in name and p.requires_grad}
             for group in list(optimizer.param_groups) if of_clip else []:
                 clip = [p for p in group["params"] if id(p) in of_clip]
@@ -246,6 +249,12 @@ class ITATrainer(Trainer):
         if hasattr(dataset, "epoch_sampler"):
             return dataset.epoch_sampler()  # its indices carry the epoch, which decides the augmentation
         return super()._get_train_sampler(dataset)
+
+    def _run_epoch(self, *arguments, **keywords):
+        if self.state.global_step >= self.state.max_steps:  # resumed after its last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **keywords)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step of the optimiser; the criterion learns how many masks they have together."""
@@ -353,9 +362,10 @@ class ITATrainer(Trainer):
                 best = checkpoints.checkpoint_folder(self.output, self.state.best_global_step)
                 is_there = best.exists() or self.state.best_global_step == self.state.global_step
                 self.state.best_model_checkpoint = str(best) if is_there else None
+            states: Any = self.state.stateful_callbacks
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                    states[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         return digests
 
