@@ -19,6 +19,7 @@ from torch import Tensor
 
 from image_processing_ita import semantic_map
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, Vocabulary, normalize_vocabulary
+from modeling_ita.open_vocab_classification import Opinions
 
 NAMES_PER_CLASS = 403 / 150  # ADE20K's 150 classes have 403 names
 ROOMS = ("backbone", "dcu", "dem", "ita", "classification", "read-out")
@@ -62,7 +63,8 @@ class Stopwatch:
             ("dcu", model, "_unearth"),
             ("dem", model.detail_enhancement, "forward"),
             ("ita", model.image_text_aggregation, "forward"),
-            ("classification", model, "_classify"),
+            ("classification", model, "_opinions"),
+            ("classification", Opinions, "classify"),
         ):
             setattr(owner, method, self.timed(room, getattr(owner, method)))
 
