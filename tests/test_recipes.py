@@ -1,5 +1,9 @@
 """Every recipe is one that run_train takes, and every configuration of accelerate one that accelerate takes."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -76,12 +80,9 @@ def test_fine_tuning_starts_from_the_model_that_ships(tmp_path):
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_accelerate_reads_its_configurations(name):
     config = load_config_from_file(str(RECIPES / "accelerate" / name))
-    cpus = name.endswith("cpu.yaml")
     processes = {"ddp_2cpu.yaml": 2, "multi_node_64gpu.yaml": 64}.get(name, 8)
-    assert config.num_processes == processes and config.use_cpu == cpus
-    assert str(config.distributed_type.value) == (
-        "MULTI_CPU" if cpus else "FSDP" if name.startswith("fsdp2") else "MULTI_GPU"
-    )
+    assert config.num_processes == processes and not config.use_cpu
+    assert str(config.distributed_type.value) == ("FSDP" if name.startswith("fsdp2") else "MULTI_GPU")
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -93,6 +94,31 @@ def test_accelerate_would_launch_with_them(name):
     assert arguments.use_fsdp == name.startswith("fsdp2")
     if arguments.use_fsdp:
         assert arguments.fsdp_version == 2 and arguments.fsdp_state_dict_type == "FULL_STATE_DICT"
+
+
+def test_two_processes_on_the_cpu_are_two_that_know_of_each_other(tmp_path):
+    script = tmp_path / "who.py"
+    script.write_text(
+        "from training_ita.arguments import ITATrainingArguments\n"
+        "import sys\n"
+        "args = ITATrainingArguments(output_dir=sys.argv[1])\n"
+        "print(f'process {args.process_index} of {args.world_size} on {args.device}', flush=True)\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(RECIPES / "accelerate" / "ddp_2cpu.yaml")]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(RECIPES.parent)}
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)],
+        env=os.environ | hidden,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(re.findall(r"process \d of \d on cpu", done.stdout)) == [
+        "process 0 of 2 on cpu",
+        "process 1 of 2 on cpu",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------

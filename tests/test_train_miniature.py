@@ -108,7 +108,8 @@ def words_for(folder: Path, name: str, steps: int, *more: str) -> list[str]:
 
 def launch(folder: Path, name: str, processes: int, *more: str) -> list[float]:
     """Losses of a run, step by step."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # without a GPU: several processes, on the CPU
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
     subprocess.run(
@@ -137,6 +138,8 @@ def test_a_coco_release_trains_and_the_loss_falls(folder, processes, more):
     assert len(losses) == STEPS
     assert np.mean(losses[-4:]) < 0.85 * np.mean(losses[:4])
     assert (folder / f"out{processes}" / "model.safetensors").is_file()
+    state = json.loads((folder / f"out{processes}" / "trainer_state.json").read_text())
+    assert state["epoch"] == 4 * processes  # 16 steps of 2 pictures for each process, out of 8
 
 
 def test_a_run_broken_off_in_the_middle_of_its_second_epoch_sees_what_it_would_have_seen(folder):

@@ -95,6 +95,8 @@ class ITATrainingArguments(TrainingArguments):
         schedule, self.lr_scheduler_type = self.lr_scheduler_type, "constant"
         if self.report_to is None:
             self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+        # Without being told so, processes that find no accelerator do not find each other either.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.lr_scheduler_type = schedule  # "step" is none of transformers' own
         self.remove_unused_columns = False  # examples are tensors that the collator takes as they are
