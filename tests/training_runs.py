@@ -143,7 +143,7 @@ def start(words: list[str], log: Path, num_processes: int = 1, file_bytes: int |
     return processes
 
 
-def finish(processes: list[Any], seconds: float = 120.0) -> list[int]:
+def finish(processes: list[Any], seconds: float = 900.0) -> list[int]:
     """Exit statuses, of processes that end by themselves."""
     deadline = time.monotonic() + seconds
     for process in processes:
@@ -166,7 +166,7 @@ def is_running(processes: list[Any]) -> bool:
     return all(process.is_alive() for process in processes)
 
 
-def wait_for(processes: list[Any], output: Path, pattern: str, seconds: float = 60.0) -> bool:
+def wait_for(processes: list[Any], output: Path, pattern: str, seconds: float = 300.0) -> bool:
     """Waits until a name appears in the output folder; False if the run ends before."""
     deadline = time.monotonic() + seconds
     while is_running(processes) and time.monotonic() < deadline:
