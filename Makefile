@@ -2,6 +2,10 @@
 # make test         run the tests
 # make benchmark    time and memory of the network and the read-out, beside the frozen backbone (an hour on two cores)
 # make check        lint, formatting and types
+# make app          the web page, with the small model that ships
+# make docs         the documentation as a site, in outputs/site
+# make test-hub     a checkpoint in an environment without this repository, on three versions of transformers (5 GB)
+# make test-slow    the kill tests, the page under load, and whatever else takes minutes
 # Each sets up .venv by itself, or uses the one that is there. PYTHON names the interpreter that makes it.
 PYTHON ?= python3
 VENV := .venv
@@ -10,17 +14,18 @@ STAMP := $(VENV)/.installed
 DEMO_OUTPUT ?= outputs/demo
 DEMO_LIMIT ?= 60
 BENCHMARK_OUTPUT ?= outputs/speed
+TEST_PROCESSES ?= 2
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test benchmark check setup
+.PHONY: demo test benchmark check app docs test-hub test-slow setup
 
 setup: $(STAMP)
 
 $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[train,demo,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[train,prepare,demo,app,video,exchange,export,lora,docs,test]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -29,7 +34,7 @@ demo: $(STAMP)
 	@echo "Overlays: $(DEMO_OUTPUT)/overlays    Scores: $(DEMO_OUTPUT)/scores/results.md"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -rs --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=15 -n $(TEST_PROCESSES) --dist loadfile
 
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/speed.py --output $(BENCHMARK_OUTPUT)
@@ -38,3 +43,15 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
+
+app: $(STAMP)
+	$(BIN)/python run_app.py --model models/ita-tiny
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --site-dir outputs/site
+
+test-hub: $(STAMP)
+	ITA_HUB_TESTS=1 $(BIN)/python -m pytest -q -rA tests/test_hub_environment.py
+
+test-slow: $(STAMP)
+	ITA_SLOW_TESTS=1 $(BIN)/python -m pytest -q -rA -s tests/test_training_kills.py tests/test_app_load.py
