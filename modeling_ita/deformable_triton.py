@@ -64,9 +64,10 @@ if AVAILABLE:
                     row = top.to(tl.int32) + corner // 2
                     across, down = 1.0 - tl.abs(x - column), 1.0 - tl.abs(y - row)
                     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                    there = (real & inside) != 0
                     cell = image * cells + start + row * width + column
                     here = value + (cell * heads + head) * channels + channel
-                    sampled = tl.load(here, mask=real & inside, other=0.0).to(tl.float32)
+                    sampled = tl.load(here, mask=there, other=0.0).to(tl.float32)
                     total += tl.where(inside, weight * across * down, 0.0) * sampled
                 total += tl.where((x == x) & (y == y), 0.0, x + y)
         tl.store(attended + program * channels + channel, total, mask=real)
@@ -106,16 +107,17 @@ if AVAILABLE:
                     row = top.to(tl.int32) + corner // 2
                     across, down = 1.0 - tl.abs(x - column), 1.0 - tl.abs(y - row)
                     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                    there = (real & inside) != 0
                     cell = image * cells + start + row * width + column
                     here = (cell * heads + head) * channels + channel
-                    sampled = tl.load(value + here, mask=real & inside, other=0.0).to(tl.float32)
+                    sampled = tl.load(value + here, mask=there, other=0.0).to(tl.float32)
                     # What this cell is worth to the gradient, whatever its weights.
                     worth = tl.sum(sampled * arriving)
                     seen += tl.where(inside, across * down * worth, 0.0)
                     along_x += tl.where(inside, (2 * (corner % 2) - 1) * down * worth, 0.0)
                     along_y += tl.where(inside, (2 * (corner // 2) - 1) * across * worth, 0.0)
                     share = weight * across * down
-                    tl.atomic_add(to_value + here, share * arriving, mask=real & inside)
+                    tl.atomic_add(to_value + here, share * arriving, mask=there)
                 tl.store(to_weights + place, seen)
                 tl.store(to_offsets + place * 2, weight * along_x)
                 tl.store(to_offsets + place * 2 + 1, weight * along_y)
@@ -146,9 +148,7 @@ def deformable_attention(
     Returns: (B, Q, heads, c) float32.
     """
     value, offsets, weights = value.contiguous(), offsets.contiguous(), weights.contiguous()
-    attended = torch.empty(
-        (*offsets.shape[:3], value.shape[-1]), dtype=torch.float32, device=value.device
-    )
+    attended = torch.empty((*offsets.shape[:3], value.shape[-1]), dtype=torch.float32, device=value.device)
     _launch(_forward_kernel, value, offsets, weights, origins.contiguous(), levels, attended)
     return attended
 

@@ -154,7 +154,9 @@ class WordTensors:
 
     def logits(self, embeddings: Tensor, void: Tensor, scale: Tensor) -> Tensor:
         """As `TextClassifier.logits`."""
-        return class_logits(embeddings, self.templated, self.class_of_name, self.repeats.shape[0], void, scale)
+        return class_logits(
+            embeddings, self.templated, self.class_of_name, self.repeats.shape[0], void, scale
+        )
 
 
 @dataclass
