@@ -8,6 +8,7 @@ half precision.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +118,7 @@ class SamplingPlan:
     @classmethod
     def of(cls, shapes: list[tuple[int, int]], device: torch.device) -> "SamplingPlan":
         reference = torch.cat([cell_centres(height, width, device) for height, width in shapes])
-        heights, widths = torch.tensor(shapes, dtype=torch.float32, device=device).unbind(-1)
+        heights, widths = numbers(shapes, torch.float32, device).unbind(-1)
         starts = [0, *itertools.accumulate(height + 2 for height, _ in shapes)]
         return cls(
             shapes,
@@ -145,7 +146,14 @@ class SamplingPlan:
         """(L, 3) int32, each level's height, width and first cell in the sequence."""
         starts = itertools.accumulate((height * width for height, width in self.shapes[:-1]), initial=0)
         rows = [(height, width, start) for (height, width), start in zip(self.shapes, starts, strict=True)]
-        return torch.tensor(rows, dtype=torch.int32, device=self.reference.device)
+        return numbers(rows, torch.int32, self.reference.device)
+
+
+def numbers(rows: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small matrix, made on the device; in an exported graph its entries may depend on the picture's size."""
+    return torch.stack(
+        [torch.stack([torch.full((), one, dtype=dtype, device=device) for one in row]) for row in rows]
+    )
 
 
 def sample_by_grid(value: Tensor, offsets: Tensor, weights: Tensor, plan: SamplingPlan) -> Tensor:
@@ -166,7 +174,7 @@ def sample_by_grid(value: Tensor, offsets: Tensor, weights: Tensor, plan: Sampli
     attended = value.new_zeros(batch * heads, channels // heads, length)
     start = 0
     for level, (height, width) in enumerate(plan.shapes):
-        size = offsets.new_tensor([width, height])
+        size = numbers([(width, height)], offsets.dtype, offsets.device)[0]
         locations = plan.reference[None, :, None, None] + offsets[:, :, :, level] / size
         grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
         cells = value[:, :, start : start + height * width].unflatten(-1, (height, width))
