@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .vocabulary import WordTensors
+
 SIZE_DIVISOR = 32
 """The image tower's largest stride: pictures are padded to multiples of it."""
 
@@ -26,16 +28,17 @@ def image_sizes_of(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tupl
     if pixel_mask is None:
         return [tuple(pixel_values.shape[-2:])] * len(pixel_values)  # type: ignore[list-item]
     mask = pixel_mask.bool()
-    sizes = torch.stack([mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)], dim=1).tolist()
+    heights, widths = (mask.any(dim=dim).sum(dim=1) for dim in (2, 1))
+    # All that is asked of the mask crosses to the host at once, before the network has any work waiting.
+    found = torch.stack([heights, widths, mask.sum(dim=(1, 2)), mask[:, 0, 0].long()], dim=1).tolist()
+    sizes = [(height, width) for height, width, _, _ in found]
     if any(0 in size for size in sizes):
         raise ValueError("pixel_mask leaves an image without a single pixel")
-    areas = mask.sum(dim=(1, 2)).tolist()
-    corners = mask[:, 0, 0].tolist()
-    if any(area != h * w or not corner for area, (h, w), corner in zip(areas, sizes, corners, strict=True)):
+    if any(area != height * width or not corner for height, width, area, corner in found):
         raise ValueError(
             "pixel_mask must be a rectangle at the top left: padding is at the bottom and on the right"
         )
-    return [(height, width) for height, width in sizes]
+    return sizes
 
 
 def crop(pixel_values: Tensor, sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tensor:
@@ -72,6 +75,55 @@ def dominant_of_batch(names: Sequence | None, batch: int) -> list[list[str]] | N
         ):
             raise ValueError(f"dominant_categories are names, a list of them for each image, got {row!r}")
     return [list(row) for row in rows]
+
+
+class DominantNames:
+    """A group's dominant names, which stay indices on the device until they are read.
+
+    The copy to the host is queued behind the network and waited for in `read`, when all groups are queued.
+
+    Args:
+        given: the names, if they came from outside. nearest: (B, k) int64, indices into `candidates`, if they did not.
+    """
+
+    def __init__(
+        self, given: list[list[str]] | None, nearest: Tensor | None, candidates: list[str], batch: int
+    ):
+        self.given = given if given is not None else [[] for _ in range(batch)]
+        self.candidates = candidates
+        self.nearest, self.copied = nearest, None
+        if nearest is not None and nearest.is_cuda:
+            self.nearest = nearest.to("cpu", non_blocking=True)  # into pinned memory
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def read(self) -> list[list[str]]:
+        """For each image its names, nearest first."""
+        if self.nearest is None:
+            return self.given
+        if self.copied is not None:
+            self.copied.synchronize()
+        return [[self.candidates[index] for index in row] for row in self.nearest.tolist()]
+
+
+def channels_last(pixel_values: Tensor) -> Tensor:
+    """Pictures in the layout that convolutions of an accelerator are fastest in; as they are on a CPU."""
+    if pixel_values.device.type == "cpu":
+        return pixel_values
+    return pixel_values.contiguous(memory_format=torch.channels_last)
+
+
+def mark_sizes(pixel_values: Tensor, valid: Tensor | None, words: WordTensors) -> Tensor:
+    """Tells the compiler what varies from call to call, and gives the valid pixels, also where all are valid.
+
+    A vocabulary's length varies; and so that pictures with and without padding share a graph, `valid` is a tensor.
+    """
+    for tensor in (words.templated, words.class_of_name, words.candidates, words.seen, words.repeats):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    if valid is None:
+        batch, _, height, width = pixel_values.shape
+        valid = torch.ones(batch, height, width, dtype=torch.bool, device=pixel_values.device)
+    return valid
 
 
 def scatter(parts: list[list], members: list[list[int]]) -> list:

@@ -49,7 +49,9 @@ CODE_FILES = (
     "text_store.py",
     "dominant_categories.py",
     "detail_enhancement.py",
+    "deformable_triton.py",
     "image_text_aggregation.py",
+    "outputs.py",
     "open_vocab_classification.py",
     "set_criterion.py",
 )

@@ -8,12 +8,15 @@ half precision.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .deformable_triton import deformable_attention, serves
 
 
 def sine_positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
@@ -80,8 +83,11 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(query).view(batch, length, heads, -1).softmax(-1)
         value = self.value_proj(value)
         # Positions in float32 whatever the weights are: half precision cannot tell neighbouring cells apart.
-        sample = sample_by_bags if plan.fits_bags(value) else sample_by_grid
-        attended = sample(value.float(), offsets.float(), weights.float(), plan)
+        if value.is_cuda and serves(value) and not torch.compiler.is_exporting():
+            attended = sample_by_triton(value, offsets, weights, plan)
+        else:
+            sample = sample_by_bags if plan.fits_bags(value) else sample_by_grid
+            attended = sample(value.float(), offsets.float(), weights.float(), plan)
         return self.output_proj(attended.to(query.dtype))
 
 
@@ -112,7 +118,7 @@ class SamplingPlan:
     @classmethod
     def of(cls, shapes: list[tuple[int, int]], device: torch.device) -> "SamplingPlan":
         reference = torch.cat([cell_centres(height, width, device) for height, width in shapes])
-        heights, widths = torch.tensor(shapes, dtype=torch.float32, device=device).unbind(-1)
+        heights, widths = numbers(shapes, torch.float32, device).unbind(-1)
         starts = [0, *itertools.accumulate(height + 2 for height, _ in shapes)]
         return cls(
             shapes,
@@ -126,7 +132,28 @@ class SamplingPlan:
 
     def fits_bags(self, value: Tensor) -> bool:
         """Whether `sample_by_bags` serves: on a CPU, and positions in the table are exact in float32."""
-        return value.device.type == "cpu" and self.rows * self.pitch < 2**24 and value.numel() < 2**31
+        if value.device.type != "cpu" or torch.compiler.is_exporting():
+            return False
+        return self.rows * self.pitch < 2**24 and value.numel() < 2**31
+
+    @property
+    def places(self) -> Tensor:
+        """(S, L, 2) float32, `origins` as (x, y) where 0 is the centre of a level's own first cell."""
+        return torch.stack(self.origins, dim=-1) - 1
+
+    @property
+    def levels(self) -> Tensor:
+        """(L, 3) int32, each level's height, width and first cell in the sequence."""
+        starts = itertools.accumulate((height * width for height, width in self.shapes[:-1]), initial=0)
+        rows = [(height, width, start) for (height, width), start in zip(self.shapes, starts, strict=True)]
+        return numbers(rows, torch.int32, self.reference.device)
+
+
+def numbers(rows: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small matrix, made on the device; in an exported graph its entries may depend on the picture's size."""
+    return torch.stack(
+        [torch.stack([torch.full((), one, dtype=dtype, device=device) for one in row]) for row in rows]
+    )
 
 
 def sample_by_grid(value: Tensor, offsets: Tensor, weights: Tensor, plan: SamplingPlan) -> Tensor:
@@ -147,7 +174,7 @@ def sample_by_grid(value: Tensor, offsets: Tensor, weights: Tensor, plan: Sampli
     attended = value.new_zeros(batch * heads, channels // heads, length)
     start = 0
     for level, (height, width) in enumerate(plan.shapes):
-        size = offsets.new_tensor([width, height])
+        size = numbers([(width, height)], offsets.dtype, offsets.device)[0]
         locations = plan.reference[None, :, None, None] + offsets[:, :, :, level] / size
         grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
         cells = value[:, :, start : start + height * width].unflatten(-1, (height, width))
@@ -155,6 +182,19 @@ def sample_by_grid(value: Tensor, offsets: Tensor, weights: Tensor, plan: Sampli
         attended = attended + (samples * weights[:, None, :, level]).sum(dim=-1)
         start += height * width
     return attended.view(batch, channels, length).transpose(1, 2)
+
+
+def sample_by_triton(value: Tensor, offsets: Tensor, weights: Tensor, plan: SamplingPlan) -> Tensor:
+    """The same sums by the kernel of `deformable_triton.py`; value, offsets and weights may be half precision."""
+    heads, points = offsets.shape[2], offsets.shape[4]
+    attended = deformable_attention(
+        value.unflatten(-1, (heads, -1)),
+        offsets,
+        weights.unflatten(-1, (-1, points)),
+        plan.places,
+        plan.levels,
+    )
+    return attended.flatten(2)
 
 
 def sample_by_bags(value: Tensor, offsets: Tensor, weights: Tensor, plan: SamplingPlan) -> Tensor:

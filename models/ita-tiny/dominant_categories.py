@@ -38,7 +38,7 @@ class DominantCategories(nn.Module):
         Returns: (B, min(k, M)) int64.
         """
         similarity = F.normalize(image_embeddings.float(), dim=-1) @ candidates.float().T
-        return similarity.topk(min(self.num_categories, len(candidates)), dim=-1).indices
+        return similarity.topk(min(self.num_categories, candidates.shape[0]), dim=-1).indices
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Text queries (B, k, C) of the dominant names' unit bare embeddings (B, k, D)."""

@@ -163,7 +163,7 @@ class ImageTextAggregation(nn.Module):
 
         Returns: predictions, the last one last; Q = k' + L.
         """
-        batch = len(mask_features)
+        batch = mask_features.shape[0]
         queries = self.learned_queries.expand(batch, -1, -1)
         positions = self.query_positions[self.num_text_queries :]
         if text_queries is not None:

@@ -8,22 +8,23 @@ C the decoder's width, k text queries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .configuration_ita import ITAConfig, check_shortlist, check_weight
 
 from .batch_groups import (
+    DominantNames,
+    channels_last,
     check_labels,
     crop,
     dominant_of_batch,
     image_sizes_of,
+    mark_sizes,
     merge_classes,
     merge_masks,
     pad_labels,
@@ -38,67 +39,16 @@ from .detail_enhancement import DeformableAttention, DetailEnhancement
 from .dominant_categories import DominantCategories
 from .image_text_aggregation import Attention, ImageTextAggregation, Prediction
 from .open_vocab_classification import Opinions, masks_on_dense_feature
+from .outputs import ITAForOpenVocabSegmentationOutput, NetworkResult, Request
 from .set_criterion import Matches, SetCriterion
 from .text_encoding import VocabularyEncoder
 from .vocabulary import (
     TextClassifier,
     Vocabulary,
+    WordTensors,
     normalize_vocabulary,
     vocabularies_of_batch,
 )
-
-
-@dataclass
-class ITAForOpenVocabSegmentationOutput(ModelOutput):
-    """What a segmented batch is.
-
-    Attributes:
-        loss: scalar, the sum of `loss_dict`, when labels were given.
-        loss_dict: the weighted losses by name: `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the
-            same with `_0`, `_1`, ... of the earlier ones.
-        class_queries_logits: (B, Q, K + 1), void last. In eval mode log probabilities of the ensemble, in training
-            the decoder's logits.
-        masks_queries_logits: (B, Q, H / 4, W / 4) of the padded picture.
-        dominant_categories: for each image its dominant names, nearest first.
-        image_sizes: (B, 2) int64, height and width of each picture within the padded one.
-        stuff_ids: for each image the indices of its classes that are stuff.
-        vocabulary: for each image its classes, each a list of names.
-
-    In a batch with a vocabulary per image, classes are padded to the largest K with -inf (void stays last), and
-    queries with rows that are certainly void.
-    """
-
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    class_queries_logits: Tensor | None = None
-    masks_queries_logits: Tensor | None = None
-    dominant_categories: list[list[str]] | None = None
-    image_sizes: Tensor | None = None
-    stuff_ids: list[list[int]] | None = None
-    vocabulary: list[list[list[str]]] | None = None
-
-
-@dataclass
-class _Request:
-    """What a call asks for beside pictures; the same for all images of the call."""
-
-    templates: Sequence[str]
-    train_vocabulary: Vocabulary | None
-    alpha: float
-    beta: float
-    shortlist: int | None
-    with_loss: bool
-
-
-@dataclass
-class _GroupResult:
-    """One group of images of one size and one vocabulary, all predictions of the decoder (the last one last)."""
-
-    class_logits: list[Tensor]
-    predictions: list[Prediction]
-    mask_features: Tensor
-    log_probabilities: Tensor | None
-    dominant: list[list[str]]
 
 
 class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
@@ -156,6 +106,7 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
         self.void_embedding = nn.Parameter(torch.empty(1, embed_dim))
         self.criterion = SetCriterion(config)
         self.vocabulary_encoder = VocabularyEncoder(self.clip_backbone)
+        self._compiled_network: Any = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -209,6 +160,18 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
 
     # --- the way through the house ---
 
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """From now on the network runs compiled by `torch.compile(**options)`: all but the handling of words.
+
+        With `dynamic=True` one graph serves all sizes and batches of more than one; without, each padded size has its
+        own until torch takes it for variable. Vocabularies of any length share a graph.
+        """
+        self._compiled_network = torch.compile(self._network, fullgraph=True, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickled model is not compiled."""
+        return self.__dict__ | {"_compiled_network": None}
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -258,7 +221,7 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
             raise ValueError("losses need both mask_labels and class_labels")
         config = self.config
         train_vocabulary = config.train_vocabulary if train_vocabulary is None else train_vocabulary
-        request = _Request(
+        request = Request(
             templates=config.templates if templates is None else templates,
             train_vocabulary=normalize_vocabulary(train_vocabulary) if train_vocabulary else None,
             alpha=check_weight(
@@ -271,7 +234,7 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
             with_loss=mask_labels is not None,
         )
         vocabularies = vocabularies_of_batch(vocabulary, self.default_vocabulary, batch)
-        dominant = dominant_of_batch(dominant_categories, batch)
+        dominant = dominant_of_batch(dominant_categories, batch) if self.dominant_categories else None
         sizes = image_sizes_of(pixel_values, pixel_mask)
         canvas = (round_up(height), round_up(width))
 
@@ -280,19 +243,21 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
             padded = (round_up(size[0]), round_up(size[1]))
             given = None if dominant is None else len(dominant[index])
             groups.setdefault((padded, classes.key, given), []).append(index)
-        results = []
+        results, names = [], []
         for (padded, _, _), group in groups.items():
             own_sizes = [sizes[index] for index in group]
-            results.append(
-                self._segment(
-                    crop(pixel_values[group], own_sizes, padded),
-                    valid_pixels(own_sizes, padded, pixel_values.device),
-                    own_sizes,
-                    vocabularies[group[0]],
-                    None if dominant is None else [dominant[index] for index in group],
-                    request,
-                )
+            own_dominant = None if dominant is None else [dominant[index] for index in group]
+            classifier = self.vocabulary_encoder.classifier(vocabularies[group[0]], request.templates)
+            result = self._segment(
+                crop(pixel_values if len(group) == batch else pixel_values[group], own_sizes, padded),
+                valid_pixels(own_sizes, padded, pixel_values.device),
+                own_sizes,
+                classifier,
+                own_dominant,
+                request,
             )
+            results.append(result)
+            names.append(DominantNames(own_dominant, result.nearest, classifier.candidate_names, len(group)))
         members = list(groups.values())
         class_logits = [
             merge_classes(list(parts), members)
@@ -312,7 +277,7 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
         output = ITAForOpenVocabSegmentationOutput(
             class_queries_logits=final,
             masks_queries_logits=mask_logits[-1],
-            dominant_categories=scatter([result.dominant for result in results], members),
+            dominant_categories=scatter([part.read() for part in names], members),
             image_sizes=torch.tensor(sizes, device=pixel_values.device),
             stuff_ids=[self._stuff_ids(classes) for classes in vocabularies],
             vocabulary=[[list(synonyms) for synonyms in classes] for classes in vocabularies],
@@ -336,106 +301,148 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
         pixel_values: Tensor,
         valid: Tensor | None,
         sizes: list[tuple[int, int]],
-        vocabulary: Vocabulary,
+        classifier: TextClassifier,
         given: list[list[str]] | None,
-        request: _Request,
-    ) -> _GroupResult:
-        """The network on pictures of one padded size with one vocabulary.
+        request: Request,
+    ) -> NetworkResult:
+        """Pictures of one padded size with one vocabulary: around the network, what is no tensor.
 
         Args:
             pixel_values: (B, 3, H, W), H and W multiples of 32. valid: (B, H, W) bool or None.
             sizes: each picture's own height and width. given: dominant categories from outside, or None.
         """
-        classifier = self.vocabulary_encoder.classifier(vocabulary, request.templates)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.clip_backbone.is_trained):
-            features = self.clip_backbone(pixel_values)
+        words = classifier.tensors(request.train_vocabulary)
+        unearths = self.dominant_categories is not None and given is None
+        bare = None if given is None else self._embed_given(given, classifier)
         whole = None
-        if request.shortlist or (self.dominant_categories is not None and given is None):
-            whole = self._embed_pictures(pixel_values, valid, sizes, features)
-        names, text_queries = self._unearth(whole, classifier, given, len(pixel_values))
-        mask_features, levels = self.detail_enhancement(features.levels)
-        predictions = self.image_text_aggregation(
-            text_queries, mask_features, levels, valid, every_layer=self.training or request.with_loss
+        if self.config.dominant_category_source == "thumbnail" and (unearths or request.shortlist):
+            pictures = [image[:, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
+            with torch.no_grad():
+                whole = torch.cat([self.clip_backbone.embed_thumbnail(picture) for picture in pictures])
+        network = self._network
+        if self._compiled_network is not None:
+            network, valid = self._compiled_network, mark_sizes(pixel_values, valid, words)
+        result = network(
+            pixel_values,
+            valid,
+            words,
+            bare,
+            whole,
+            weights=(request.alpha, request.beta),
+            unearths=unearths,
+            with_loss=request.with_loss,
+            shortlisted=request.shortlist is not None,
         )
-        class_logits, log_probabilities = [], None
-        if self.training or request.with_loss:
-            scale = self.image_text_aggregation.scale
-            class_logits = [
-                classifier.logits(p.class_embeddings, self.void_embedding, scale) for p in predictions
-            ]
-        if not self.training:
-            shortlists = None
-            if request.shortlist and whole is not None:
-                shortlists = classifier.nearest_classes(whole, request.shortlist)
-            log_probabilities = self._classify(
-                predictions[-1], features, valid, classifier, shortlists, request
+        if request.shortlist and result.opinions is not None:
+            assert result.whole is not None
+            shortlists = classifier.nearest_classes(result.whole, request.shortlist)
+            result.log_probabilities = result.opinions.classify_shortlists(
+                classifier, request.train_vocabulary, shortlists
             )
-        return _GroupResult(class_logits, predictions, mask_features, log_probabilities, names)
+        return result
 
-    def _unearth(
-        self,
-        whole: Tensor | None,
-        classifier: TextClassifier,
-        given: list[list[str]] | None,
-        batch: int,
-    ) -> tuple[list[list[str]], Tensor | None]:
-        """Dominant category unearthing: for each image its dominant names, and the text queries (B, k, C)."""
-        unearth = self.dominant_categories
-        if unearth is None:
-            return [[] for _ in range(batch)], None
-        if given is not None:
-            if any(len(names) > unearth.num_categories for names in given):
-                raise ValueError(
-                    f"at most {unearth.num_categories} dominant categories per image, got {len(given[0])}"
-                )
-            if not given[0]:
-                return given, None
-            bare = [self.vocabulary_encoder.bare(names, classifier.templates) for names in given]
-            return given, unearth(torch.stack(bare))
-        assert whole is not None
-        nearest = unearth.nearest(whole, classifier.candidates)
-        names = [[classifier.candidate_names[i] for i in row] for row in nearest.tolist()]
-        return names, unearth(classifier.candidates[nearest])
-
-    @torch.no_grad()
-    def _embed_pictures(
+    def _network(
         self,
         pixel_values: Tensor,
         valid: Tensor | None,
-        sizes: list[tuple[int, int]],
-        features: ImageFeatures,
-    ) -> Tensor:
-        """CLIP's embeddings of whole pictures, (B, D), not normalised."""
-        if self.config.dominant_category_source == "thumbnail":
-            pictures = [image[:, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
-            return torch.cat([self.clip_backbone.embed_thumbnail(picture) for picture in pictures])
+        words: WordTensors,
+        bare: Tensor | None,
+        whole: Tensor | None,
+        weights: tuple[float, float],
+        unearths: bool = True,
+        with_loss: bool = False,
+        shortlisted: bool = False,
+    ) -> NetworkResult:
+        """The network: tensors in, tensors out, nothing that waits for them. This is what compiling compiles.
+
+        Args:
+            pixel_values: (B, 3, H, W), H and W multiples of 32. valid: (B, H, W) bool or None.
+            bare: (B, k, D), unit embeddings of dominant categories from outside, or None.
+            whole: (B, D), CLIP's embeddings of the pictures if they were made already.
+            weights: alpha and beta of the ensemble. unearths: look for dominant categories.
+            with_loss: give the decoder's logits of all predictions, as in training.
+            shortlisted: leave the classes to be made of the opinions.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.clip_backbone.is_trained):
+            features = self.clip_backbone(channels_last(pixel_values))
+        if whole is None and (unearths or shortlisted):
+            whole = self._embed_pictures(pixel_values, valid, features)
+        nearest, text_queries = self._unearth(whole if unearths else None, words.candidates, bare)
+        mask_features, levels = self.detail_enhancement(features.levels)
+        with_loss = with_loss or self.training
+        predictions = self.image_text_aggregation(
+            text_queries, mask_features, levels, valid, every_layer=with_loss
+        )
+        scale = self.image_text_aggregation.scale
+        class_logits = [
+            words.logits(prediction.class_embeddings, self.void_embedding, scale)
+            for prediction in predictions
+            if with_loss
+        ]
+        opinions, log_probabilities = None, None
+        if not self.training:
+            opinions = self._opinions(predictions[-1], features, valid, weights)
+            log_probabilities = None if shortlisted else opinions.classify(words)
+        return NetworkResult(
+            predictions, mask_features, class_logits, nearest, whole, opinions, log_probabilities
+        )
+
+    def _embed_given(self, given: list[list[str]], classifier: TextClassifier) -> Tensor | None:
+        """Unit bare embeddings (B, k, D) of dominant categories from outside; None if there are none to take.
+
+        Raises:
+            ValueError: more of them than the network takes.
+        """
+        unearth = self.dominant_categories
+        if unearth is None:
+            return None
+        if any(len(names) > unearth.num_categories for names in given):
+            raise ValueError(
+                f"at most {unearth.num_categories} dominant categories per image, got {len(given[0])}"
+            )
+        if not given[0]:
+            return None
+        return torch.stack([self.vocabulary_encoder.bare(names, classifier.templates) for names in given])
+
+    def _unearth(
+        self, whole: Tensor | None, candidates: Tensor, bare: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Dominant category unearthing: the indices (B, k) of the nearest candidates, the text queries (B, k, C)."""
+        unearth = self.dominant_categories
+        if unearth is None:
+            return None, None
+        if whole is None:
+            return None, None if bare is None else unearth(bare)
+        nearest = unearth.nearest(whole, candidates)
+        return nearest, unearth(candidates[nearest])
+
+    @torch.no_grad()
+    def _embed_pictures(self, pixel_values: Tensor, valid: Tensor | None, features: ImageFeatures) -> Tensor:
+        """CLIP's embeddings of whole pictures, (B, D), not normalised, from the dense feature."""
         everything = torch.ones_like(pixel_values[:, :1, ::4, ::4])
         masks = masks_on_dense_feature(everything, features.dense, 1, valid)
         return self.clip_backbone.pool_masks(features.dense, masks)[:, 0]
 
-    def _classify(
+    def _opinions(
         self,
         prediction: Prediction,
         features: ImageFeatures,
         valid: Tensor | None,
-        classifier: TextClassifier,
-        shortlists: list[list[int]] | None,
-        request: _Request,
-    ) -> Tensor:
-        """Log of the final class probabilities, (B, Q, K + 1)."""
+        weights: tuple[float, float],
+    ) -> Opinions:
+        """What the decoder and CLIP make of the queries."""
         config, dense = self.config, features.dense
         masks = masks_on_dense_feature(prediction.mask_logits, dense, config.dense_upsample, valid)
         if config.dense_upsample > 1:
             dense = F.interpolate(dense, size=masks.shape[-2:], mode="bilinear", align_corners=False)
-        opinions = Opinions(
+        return Opinions(
             in_vocab=prediction.class_embeddings,
             out_vocab=self.clip_backbone.pool_masks(dense, masks),
             counts=masks.flatten(2).any(dim=-1) if config.ensemble_on_valid_mask else None,
             void=self.void_embedding,
             scales=(self.image_text_aggregation.scale, self.clip_backbone.logit_scale),
-            weights=(request.alpha, request.beta),
+            weights=weights,
         )
-        return opinions.classify(classifier, request.train_vocabulary, shortlists)
 
     def _stuff_ids(self, vocabulary: Vocabulary) -> list[int]:
         stuff = set(self.config.stuff_names or [])

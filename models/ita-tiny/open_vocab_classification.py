@@ -4,13 +4,13 @@ In-vocabulary probabilities come from the decoder, which was trained on seen cla
 CLIP's dense feature pooled over each mask, which knows every class (FC-CLIP, arXiv 2308.02487, section 3.3).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .vocabulary import TextClassifier, Vocabulary, shares_a_name
+from .vocabulary import TextClassifier, Vocabulary, WordTensors
 
 IMPOSSIBLE = -1e4
 """A logit whose probability is zero in float32."""
@@ -90,19 +90,29 @@ class Opinions:
     scales: tuple[Tensor, Tensor]
     weights: tuple[float, float]
 
-    def classify(
+    def classify(self, words: WordTensors) -> Tensor:
+        """Log of the final class probabilities, (B, Q, K + 1) float32, void last."""
+        in_scale, out_scale = self.scales
+        return ensemble_log_probabilities(
+            words.logits(self.in_vocab, self.void, in_scale),
+            words.logits(self.out_vocab, self.void, out_scale),
+            words.seen,
+            words.repeats,
+            *self.weights,
+            counts=self.counts,
+        )
+
+    def classify_shortlists(
         self,
         classifier: TextClassifier,
         train_vocabulary: Vocabulary | None,
-        shortlists: list[list[int]] | None = None,
+        shortlists: list[list[int]],
     ) -> Tensor:
-        """Log of the final class probabilities, (B, Q, K + 1) float32, void last.
+        """As `classify`, but classes that are not on an image's list get -inf, as if its vocabulary had no others.
 
         train_vocabulary: the classes that were seen in training. shortlists: for each image the classes that it can
-        have at all, as increasing indices; the others get -inf, as they would in a vocabulary of those alone.
+        have at all, as increasing indices.
         """
-        if shortlists is None:
-            return self._of_images(slice(None), classifier, train_vocabulary)
         batch, queries = self.in_vocab.shape[:2]
         result = self.in_vocab.new_full(
             (batch, queries, classifier.num_classes + 1), float("-inf"), dtype=torch.float32
@@ -110,19 +120,11 @@ class Opinions:
         for image, classes in enumerate(shortlists):
             one = slice(image, image + 1)
             columns = torch.tensor([*classes, classifier.num_classes], device=result.device)
-            result[one, :, columns] = self._of_images(one, classifier.shortlist(classes), train_vocabulary)
+            own = replace(
+                self,
+                in_vocab=self.in_vocab[one],
+                out_vocab=self.out_vocab[one],
+                counts=None if self.counts is None else self.counts[one],
+            )
+            result[one, :, columns] = own.classify(classifier.shortlist(classes).tensors(train_vocabulary))
         return result
-
-    def _of_images(
-        self, images: slice, classifier: TextClassifier, train_vocabulary: Vocabulary | None
-    ) -> Tensor:
-        in_scale, out_scale = self.scales
-        seen = shares_a_name(classifier.vocabulary, train_vocabulary)
-        return ensemble_log_probabilities(
-            classifier.logits(self.in_vocab[images], self.void, in_scale),
-            classifier.logits(self.out_vocab[images], self.void, out_scale),
-            torch.tensor(seen, device=self.in_vocab.device),
-            classifier.repeats,
-            *self.weights,
-            counts=None if self.counts is None else self.counts[images],
-        )

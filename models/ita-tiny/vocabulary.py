@@ -135,6 +135,31 @@ def vocabularies_of_batch(
 
 
 @dataclass
+class WordTensors:
+    """A vocabulary as the network takes it: tensors alone, so that it can be an input of a compiled or exported graph.
+
+    Attributes:
+        templated: (N, D), a unit row per name, the mean over the prompt templates.
+        class_of_name: (N,) int64, the class of each name; increasing.
+        candidates: (M, D), unit bare embeddings of what dominant categories are chosen from.
+        seen: (K,) bool, classes that share a name with the training's.
+        repeats: (K,) bool, classes that stand in the vocabulary once more.
+    """
+
+    templated: Tensor
+    class_of_name: Tensor
+    candidates: Tensor
+    seen: Tensor
+    repeats: Tensor
+
+    def logits(self, embeddings: Tensor, void: Tensor, scale: Tensor) -> Tensor:
+        """As `TextClassifier.logits`."""
+        return class_logits(
+            embeddings, self.templated, self.class_of_name, self.repeats.shape[0], void, scale
+        )
+
+
+@dataclass
 class TextClassifier:
     """A vocabulary as CLIP sees it.
 
@@ -200,14 +225,34 @@ class TextClassifier:
 
         Returns: (B, Q, K + 1).
         """
-        scaled = scale * F.normalize(embeddings, dim=-1)
-        void_logit = scaled @ F.normalize(void.to(embeddings.dtype), dim=-1).T
-        classes = names = scaled @ self.templated.to(embeddings.dtype).T
-        if len(self.class_of_name) > self.num_classes:
-            index = self.class_of_name.expand_as(names)
-            classes = names.new_full((*names.shape[:-1], self.num_classes), float("-inf"))
-            classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
-        return torch.cat([classes, void_logit], dim=-1)
+        return class_logits(embeddings, self.templated, self.class_of_name, self.num_classes, void, scale)
+
+    def tensors(self, train_vocabulary: Vocabulary | None) -> WordTensors:
+        """What the network needs of this vocabulary. train_vocabulary: the classes that were seen in training."""
+        seen = torch.tensor(
+            shares_a_name(self.vocabulary, train_vocabulary), device=self.class_of_name.device
+        )
+        return WordTensors(self.templated, self.class_of_name, self.candidates, seen, self.repeats)
+
+
+def class_logits(
+    embeddings: Tensor,
+    templated: Tensor,
+    class_of_name: Tensor,
+    num_classes: int,
+    void: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """`TextClassifier.logits` of a vocabulary given as tensors: (B, Q, D) -> (B, Q, K + 1)."""
+    scaled = scale * F.normalize(embeddings, dim=-1)
+    void_logit = scaled @ F.normalize(void.to(embeddings.dtype), dim=-1).T
+    classes = names = scaled @ templated.to(embeddings.dtype).T
+    # An exported graph is to serve vocabularies with synonyms, whether the one at hand has any or not.
+    if torch.compiler.is_exporting() or len(class_of_name) > num_classes:
+        index = class_of_name.expand_as(names)
+        classes = names.new_full((*names.shape[:-1], num_classes), float("-inf"))
+        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
+    return torch.cat([classes, void_logit], dim=-1)
 
 
 def shares_a_name(vocabulary: Vocabulary, train_vocabulary: Vocabulary | None) -> list[bool]:
