@@ -71,9 +71,7 @@ def build_page(
             with gr.Column(scale=4, min_width=320):
                 picture = _picture_input()
                 if examples:
-                    gr.Examples(
-                        [[str(path)] for path in examples], inputs=[picture], label="Example pictures"
-                    )
+                    _example_row(examples, picture)
                 words = _words_input(segmenter)
                 task = gr.Radio(TASK_CHOICES, value="semantic", label="Task", info=TASK_HELP)
                 threshold = gr.Slider(
@@ -82,6 +80,7 @@ def build_page(
                     step=0.01,
                     label="Least score of a segment",
                     info="Segments that are less sure are left out.",
+                    elem_id="ita-threshold",
                     **_threshold_of("semantic"),
                 )
                 run = gr.Button("Segment", variant="primary", size="lg", elem_id="ita-run")
@@ -96,9 +95,7 @@ def build_page(
             api_visibility="private",
         )
 
-        def segment(picture: Upload | str | None, words: Any, task: Any, threshold: Any) -> dict[str, Any]:
-            if isinstance(picture, str):  # gr.Examples puts a plain gr.Image in the place of the input
-                picture = Upload(picture, Path(picture).name)
+        def segment(picture: Upload | None, words: Any, task: Any, threshold: Any) -> dict[str, Any]:
             path, name = (picture.path, picture.name) if picture else (None, None)
             return segmenter.answer(path, words, task, threshold, name)
 
@@ -124,6 +121,7 @@ def _picture_input() -> gr.Image:
         buttons=[],
         height=260,
         elem_id="ita-upload",
+        alt_text="The picture to segment",
         placeholder="Drop a picture here\n- or -\nclick to choose one",
     )
 
@@ -134,6 +132,28 @@ def _picture_input() -> gr.Image:
 
     picture.preprocess = unread  # type: ignore[method-assign, assignment]
     return picture
+
+
+def _example_row(examples: Sequence[Path], picture: gr.Image) -> None:
+    """Thumbnails; a click on one makes it the picture.
+
+    `gr.Examples` would answer the click with a new `gr.Image` in the place of `picture`, which opens uploads itself.
+    """
+    row = gr.Dataset(
+        components=[gr.Image(render=False)],
+        samples=[[str(path)] for path in examples],
+        type="index",
+        label="Example pictures",
+        elem_id="ita-examples",
+    )
+    row.click(
+        lambda place: str(examples[place]),
+        row,
+        picture,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
 
 
 def _words_input(segmenter: PageSegmenter) -> gr.HTML:
@@ -181,12 +201,15 @@ def page_style() -> dict[str, Any]:
         body_text_color_subdued_dark="*neutral_400",
         block_border_width="1px",
         block_label_background_fill="*block_background_fill",
+        block_label_background_fill_dark="*block_background_fill",
         block_label_text_color="*body_text_color",
         block_title_background_fill="none",
         block_title_padding="0",
         block_title_text_color="*body_text_color",
         button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_600",
         checkbox_label_background_fill_selected="*primary_700",
         checkbox_label_background_fill_selected_dark="*primary_700",
         input_border_color="*neutral_300",
