@@ -29,6 +29,7 @@ from training_ita.arguments import BadInput, ITAModelArguments, ITATrainingArgum
 from training_ita.checkpoints import checkpoints_of, damage, flush, last_complete, unfinished
 from training_ita.clip_source import read_clip
 from training_ita.clip_training import prepare_clip
+from training_ita.report_callback import RunReport
 from training_ita.stopping import FAILED, RunStopped
 from training_ita.trainer import ITATrainer
 from training_ita.weights import on_host
@@ -246,6 +247,7 @@ def build_trainer(arguments: Arguments) -> tuple[Any, str | None]:
         data_collator=source.TrainingCollator(processor),
         processing_class=processor,
     )
+    trainer.add_callback(RunReport(trainer, arguments, data.dataset))
     return trainer, resume
 
 

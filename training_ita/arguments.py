@@ -85,6 +85,10 @@ class ITATrainingArguments(TrainingArguments):
             "help": "Write the final checkpoint's weights in float16, half the size; it loads in float32."
         },
     )
+    sample_pictures: int = field(
+        default=6,
+        metadata={"help": "Draw predictions of so many pictures at each evaluation, in samples/; 0: none."},
+    )
     logging_steps: float = field(default=50, metadata={"help": "Log losses every so many steps."})
     report_to: None | str | list[str] = field(
         default=None,
@@ -115,6 +119,8 @@ class ITATrainingArguments(TrainingArguments):
             raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.sample_pictures < 0:
+            raise ValueError(f"sample_pictures must not be negative, got {self.sample_pictures}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must not be negative, got {self.lora_rank}")
         if self.clip_learning_rate_factor <= 0:

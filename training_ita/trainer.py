@@ -104,6 +104,7 @@ class ITATrainer(Trainer):
         self.preemption = Preemption()
         self.preempted = False
         self.saved_step: int | None = None
+        self.stop_reason: str | None = None
         self._frozen: FrozenFile | None = None
         self._resumed_from: Path | None = None
         every = 1 if self.args.device.type == "cpu" else STEPS_BETWEEN_CHECKS
@@ -134,7 +135,12 @@ class ITATrainer(Trainer):
             checkpoints.clear_leftovers(self.output)
         self.accelerator.wait_for_everyone()
         with self.preemption:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            try:
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except RunStopped as error:
+                self.stop_reason = str(error)
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+                raise
         if self.preempted:
             step = self.state.global_step
             state = "saved" if self.saved_step == step else "could not be saved"
@@ -171,6 +177,7 @@ class ITATrainer(Trainer):
         if due or control.should_evaluate or self.state.global_step % self.watch.every == 0:
             self.preempted = self._check()
         if self.preempted:
+            self.stop_reason = f"stopped by SIGTERM after step {self.state.global_step}"
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # whoever sends SIGTERM does not wait long
 
