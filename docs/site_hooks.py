@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 LOG = logging.getLogger("mkdocs.site_hooks")
 LINK = re.compile(r"(?<!!)\[(?P<words>(?:[^\[\]]|\[[^\]]*\])+)\]\((?P<target>\.\./[^)\s#]*)(?:#[^)\s]*)?\)")
+DOCSTRING_TYPE = re.compile(r"<code>`([^<`]+)`(, \*optional\*)?</code>")
 FENCED = re.compile(r"(^```.*?^```[ ]*$)", re.MULTILINE | re.DOTALL)
 
 
@@ -26,6 +27,11 @@ def on_files(files: Files, config: Any) -> Files:
             page = str(PurePosixPath(file.src_uri).with_suffix(".md"))
             files.append(File.generated(config, page, content=notebook_page(notebook)))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Types in the docstrings of transformers' form, (`str`, *optional*), without the marks of Markdown."""
+    return DOCSTRING_TYPE.sub(lambda found: f"<code>{found[1]}{', optional' if found[2] else ''}</code>", html)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
