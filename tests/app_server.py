@@ -1,6 +1,8 @@
 """A page on a port of its own, for the tests that talk to it: a process of its own, ended when the test is over."""
 
+import atexit
 import contextlib
+import functools
 import os
 import socket
 import subprocess
@@ -23,6 +25,15 @@ class Server:
 
     address: str
     process: int
+
+
+@functools.cache
+def shared_page() -> Server:
+    """One page with small limits for all tests that only ask it something; it ends with the tests."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    limits = ("--max_pixels", "1000000", "--max_upload_mb", "2")
+    return stack.enter_context(running_page("--model", "models/ita-tiny", *limits))
 
 
 def free_port() -> int:
