@@ -81,7 +81,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A column for each axis: seconds above, memory below."""
-    figure = Figure(figsize=(4 * len(results), 6.5), layout="tight")
+    figure = Figure(figsize=(4.4 * len(results), 8), layout="tight")
     axes = figure.subplots(2, len(results), sharey="row", squeeze=False)
     for column, (axis, rows) in enumerate(results.items()):
         x = [place(axis, row) for row in rows]
@@ -95,7 +95,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             panel.set(xscale="log", yscale="log", xlabel=LABELS[axis])
             panel.set_ylabel(("seconds", "GiB above the model")[row] if column == 0 else "")
             panel.grid(alpha=0.3)
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2 - row)
     figure.savefig(path, dpi=110)
 
 
