@@ -48,7 +48,7 @@ app: $(STAMP)
 	$(BIN)/python run_app.py --model models/ita-tiny
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict --site-dir outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-hub: $(STAMP)
 	ITA_HUB_TESTS=1 $(BIN)/python -m pytest -q -rA tests/test_hub_environment.py

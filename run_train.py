@@ -25,10 +25,13 @@ from configuration_ita import ITAConfig
 from data_ita import training as source
 from data_ita.arguments import ITADataArguments, load_data
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
+from modeling_ita.vocabulary import normalize_vocabulary
 from training_ita.arguments import BadInput, ITAModelArguments, ITATrainingArguments, read_mapping
 from training_ita.checkpoints import checkpoints_of, damage, flush, last_complete, unfinished
 from training_ita.clip_source import read_clip
 from training_ita.clip_training import prepare_clip
+from training_ita.keep_vocabulary import kept_classes
+from training_ita.learn_words import learn_words_of, take_words
 from training_ita.report_callback import RunReport
 from training_ita.stopping import FAILED, RunStopped
 from training_ita.trainer import ITATrainer
@@ -83,7 +86,7 @@ def expand_equals(argv: list[str]) -> list[str]:
 def bare_resume(words: list[str]) -> list[str]:
     """`--resume_from_checkpoint` without a value means the last checkpoint of the output folder."""
     flag, result = "--resume_from_checkpoint", []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         result += [word, "last"] if word == flag and following.startswith("--") else [word]
     return result
 
@@ -131,6 +134,8 @@ def load_model(
     picture_size = {"shortest_edge": data.image_size, "longest_edge": 4 * data.image_size}
     if (arguments.clip is None) == (arguments.model is None):
         raise BadInput("give one of --clip CLIP (a new model) and --model DIR (fine-tuning)")
+    if arguments.keep_vocabulary and arguments.model is None:
+        raise BadInput("--keep_vocabulary is for --model: a new model has no words to keep")
     changes = arguments.config_changes
     unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(ITAConfig)})
     if unknown:
@@ -142,7 +147,8 @@ def load_model(
             model = ITAForOpenVocabSegmentation.from_pretrained(folder, config=config)
         except (SafetensorError, RuntimeError) as error:
             raise BadInput(f"--model: the weights in {folder} cannot be read: {error}") from error
-        model.set_vocabulary(classes.classes)
+        kept = kept_classes(model, classes.classes) if arguments.keep_vocabulary else []
+        model.set_vocabulary([*kept, *classes.classes])
         model.config.stuff_names = sorted({*(model.config.stuff_names or []), *classes.stuff_names})
         known = list(model.config.train_vocabulary or [])
         model.config.train_vocabulary = known + [c for c in classes.seen_classes if c not in known]
@@ -242,12 +248,18 @@ def build_trainer(arguments: Arguments) -> tuple[Any, str | None]:
         args=training,
         classes=classes,
         eval_resize=data.dataset != "scenes",
+        keep_vocabulary=model_arguments.keep_vocabulary,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=source.TrainingCollator(processor),
         processing_class=processor,
     )
     trainer.add_callback(RunReport(trainer, arguments, data.dataset))
+    if model_arguments.learn_words and resume is not None:
+        take_words(trainer.network, Path(resume))
+    elif model_arguments.learn_words:
+        new = normalize_vocabulary(classes.seen_classes)
+        learn_words_of(train_dataset, trainer.data_collator, trainer.kept, trainer.network, new)
     return trainer, resume
 
 

@@ -54,7 +54,13 @@ setup(
         "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "lora": ["peft>=0.17"],
         "benchmark": ["matplotlib>=3.9"],
-        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "nbclient>=0.10", "ipykernel>=6.29"],
+        "docs": [
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=1.0",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
+        ],
         "test": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",
