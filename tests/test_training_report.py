@@ -100,7 +100,8 @@ def test_the_page_is_complete_in_itself_and_runs_no_class_name(finished):
 
 def test_what_happened_and_with_what_is_told(finished):
     record = read_record(finished)
-    assert [event["what"] for event in record.events] == ["started", "checkpoint-3 saved", "finished"]
+    events = [event["what"] for event in record.events]
+    assert events == ["started", "checkpoint-3 saved", "checkpoint-4 saved", "finished"]
     assert record.arguments["learning_rate"] == "0.001" and record.data["training pictures"] == "10"
     page = page_of(finished)
     assert "checkpoint-3 saved" in page.words and record.versions["torch"] in page.words
@@ -187,6 +188,20 @@ def test_a_disk_that_cannot_be_written_costs_the_report_and_not_the_run(tmp_path
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / report.REPORT).exists()
     assert "the run goes on" in caplog.text
+
+
+def test_a_gradient_that_is_no_number_ends_two_processes_and_the_first_one_tells(tmp_path):
+    words = training_runs.make_world(
+        tmp_path, logging_steps=1, eval_steps=1, sample_pictures=2, save_strategy="no"
+    )
+    words += ["--learning_rate", "1e38", "--max_grad_norm", "1e38", "--lr_scheduler_type", "constant"]
+    words += ["--warmup_steps", "0", "--output_dir", str(tmp_path / "out")]
+    log = tmp_path / "log"
+    assert training_runs.finish(training_runs.start(words, log, 2), 120.0) == [1, 1]
+    assert log.read_text().count("no number at step 2") == 1
+    assert [event["step"] for event in read_record(tmp_path / "out").events] == [0, 2]
+    assert "no number at step 2" in page_of(tmp_path / "out").words
+    assert list(sample_files(tmp_path / "out")) == [1]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def downsample(steps: Sequence[int], values: Sequence[float], most: int) -> list
     return sorted(kept)
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between two: multiples of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
@@ -138,7 +138,7 @@ def _axes(down: Scale, across: Scale) -> str:
         y = down(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"></line>')
         parts.append(f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}">{value:.4g}</text>')
-    for step in ticks(across.low, across.high, 5):
+    for step in ticks(across.low, across.high):
         if step == int(step):
             parts.append(
                 f'<text class="step" x="{across(step):.1f}" y="{TOP + HEIGHT + 16}">{int(step):,}</text>'
