@@ -255,11 +255,12 @@ def build_trainer(arguments: Arguments) -> tuple[Any, str | None]:
         processing_class=processor,
     )
     trainer.add_callback(RunReport(trainer, arguments, data.dataset))
-    if model_arguments.learn_words and resume is not None:
-        take_words(trainer.network, Path(resume))
-    elif model_arguments.learn_words:
-        new = normalize_vocabulary(classes.seen_classes)
-        learn_words_of(train_dataset, trainer.data_collator, trainer.kept, trainer.network, new)
+    if model_arguments.learn_words and trainer.kept is not None:
+        if resume is not None:
+            take_words(trainer.network, Path(resume))
+        else:
+            new = normalize_vocabulary(classes.seen_classes)
+            learn_words_of(train_dataset, trainer.data_collator, trainer.kept, trainer.network, new)
     return trainer, resume
 
 

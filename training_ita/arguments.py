@@ -33,6 +33,28 @@ class ITAModelArguments:
         metadata={"help": "Fields of ITAConfig, as JSON or YAML; one alone is --model_config.FIELD VALUE."},
     )
 
+    keep_vocabulary: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of --model: its classes that the data set lacks are kept. What it segments of them with at least "
+            "this score (0..1) where the data set has no label is learned, too; 0: nothing is."
+        },
+    )
+
+    learn_words: bool = field(
+        default=False,
+        metadata={
+            "help": "With keep_vocabulary: first move the token embeddings of the data set's names, where no name that "
+            "is kept shares them, to where CLIP sees its masks. For words that CLIP does not know."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.learn_words and not self.keep_vocabulary:
+            raise ValueError("learn_words needs keep_vocabulary: new words are told from those that are kept")
+        if not 0 <= self.keep_vocabulary < 1:
+            raise ValueError(f"keep_vocabulary must be at least 0 and below 1, got {self.keep_vocabulary}")
+
     @property
     def config_changes(self) -> dict[str, Any]:
         """`model_config` as a mapping."""

@@ -32,6 +32,7 @@ from .arguments import ITATrainingArguments
 from .averaging import WeightAverage
 from .clip_training import NORMS, merge_adapters
 from .criterion import StepCriterion
+from .keep_vocabulary import KeptVocabulary
 from .numbers import RunNumbers
 from .progress import ProgressLine
 from .schedules import MinuteBudget, build_scheduler
@@ -76,12 +77,21 @@ class ITATrainer(Trainer):
     Args:
         classes: the data set's classes. Training uses the seen ones as vocabulary, evaluation all of them.
         eval_resize: in evaluation, resize pictures as the processor says.
+        keep_vocabulary: least score of the model's own segments that are learned beside the labels, so that it keeps
+            the other classes of its vocabulary; 0: none are.
         **kwargs: as of `Trainer`; `args` are `ITATrainingArguments`, `processing_class` is the `ITAImageProcessor`.
     """
 
     args: ITATrainingArguments
 
-    def __init__(self, *, classes: TrainingClasses, eval_resize: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        classes: TrainingClasses,
+        eval_resize: bool = False,
+        keep_vocabulary: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         model: Any = kwargs["model"]
         model.criterion = StepCriterion(model.config)
         learning = trainable(model)
@@ -111,10 +121,21 @@ class ITATrainer(Trainer):
         self.watch = BatchWatch(self.args.device, self.args.gradient_accumulation_steps, every)
         if self.args.ema_decay and self.is_fsdp_enabled:
             raise ValueError("ema_decay does not work with FSDP, which shards the weights: use DDP")
+        self.kept: KeptVocabulary | None = None
+        if keep_vocabulary:
+            self._keep(model, keep_vocabulary)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(ProgressLine())
         self.add_callback(RunCallback(self))
+
+    def _keep(self, model: Any, threshold: float) -> None:
+        """From now on the classes of the model that the data set lacks are learned as it knows them now."""
+        if self.is_fsdp_enabled:
+            raise ValueError("keep_vocabulary does not work with FSDP, which shards the weights: use DDP")
+        first_label = len(self.train_vocabulary)
+        self.kept = KeptVocabulary(model, self.processor, self.classes.classes, first_label, threshold)
+        self.train_vocabulary = normalize_vocabulary([*self.train_vocabulary, *self.kept.classes])
 
     @property
     def network(self) -> Any:
@@ -266,6 +287,9 @@ class ITATrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step of the optimiser; the criterion learns how many masks they have together."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.kept is not None:
+            with self.accelerator.autocast():
+                batches = [self.kept.complete(batch) for batch in batches]
         counts = [[len(labels) for labels in batch["class_labels"]] for batch in batches]
         self.network.criterion.mask_counts = counts
         return batches, num_items
