@@ -228,7 +228,7 @@ def mask_means(features: Tensor, masks: Tensor) -> Tensor:
     """
     with torch.autocast(features.device.type, enabled=False):
         weights = masks.flatten(2).float()
-        areas = weights.sum(dim=-1, keepdim=True) + 1e-8
+        areas = weights.sum(dim=-1, keepdim=True).clamp(min=1)  # ONNX's optimiser drops the addition of an epsilon
         return weights @ features.float().flatten(2).transpose(1, 2) / areas
 
 
