@@ -118,6 +118,8 @@ def check_command(words: Sequence[str]) -> None:
         unknown = sorted(extra for extra in named if f'"{extra}": [' not in (ROOT / "setup.py").read_text())
     elif list(words[:3]) == ["python", "-m", "pytest"]:
         unknown = [word for word in words[3:] if word.endswith(".py") and not (ROOT / word).exists()]
+    elif list(words[:2]) == ["python", "-m"] and words[2].split(".")[0].endswith("_ita"):
+        unknown = [] if (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file() else [words[2]]
     elif words[0] == "mkdocs" or list(words[:3]) == ["python", "-m", "venv"]:
         unknown = []
     else:
