@@ -20,8 +20,8 @@ import yaml
 from PIL import Image
 
 PICTURE_SUFFIXES = (
-    *(".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
-    *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 # What Pillow's decoders raise on files that are cut off or made of something else.

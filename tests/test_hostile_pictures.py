@@ -190,6 +190,15 @@ def test_it_is_refused_in_one_line_that_names_it(kind, segment, predict, tmp_pat
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_folders_heic_is_named_and_not_passed_over(predict, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    heif(folder / "IMG_1.HEIC")
+    Image.fromarray(HALVES).save(folder / "IMG_2.png")
+    status, said, _, _ = predict(folder)
+    assert status == 1 and "IMG_1.HEIC is a HEIC picture" in "\n".join(said)
+
+
 # --- size -----------------------------------------------------------------------------------------------------
 
 
