@@ -27,6 +27,8 @@ def parse_candidate_labels(candidate_labels: str | Iterable[str | Sequence[str]]
     """
     if isinstance(candidate_labels, str):
         candidate_labels = candidate_labels.split(",")
+    elif not isinstance(candidate_labels, Iterable):
+        raise ValueError(f"candidate_labels is a text or a list of names, got {candidate_labels!r}")
     classes = []
     for label in candidate_labels:
         names = label.split("|") if isinstance(label, str) else label

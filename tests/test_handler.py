@@ -102,6 +102,12 @@ def test_several_pictures_give_several_answers(handler, expected):
     assert Image.open(io.BytesIO(base64.b64decode(answers[1][0]["mask"]))).size == (30, 20)
 
 
+def test_a_bad_picture_among_several_is_numbered(handler):
+    bad = base64.b64encode(b"no picture at all, only words").decode()
+    with pytest.raises(ValueError, match="picture 2 of 3: .*not a picture"):
+        handler({"inputs": [TEXT, bad, TEXT], "parameters": PARAMETERS})
+
+
 def test_an_address_is_fetched(handler, expected, tmp_path):
     (tmp_path / "picture.png").write_bytes(PICTURE)
     serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))

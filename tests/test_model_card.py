@@ -71,6 +71,7 @@ def test_pictures_in_the_folder_are_the_widgets_examples(tmp_path):
     widget = written(tmp_path).data.widget
     assert [example["src"] for example in widget] == ["examples/a.png", "examples/b.jpg"]
     assert widget[0]["parameters"]["candidate_labels"] == ["sky", "dog", "grass", "car"]
+    assert "&id001" not in (tmp_path / "README.md").read_text(encoding="utf-8")  # plain YAML, no anchors
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_candidate_labels_are_classes_of_synonyms(labels, classes):
     assert parse_candidate_labels(labels) == classes
 
 
-@pytest.mark.parametrize("labels", [[], "", ["cat", ""], ["cat|"], [3], [["cat", 3]], [[]]])
+@pytest.mark.parametrize("labels", [[], "", ["cat", ""], ["cat|"], [3], [["cat", 3]], [[]], 3])
 def test_bad_candidate_labels_are_refused(segment, picture, labels):
     with pytest.raises(ValueError, match="candidate"):
         segment(picture, candidate_labels=labels)

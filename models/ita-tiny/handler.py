@@ -61,7 +61,14 @@ class EndpointHandler:
             raise ValueError(f"a request has at most {MAX_PICTURES} pictures, got {len(pictures)}")
         if not pictures:
             raise ValueError("'inputs' is empty: give at least one picture")
-        answers = [_answer(self.segment(picture, **parameters)) for picture in pictures]
+        answers = []
+        for number, picture in enumerate(pictures, start=1):
+            try:
+                answers.append(_answer(self.segment(picture, **parameters)))
+            except ValueError as error:
+                if len(pictures) == 1:
+                    raise
+                raise ValueError(f"picture {number} of {len(pictures)}: {error}") from error
         return answers if several else answers[0]
 
 

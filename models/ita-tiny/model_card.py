@@ -305,7 +305,7 @@ def _widget(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
     labels = _labels(folder, config)
     pictures = _examples(folder) or [EXAMPLE_PICTURE]
     return [
-        {"src": source, "example_title": Path(source).stem, "parameters": {"candidate_labels": labels}}
+        {"src": source, "example_title": Path(source).stem, "parameters": {"candidate_labels": [*labels]}}
         for source in pictures
     ]
 
