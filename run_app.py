@@ -70,7 +70,7 @@ def serve(argv: Sequence[str] | None = None) -> int:
     if arguments.write_space is not None:
         from app_ita.space import write_space
 
-        write_space(output_folder(arguments.write_space), arguments.model, ROOT)
+        write_space(output_folder(arguments.write_space), arguments.model, ROOT, arguments.model_name)
         print(f"A Space is in {arguments.write_space}: upload that folder, or run app.py there.")
         return 0
     launch(arguments)

@@ -16,13 +16,14 @@ ROOMS = (
 UNNEEDED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*.pyi")
 
 
-def write_space(output: Path, checkpoint: Path, root: Path) -> None:
+def write_space(output: Path, checkpoint: Path, root: Path, model_name: str | None = None) -> None:
     """Writes a Space.
 
     Args:
         output: a folder that does not exist yet or is empty; it is complete afterwards, or as it was.
         checkpoint: folder of the checkpoint; it becomes `output / "model"`.
         root: folder in which the rooms and doors of this package are.
+        model_name: what the page's Python lines call the checkpoint; without, `model`.
 
     Raises:
         DoorError: if the checkpoint is none, the output is not empty, or a file cannot be written.
@@ -51,6 +52,10 @@ def write_space(output: Path, checkpoint: Path, root: Path) -> None:
             for template in ("README.md", "app.py", "requirements.txt"):
                 text = (TEMPLATES / template).read_text(encoding="utf-8")
                 text = text.replace("GRADIO_VERSION", gradio_version)
+                if template == "app.py" and model_name:
+                    text = text.replace(
+                        '"model", "--host"', f'"model", "--model_name", {model_name!r}, "--host"'
+                    )
                 (space / template).write_text(text, encoding="utf-8")
             if output.exists():
                 output.rmdir()

@@ -311,6 +311,19 @@ def test_a_space_takes_the_place_of_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_a_space_calls_its_checkpoint_as_asked(tmp_path):
+    run_app.serve(
+        [
+            *("--model", str(CHECKPOINT), "--model_name", "someone/segmenter"),
+            "--write_space",
+            str(tmp_path / "new"),
+        ]
+    )
+    app = (tmp_path / "new" / "app.py").read_text(encoding="utf-8")
+    compile(app, "app.py", "exec")
+    assert "\"--model_name\", 'someone/segmenter'," in app
+
+
 def test_bad_arguments_end_in_one_line(tmp_path):
     with pytest.raises(DoorError, match="no such checkpoint folder"):
         run_app.serve(["--model", str(tmp_path / "none")])
