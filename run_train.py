@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from accelerate.utils import broadcast_object_list
@@ -45,14 +45,22 @@ ARGUMENT_CLASSES: tuple[Any, ...] = (ITAModelArguments, ITADataArguments, ITATra
 # Arguments
 
 
+class OneLineParser(HfArgumentParser):
+    """Says what is wrong without the names of all arguments before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message)
+
+
 def parse_arguments(argv: list[str]) -> Arguments:
     """Command line, over the file that `--config` names, over the defaults.
 
     Raises:
-        BadInput: an argument that does not exist, or the file cannot be read or says what is no argument.
-        SystemExit: `--help`, or a value of the wrong type.
+        BadInput: an argument that does not exist or has a value that cannot be, or the file cannot be read or says
+            what is no argument.
+        SystemExit: `--help`.
     """
-    parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(ARGUMENT_CLASSES, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", help="YAML or JSON file of the arguments below.")
     arguments, config_file, model_config = [], None, {}
     rest = iter(expand_equals(argv))
@@ -238,9 +246,7 @@ def build_trainer(arguments: Arguments) -> tuple[Any, str | None]:
     set_seed(training.seed)
     classes, train_dataset, eval_dataset = load_data(data, training)
     if eval_dataset is None and training.eval_strategy != "no":
-        raise BadInput(
-            f"eval_strategy is {training.eval_strategy}, but {data.dataset} has no {data.eval_split}"
-        )
+        raise BadInput(f"eval_strategy is not 'no', but {data.dataset} has no {data.eval_split}")
     model, processor = load_model(model_arguments, classes, data)
     prepare_clip(model, training.train_clip, training.lora_rank, training.clip_dtype, training.channels_last)
     trainer = ITATrainer(
@@ -315,9 +321,11 @@ def save(trainer: ITATrainer) -> None:
     try:
         trainer.network.save_pretrained(written, state_dict=on_host(weights))
         trainer.processor.save_pretrained(written)
-        for file in written.iterdir():
+        for file in [path for path in written.rglob("*") if path.is_file()]:
             flush(file)
-            os.replace(file, trainer.output / file.name)
+            target = trainer.output / file.relative_to(written)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
     finally:
         shutil.rmtree(written, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """run_train: a tiny run on Scenes, resuming, frozen CLIP, budgets, data sets on disk, and bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -163,6 +164,21 @@ def test_resuming_goes_on_at_the_step_and_ends_where_the_whole_run_ended(folder,
     assert entries[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=1e-4)
 
 
+def test_resuming_a_finished_run_writes_the_same_model_again(folder, finished):
+    base = shutil.copytree(finished, folder / "base")
+    (base / "examples").mkdir()
+    Image.new("RGB", (8, 8)).save(base / "examples" / "one.png")
+    arguments = ["--config", str(folder / "recipe.yaml"), "--model", str(base), "--max_steps", "1"]
+    arguments += ["--eval_strategy", "no", "--output_dir", str(folder / "again")]
+    run_train.main(arguments)
+    weights = load_file(folder / "again" / "model.safetensors")
+    (folder / "again" / "model.safetensors").unlink()
+    run_train.main([*arguments, "--resume_from_checkpoint"])
+    written = load_file(folder / "again" / "model.safetensors")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in weights.items())
+    assert (folder / "again" / "examples" / "one.png").is_file()
+
+
 def test_the_word_last_names_the_latest_checkpoint(folder, finished):
     arguments = run_train.parse_arguments(words(folder, "out", "--resume_from_checkpoint"))
     assert run_train.checkpoint_to_resume(arguments[2]) == str(finished / "checkpoint-3")
@@ -221,6 +237,8 @@ def test_the_command_line_goes_before_the_file(folder):
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
         (["--image_size", "8"], "image_size"),
         (["--max_minutes", "0"], "max_minutes"),
+        (["--lr_scheduler_type", "zigzag"], "zigzag"),
+        (["--learning_rate", "much"], "much"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(folder, capsys, more, message):
@@ -228,6 +246,7 @@ def test_bad_input_is_one_line_and_exit_status_2(folder, capsys, more, message):
         run_train.main(words(folder, "bad", *more))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and message in lines[-1] and lines[-1].startswith("run_train: ")
+    assert not any(line.startswith("usage:") for line in lines)
     assert not (folder / "bad").exists()
 
 

@@ -186,6 +186,10 @@ class ITATrainer(Trainer):
                 raise ValueError(
                     f"{self._resumed_from} has no average of these weights (ema_decay)"
                 ) from error
+        elif self._resumed_from is not None and (self._resumed_from / AVERAGED).is_file():
+            raise ValueError(
+                f"{self._resumed_from} has averaged weights: go on with the ema_decay of its run"
+            )
         self.budget.start(minutes)
 
     def end_step(self, control: Any) -> None:
