@@ -23,7 +23,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Adds a page for each notebook, made of its cells and their saved outputs."""
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
-            notebook = json.loads(Path(file.abs_src_path).read_text(encoding="utf-8"))
+            notebook = json.loads(Path(str(file.abs_src_path)).read_text(encoding="utf-8"))
             page = str(PurePosixPath(file.src_uri).with_suffix(".md"))
             files.append(File.generated(config, page, content=notebook_page(notebook)))
     return files

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from finetune import NEW_THINGS, draw_pictures, larger_world, write_folder
 from PIL import Image
 from safetensors.torch import load_file
 
 import run_prepare
 import run_train
-from benchmarks.finetune import NEW_THINGS, draw_pictures, larger_world, write_folder
 from data_ita.scenes import scene, scenes_vocabulary
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 from modeling_ita.vocabulary import normalize_vocabulary

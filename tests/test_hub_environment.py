@@ -67,7 +67,12 @@ def checkpoint(tmp_path_factory) -> Path:
 def run(command: list[str], folder: Path, **variables: str) -> dict:
     """The script's last line, run in an empty folder, with the hub offline and a module cache of its own."""
     kept = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
-    offline = {"HF_HUB_OFFLINE": "1", "ITA_TEXT_CACHE": "off", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "ITA_TEXT_CACHE": "off",
+        "HF_HOME": str(folder / "home"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=kept | offline | variables, check=False
     )

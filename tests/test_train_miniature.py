@@ -89,7 +89,7 @@ def folder(tmp_path_factory) -> Path:
     build_release(folder / "release")
     words = ["coco-panoptic", "--source", str(folder / "release"), "--output", str(folder / "data")]
     assert run_prepare.prepare_benchmark([*words, "--split", "train"]) == 0
-    config = dict(tiny_config().clip_model_config)
+    config = dict(tiny_config().clip_model_config or {})
     config.pop("custom_text")
     torch.manual_seed(0)
     clip = CustomTextCLIP(**config)

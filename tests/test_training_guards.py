@@ -2,6 +2,7 @@
 
 import json
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def copy(world, tmp_path):
     return shutil.copytree(world[1], tmp_path / "copy")
 
 
-def failure(words: list[str], capsys) -> tuple[int, str]:
+def failure(words: list[str], capsys) -> tuple[Any, str]:
     """Exit status and last line of a run that does not end well."""
     with pytest.raises(SystemExit) as stop:
         run_train.main(words)

@@ -228,7 +228,8 @@ def mask_means(features: Tensor, masks: Tensor) -> Tensor:
     """
     with torch.autocast(features.device.type, enabled=False):
         weights = masks.flatten(2).float()
-        areas = weights.sum(dim=-1, keepdim=True).clamp(min=1)  # ONNX's optimiser drops the addition of an epsilon
+        # An epsilon would do as well, but ONNX's optimiser drops its addition.
+        areas = weights.sum(dim=-1, keepdim=True).clamp(min=1)
         return weights @ features.float().flatten(2).transpose(1, 2) / areas
 
 
