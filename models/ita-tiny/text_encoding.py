@@ -130,7 +130,7 @@ class VocabularyEncoder:
         for name in names:
             of_name, too_long = self.clip.tokenize([name, *(template.format(name) for template in templates)])
             if too_long:
-                shown = name if len(name) <= 80 else f"{name[:79]}…"
+                shown = name if len(name) <= 200 else f"{name[:199]}…"
                 logger.warning(
                     f"the name {shown!r} is longer than the text tower's context of {self.clip.context_length} tokens "
                     f"in {too_long} of its {len(templates) + 1} prompts; what is beyond is cut off"
