@@ -1,4 +1,4 @@
-# make demo         segment the pictures of examples/ with the small model that ships, and score it on Scenes
+# make demo         segment the images of examples/ with the small model that ships, and score it on Scenes
 # make test         run the tests
 # make benchmark    time and memory of the network and the read-out, beside the frozen backbone (an hour on two cores)
 # make check        lint, formatting and types
@@ -23,9 +23,9 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(STAMP)
 
-$(STAMP): setup.py
+$(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[train,prepare,demo,app,video,exchange,export,lora,docs,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[train,eval,prepare,demo,app,video,integrations,export,lora,docs,test]'
 	touch $(STAMP)
 
 demo: $(STAMP)

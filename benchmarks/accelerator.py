@@ -1,4 +1,4 @@
-"""Pictures a second on an accelerator, eager and compiled, as a multiple of the frozen backbone's time.
+"""Images a second on an accelerator, eager and compiled, as a multiple of the frozen backbone's time.
 
     python benchmarks/accelerator.py --size 1024 --batches 1 8 --dtype bfloat16
 
@@ -17,9 +17,9 @@ import torch
 from measure import build, made_up_vocabulary
 from training_step import blobs
 
-from image_processing_ita import semantic_map
+from modeling_ita.image_processing_ita import semantic_map
 
-HEADS = ("work", "batch", "pictures a second", "x backbone", "GiB")
+HEADS = ("work", "batch", "images a second", "x backbone", "GiB")
 
 
 def wait(device: torch.device) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_ita.batch_groups import remake_masks
+from modeling_ita.batching import remake_masks
 from modeling_ita.set_criterion import Matches, SetCriterion
 
 IMAGES, QUERIES, CLASSES, MASKS, LAYERS = 2, 250, 133, 12, 10

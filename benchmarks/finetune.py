@@ -1,8 +1,8 @@
-"""What fine-tuning a checkpoint on fifty pictures of five new classes gains on these and costs on the old ones.
+"""What fine-tuning a checkpoint on fifty images of five new classes gains on these and costs on the old ones.
 
     python benchmarks/finetune.py --output FOLDER      # data, training and scores; other arguments are run_train.py's
 
-The pictures are scenes with five things that the Scenes world does not have, amid its own things and textures. Of the
+The images are scenes with five things that the Scenes world does not have, amid its own things and textures. Of the
 fifty for training only the five are labelled. The work itself is done by the doors, as a user would:
 `run_prepare.py folder`, `run_train.py --config recipes/finetune_folder.yaml`, `run_eval.py`. Prints a Markdown table.
 """
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_ita import scenes_classes
-from data_ita.scenes import IGNORE_INDEX, scene, scenes_vocabulary
+from ita_segmentation.data.scenes import IGNORE_INDEX, scene, scenes_vocabulary
+from ita_segmentation.data.scenes import classes as scenes_classes
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_THINGS = {
@@ -39,7 +39,7 @@ NEW_THINGS = {
 """Names and pictograms; no word of theirs is the Scenes world's."""
 SEEDS = {"train": 501, "validation": 502}
 OLD_THINGS, OLD_STUFF = 5, 4
-"""So many old classes may be in a picture with new ones; others in each."""
+"""So many old classes may be in an image with new ones; others in each."""
 SIZE = 192
 
 
@@ -67,8 +67,8 @@ def larger_world() -> Iterator[None]:
             cache.cache_clear()
 
 
-def draw_pictures(split: str, count: int, size: int = SIZE) -> Iterator[tuple[Image.Image, np.ndarray]]:
-    """Pictures that show at least one new thing each, and (size, size) uint8 ids in the larger world's classes."""
+def draw_images(split: str, count: int, size: int = SIZE) -> Iterator[tuple[Image.Image, np.ndarray]]:
+    """Images that show at least one new thing each, and (size, size) uint8 ids in the larger world's classes."""
     with larger_world():
         words = scenes_vocabulary()
         new = [words.names.index(name) for name in NEW_THINGS]
@@ -85,7 +85,7 @@ def draw_pictures(split: str, count: int, size: int = SIZE) -> Iterator[tuple[Im
 
 
 def write_folder(folder: Path, split: str, count: int, classes: list[list[str]], size: int = SIZE) -> None:
-    """Pictures, label PNGs and classes.json as `run_prepare.py folder` takes them; other classes become 255."""
+    """Images, label PNGs and classes.json as `run_prepare.py folder` takes them; other classes become 255."""
     with larger_world():
         names = scenes_vocabulary().names
     table = np.full(256, IGNORE_INDEX, np.uint8)
@@ -93,7 +93,7 @@ def write_folder(folder: Path, split: str, count: int, classes: list[list[str]],
         table[names.index(name)] = label
     for part in ("images", "labels"):
         (folder / part / split).mkdir(parents=True, exist_ok=True)
-    for number, (image, semantic) in enumerate(draw_pictures(split, count, size)):
+    for number, (image, semantic) in enumerate(draw_images(split, count, size)):
         image.save(folder / "images" / split / f"{number:04}.jpg", quality=95)
         Image.fromarray(table[semantic]).save(folder / "labels" / split / f"{number:04}.png")
     (folder / "classes.json").write_text(json.dumps(classes), encoding="utf-8")
@@ -123,7 +123,7 @@ def make_data(folder: Path, classes: list[list[str]]) -> None:
 
 
 def scores_of(model: Path, folder: Path, name: str) -> dict[str, float]:
-    """mIoU of the new classes and of all others on the pictures with both; of the Scenes world's on its own."""
+    """mIoU of the new classes and of all others on the images with both; of the Scenes world's on its own."""
     results: dict[str, Any] = {}
     for part in ("all", "scenes"):
         output = folder / "scores" / name / part

@@ -1,4 +1,4 @@
-"""How cost grows with the picture's area, the names, the queries and the batch: seconds, memory, and exponents.
+"""How cost grows with the image's area, the names, the queries and the batch: seconds, memory, and exponents.
 
 Each point is measured in a process of its own (`measure.py`). Writes `growth.json`, `growth.md` and `growth.png`. An
 exponent is the slope of a straight line through the points in log-log scale: 1 is proportional, 0 is independent.
@@ -26,10 +26,10 @@ POINTS: dict[str, list[int]] = {
     "batch": [1, 2, 4],
 }
 LABELS = {
-    "area": "area of the picture, pixels",
+    "area": "area of the image, pixels",
     "names": "names in the vocabulary",
     "queries": "queries",
-    "batch": "pictures in a batch",
+    "batch": "images in a batch",
 }
 
 

@@ -1,7 +1,7 @@
 """One measurement of speed and memory, in a process of its own: prints a line of JSON.
 
 The network has random weights and names have made-up embeddings: a vocabulary is encoded once, whatever comes after,
-and what is measured here is what every picture costs.
+and what is measured here is what every image costs.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from image_processing_ita import semantic_map
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, Vocabulary, normalize_vocabulary
-from modeling_ita.open_vocab_classification import Opinions
+from modeling_ita.classification import Opinions
+from modeling_ita.image_processing_ita import semantic_map
 
 NAMES_PER_CLASS = 403 / 150  # ADE20K's 150 classes have 403 names
 ROOMS = ("backbone", "dcu", "dem", "ita", "classification", "read-out")
@@ -59,7 +59,7 @@ class Stopwatch:
         self._inside = False
         for room, owner, method in (
             ("backbone", model.clip_backbone, "forward"),
-            ("dcu", model, "_embed_pictures"),
+            ("dcu", model, "_embed_images"),
             ("dcu", model, "_unearth"),
             ("dem", model.detail_enhancement, "forward"),
             ("ita", model.image_text_aggregation, "forward"),
@@ -103,9 +103,9 @@ def measure(
     batch: int = 1,
     shortlist: int | None = None,
 ) -> dict[str, Any]:
-    """Times of the first call and of the middle one (by ratio) of `repeats` warm ones, on `batch` pictures of a size.
+    """Times of the first call and of the middle one (by ratio) of `repeats` warm ones, on `batch` images of a size.
 
-    Returns: seconds of each room, `rest` and `total` (network and semantic read-out at the picture's own size);
+    Returns: seconds of each room, `rest` and `total` (network and semantic read-out at the image's own size);
     `ratio`, its total as a multiple of the backbone in the same call; the first call's total; and the
     highest memory above the loaded model's in bytes.
     """

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from measure import build
 
-from data_ita.scenes import scene, scenes_vocabulary
-from data_ita.scenes_dataset import SPLITS
-from evaluation_ita import ConfusionMatrix
-from export_ita.quantize import quantize_towers
+from ita_segmentation.data.scenes import scene, scenes_vocabulary
+from ita_segmentation.data.scenes.dataset import SPLITS
+from ita_segmentation.evaluation import ConfusionMatrix
+from ita_segmentation.export.quantize import quantize_towers
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 
 

@@ -15,10 +15,10 @@ import torch
 from speed import machine
 from tqdm import tqdm
 
-from data_ita.categories import load_categories
-from data_ita.scenes import scene, scenes_vocabulary
-from data_ita.scenes_dataset import SPLITS
-from evaluation_ita import ConfusionMatrix
+from ita_segmentation.data.categories import load_categories
+from ita_segmentation.data.scenes import scene, scenes_vocabulary
+from ita_segmentation.data.scenes.dataset import SPLITS
+from ita_segmentation.evaluation import ConfusionMatrix
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor, Vocabulary, normalize_vocabulary
 
 BENCHMARKS = ("ade20k-847", "pascal-context-459", "coco-panoptic")
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/ita-tiny"))
     parser.add_argument("--classes", type=int, default=10_000)
     parser.add_argument("--lists", type=int, nargs="+", default=[1000, 300, 100, 30])
-    parser.add_argument("--limit", type=int, default=40, help="pictures")
+    parser.add_argument("--limit", type=int, default=40, help="images")
     args = parser.parse_args()
     model = ITAForOpenVocabSegmentation.from_pretrained(args.model).eval()
     processor: Any = ITAImageProcessor.from_pretrained(args.model)
@@ -54,7 +54,7 @@ def main() -> None:
     seconds = dict.fromkeys(lengths, 0.0)
     agreement = dict.fromkeys(lengths, 0.0)
     seed, size = SPLITS["validation"].seed, processor.size["shortest_edge"]
-    for index in tqdm(range(args.limit), unit="picture"):
+    for index in tqdm(range(args.limit), unit="image"):
         drawn = scene(seed, index, size, classes="all")
         inputs = processor(images=drawn.image, return_tensors="pt")
         reference = None
@@ -69,9 +69,7 @@ def main() -> None:
             reference = found if reference is None else reference
             agreement[length] += found.eq(reference).float().mean().item() / args.limit
             scores[length].update(found.clamp(max=own), drawn.semantic)
-    print(
-        "| names on the list | ms a picture | times faster | same pixels, % | mIoU |\n" + "|" + " --- |" * 5
-    )
+    print("| names on the list | ms an image | times faster | same pixels, % | mIoU |\n" + "|" + " --- |" * 5)
     for length in lengths:
         miou = 100 * scores[length].compute()["miou_present"]
         cells = [

@@ -21,7 +21,7 @@ from tqdm import tqdm
 MEASURE = Path(__file__).with_name("measure.py")
 
 
-def picture_size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     """Reads `512` or `800x1333`: height and width."""
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not found or "0" in found.groups():
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clip", default="convnext_large_d_320", help="open_clip's name of the frozen CLIP")
     parser.add_argument(
-        "--sizes", nargs="+", type=picture_size, default=[(512, 512), (640, 640), (800, 1333), (1024, 1024)]
+        "--sizes", nargs="+", type=image_size, default=[(512, 512), (640, 640), (800, 1333), (1024, 1024)]
     )
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[20, 150, 847, 10_000])
     parser.add_argument("--repeats", type=int, default=3, help="warm calls, of which the middle one counts")

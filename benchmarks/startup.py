@@ -1,4 +1,4 @@
-"""What is paid before the first picture: imports, loading a checkpoint, and encoding a large vocabulary or reading it.
+"""What is paid before the first image: imports, loading a checkpoint, and encoding a large vocabulary or reading it.
 
 Builds a checkpoint with random weights, and measures each figure in a process of its own; prints a Markdown table.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py --size 1024
 
-The paper's model with random weights, one picture, `--masks` random masks of COCO's 133 classes, float32. The step is
+The paper's model with random weights, one image, `--masks` random masks of COCO's 133 classes, float32. The step is
 forward, losses, backward, gradient clipping and AdamW, as `run_train.py` does it; memory is the process's peak (Linux).
 """
 

@@ -62,7 +62,7 @@ def rewrite_links(text: str, folder: Path, docs: Path, page: Any) -> str:
 
 
 def notebook_page(notebook: dict[str, Any]) -> str:
-    """A notebook as Markdown: text cells as they are, code in fences, outputs below; pictures are in the page."""
+    """A notebook as Markdown: text cells as they are, code in fences, outputs below; images are in the page."""
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -75,7 +75,7 @@ def notebook_page(notebook: dict[str, Any]) -> str:
 
 
 def output_markdown(output: dict[str, Any]) -> str:
-    """One saved output: printed text, a picture, or the text of a value; nothing for what the page cannot show."""
+    """One saved output: printed text, an image, or the text of a value; nothing for what the page cannot show."""
     if output["output_type"] == "stream":
         return f"```text\n{''.join(output['text']).rstrip()}\n```" if output["name"] == "stdout" else ""
     data = output.get("data", {})

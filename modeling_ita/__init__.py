@@ -13,11 +13,10 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from configuration_ita import ITAConfig
-from image_processing_ita import ITAImageProcessor
-from pipeline_ita import ITAZeroShotImageSegmentationPipeline
-
+from .configuration_ita import ITAConfig
+from .image_processing_ita import ITAImageProcessor
 from .modeling_ita import ITAForOpenVocabSegmentation, ITAForOpenVocabSegmentationOutput
+from .pipeline_ita import ITAZeroShotImageSegmentationPipeline
 from .vocabulary import Vocabulary, normalize_vocabulary, parse_classes
 
 AutoConfig.register(ITAConfig.model_type, ITAConfig, exist_ok=True)

@@ -38,21 +38,21 @@ CODE_FILES = (
     "image_processing_ita.py",
     "pipeline_ita.py",
     "modeling_ita.py",
-    "batch_groups.py",
+    "batching.py",
     "checkpoint_code.py",
     "model_card.py",
     "files.py",
     "handler.py",
     "clip_backbone.py",
     "vocabulary.py",
-    "text_encoding.py",
+    "text.py",
     "text_store.py",
     "dominant_categories.py",
     "detail_enhancement.py",
     "deformable_triton.py",
     "image_text_aggregation.py",
     "outputs.py",
-    "open_vocab_classification.py",
+    "classification.py",
     "set_criterion.py",
 )
 
@@ -125,7 +125,7 @@ def write_companions(
 
     Args:
         code: of `collect_code`. config: the configuration's `to_dict()`.
-        source: the folder that the model was loaded from, if any: its image processor and its example pictures come
+        source: the folder that the model was loaded from, if any: its image processor and its example images come
             along, where `folder` has none.
         name, metadata: as for `write_model_card`.
     """
@@ -159,8 +159,8 @@ class SavesItsCode:
         """Saves weights, configuration, code, model card and an endpoint's handler, as
         `PreTrainedModel.save_pretrained` saves the first two; the folder loads where this package is not installed.
 
-        The image processor and the example pictures of the folder that the model was loaded from come along.
-        card_metadata: front matter for the card, such as {"license": "mit", "datasets": ["someone/pictures"]}.
+        The image processor and the example images of the folder that the model was loaded from come along.
+        card_metadata: front matter for the card, such as {"license": "mit", "datasets": ["someone/images"]}.
         """
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)

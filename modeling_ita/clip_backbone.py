@@ -170,7 +170,7 @@ class ClipBackbone(nn.Module):
     # --- images ---
 
     def forward(self, pixel_values: Tensor) -> ImageFeatures:
-        """Features of normalised RGB pictures (B, 3, H, W), H and W multiples of 32."""
+        """Features of normalised RGB images (B, 3, H, W), H and W multiples of 32."""
         visual = self.clip.visual
         if self.is_resnet:
             x = visual.stem(pixel_values)
@@ -224,12 +224,12 @@ class ClipBackbone(nn.Module):
         return pool.c_proj(attended.transpose(1, 2).flatten(2))
 
     def embed_thumbnail(self, pixel_values: Tensor) -> Tensor:
-        """CLIP embedding of a whole picture by a second pass, as the published ITA does it.
+        """CLIP embedding of a whole image by a second pass, as the published ITA does it.
 
-        The picture before normalisation, as an 8-bit RGB image, goes through open_clip's evaluation transform.
+        The image before normalisation, as an 8-bit RGB image, goes through open_clip's evaluation transform.
 
         Args:
-            pixel_values: (3, H, W), one normalised picture without padding.
+            pixel_values: (3, H, W), one normalised image without padding.
 
         Returns: (1, D), not normalised.
         """
@@ -237,9 +237,9 @@ class ClipBackbone(nn.Module):
 
         mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         pixels = ((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        picture = to_pil_image(pixels.cpu().numpy(), do_rescale=False, input_data_format="channels_first")
+        image = to_pil_image(pixels.cpu().numpy(), do_rescale=False, input_data_format="channels_first")
         transform = image_transform(self.image_size, is_train=False, mean=CLIP_MEAN, std=CLIP_STD)
-        return self.clip.encode_image(transform(picture)[None].to(pixel_values))
+        return self.clip.encode_image(transform(image)[None].to(pixel_values))
 
     # --- text ---
 

@@ -150,7 +150,7 @@ class SamplingPlan:
 
 
 def numbers(rows: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small matrix, made on the device; in an exported graph its entries may depend on the picture's size."""
+    """A small matrix, made on the device; in an exported graph its entries may depend on the image's size."""
     return torch.stack(
         [torch.stack([torch.full((), one, dtype=dtype, device=device) for one in row]) for row in rows]
     )
@@ -323,7 +323,7 @@ class DetailEnhancement(nn.Module):
             return self._forward([level.to(self.level_embedding.dtype) for level in levels])
 
     def _forward(self, levels: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        # Channels last: what is a picture for convolutions is a list of cells for attention, without a copy.
+        # Channels last: what is an image for convolutions is a list of cells for attention, without a copy.
         levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
         res2, attended = levels[0], levels[:0:-1]
         projected = [

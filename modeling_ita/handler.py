@@ -1,4 +1,4 @@
-"""The handler of an Inference Endpoint: a request in JSON or as a picture in, segments in JSON out.
+"""The handler of an Inference Endpoint: a request in JSON or as an image in, segments in JSON out.
 
 A saved checkpoint has this file as `handler.py` at its top, where the endpoint's server looks for it. It needs
 nothing but the folder it lies in.
@@ -22,7 +22,7 @@ PARAMETERS = (
     "timeout",
 )
 SUBTASKS = ("panoptic", "instance", "semantic")
-MAX_PICTURES = 64  # in one request
+MAX_IMAGES = 64  # in one request
 
 
 class EndpointHandler:
@@ -36,18 +36,18 @@ class EndpointHandler:
         self.segment: Any = pipeline("image-segmentation", model=path or ".", trust_remote_code=True)
 
     def __call__(self, data: Mapping[str, Any]) -> list[Any]:
-        """Segments the picture or the pictures of a request.
+        """Segments the image or the images of a request.
 
         Args:
-            data: {"inputs": ..., "parameters": {...}}. `inputs` is a picture: base64 text, a data URL, an address
+            data: {"inputs": ..., "parameters": {...}}. `inputs` is an image: base64 text, a data URL, an address
                 (http, https), the bytes of a file, or a PIL image (which the server makes of a request whose body is
-                a picture); or {"image": picture, "candidate_labels": [...]}; or a list of pictures. Without `inputs`,
+                an image); or {"image": image, "candidate_labels": [...]}; or a list of images. Without `inputs`,
                 the request itself is read as {"image": ..., "candidate_labels": ...}. `parameters` are
                 `candidate_labels`, `subtask`, `threshold`, `mask_threshold`, `overlap_mask_area_threshold`, `timeout`.
 
         Returns:
-            For a picture a list of {"score" (null for "semantic"), "label", "mask" (base64 of a PNG, 0 and 255)}; for a
-            list of pictures a list of such lists.
+            For an image a list of {"score" (null for "semantic"), "label", "mask" (base64 of a PNG, 0 and 255)}; for a
+            list of images a list of such lists.
 
         Raises:
             ValueError: what is wrong with the request, in one line.
@@ -56,24 +56,24 @@ class EndpointHandler:
             raise ValueError(f"a request is a JSON object with 'inputs', got {type(data).__name__}")
         inputs, parameters = _request(data)
         several = isinstance(inputs, (list, tuple))
-        pictures = [_picture(one) for one in (inputs if several else [inputs])]
-        if len(pictures) > MAX_PICTURES:
-            raise ValueError(f"a request has at most {MAX_PICTURES} pictures, got {len(pictures)}")
-        if not pictures:
-            raise ValueError("'inputs' is empty: give at least one picture")
+        images = [_image(one) for one in (inputs if several else [inputs])]
+        if len(images) > MAX_IMAGES:
+            raise ValueError(f"a request has at most {MAX_IMAGES} images, got {len(images)}")
+        if not images:
+            raise ValueError("'inputs' is empty: give at least one image")
         answers = []
-        for number, picture in enumerate(pictures, start=1):
+        for number, image in enumerate(images, start=1):
             try:
-                answers.append(_answer(self.segment(picture, **parameters)))
+                answers.append(_answer(self.segment(image, **parameters)))
             except ValueError as error:
-                if len(pictures) == 1:
+                if len(images) == 1:
                     raise
-                raise ValueError(f"picture {number} of {len(pictures)}: {error}") from error
+                raise ValueError(f"image {number} of {len(images)}: {error}") from error
         return answers if several else answers[0]
 
 
 def _request(data: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The picture or pictures of a request and the pipeline's arguments."""
+    """The image or images of a request and the pipeline's arguments."""
     outside = {key: value for key, value in data.items() if key not in ("inputs", "parameters")}
     inputs = data.get("inputs", outside if "image" in outside else None)
     parameters = data.get("parameters") or {}
@@ -85,7 +85,7 @@ def _request(data: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         inputs = inputs.get("image")
     given.update(parameters)
     if inputs is None:
-        raise ValueError("the request has no picture: give 'inputs' as base64 text, an address or bytes")
+        raise ValueError("the request has no image: give 'inputs' as base64 text, an address or bytes")
     unknown = sorted(str(key) for key in given if key not in PARAMETERS)
     if unknown:
         raise ValueError(f"unknown parameters {unknown}: there are {list(PARAMETERS)}")
@@ -107,23 +107,23 @@ def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _picture(value: Any) -> Any:
-    """A picture as the pipeline takes it: a PIL image, an address or bytes, and never a path on the server."""
+def _image(value: Any) -> Any:
+    """An image as the pipeline takes it: a PIL image, an address or bytes, and never a path on the server."""
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, (bytes, bytearray)):
         return bytes(value)
     if isinstance(value, Mapping) and isinstance(value.get("image"), str):
-        return _picture(value["image"])
+        return _image(value["image"])
     if not isinstance(value, str):
-        raise ValueError(f"a picture is base64 text, an address or bytes, got {type(value).__name__}")
+        raise ValueError(f"an image is base64 text, an address or bytes, got {type(value).__name__}")
     if value.startswith(("http://", "https://")):
         return value
     encoded = value.partition(",")[2] if value.startswith("data:") else value
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError("a picture given as text is base64 or an address of http or https") from error
+        raise ValueError("an image given as text is base64 or an address of http or https") from error
 
 
 def _answer(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -39,9 +39,9 @@ BASE_MODELS = {
     "convnext_base_w_320": "laion/CLIP-convnext_base_w_320-laion_aesthetic-s13B-b82K-augreg",
     "convnext_xxlarge": "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
 }
-EXAMPLE_PICTURE = "http://images.cocodataset.org/val2017/000000039769.jpg"  # two cats on a sofa
+EXAMPLE_IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"  # two cats on a sofa
 EXAMPLE_LABELS = ("cat", "remote control", "sofa|couch")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TRAINING_ARGUMENTS = {
     "learning_rate": "learning rate",
     "lr_scheduler_type": "schedule",
@@ -84,7 +84,7 @@ def write_model_card(
     """Writes a checkpoint's card, or adds what a person's card lacks in its front matter.
 
     Args:
-        folder: the checkpoint; `examples/` in it holds pictures for the widget, `trainer_state.json` and
+        folder: the checkpoint; `examples/` in it holds images for the widget, `trainer_state.json` and
             `training_args.json` say how it was trained.
         config: the configuration's `to_dict()`.
         name: the repository's name on the Hub; without, the folder's.
@@ -281,8 +281,8 @@ def _union(*tags: Any) -> list[str]:
 
 
 def _examples(folder: Path) -> list[str]:
-    pictures = sorted((folder / "examples").glob("*"))
-    return [f"examples/{path.name}" for path in pictures if path.suffix.lower() in PICTURE_SUFFIXES][:4]
+    images = sorted((folder / "examples").glob("*"))
+    return [f"examples/{path.name}" for path in images if path.suffix.lower() in IMAGE_SUFFIXES][:4]
 
 
 def class_names(config: Mapping[str, Any]) -> list[str]:
@@ -296,17 +296,17 @@ def class_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def _labels(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Candidate labels for the example pictures."""
+    """Candidate labels for the example images."""
     names = class_names(config)
     return names[:5] if names and _examples(folder) else list(EXAMPLE_LABELS)
 
 
 def _widget(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
     labels = _labels(folder, config)
-    pictures = _examples(folder) or [EXAMPLE_PICTURE]
+    images = _examples(folder) or [EXAMPLE_IMAGE]
     return [
         {"src": source, "example_title": Path(source).stem, "parameters": {"candidate_labels": [*labels]}}
-        for source in pictures
+        for source in images
     ]
 
 
@@ -345,7 +345,7 @@ def _introduction(config: Mapping[str, Any], name: str) -> str:
 
 def _usage(folder: Path, config: Mapping[str, Any], name: str) -> str:
     examples = _examples(folder)
-    picture = f"{name}/{examples[0]}" if examples and "/" not in name else "picture.jpg"
+    image = f"{name}/{examples[0]}" if examples and "/" not in name else "image.jpg"
     labels = json.dumps(_labels(folder, config), ensure_ascii=False)
     classes = json.dumps([one.split("|") for one in _labels(folder, config)], ensure_ascii=False)
     return f"""## Use
@@ -358,7 +358,7 @@ pip install "transformers>=5.21" torch torchvision "open_clip_torch>=3.3" pillow
 from transformers import pipeline
 
 segment = pipeline("image-segmentation", model="{name}", trust_remote_code=True)
-segments = segment("{picture}", candidate_labels={labels}, subtask="panoptic", threshold=0.5)
+segments = segment("{image}", candidate_labels={labels}, subtask="panoptic", threshold=0.5)
 ```
 
 `candidate_labels` are classes, with `|` between synonyms; `subtask` is `panoptic`, `instance` or `semantic`. The task
@@ -370,7 +370,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-image = Image.open("{picture}")
+image = Image.open("{image}")
 outputs = model(**processor(images=image, return_tensors="pt"), vocabulary={classes})
 classes = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]
 ```

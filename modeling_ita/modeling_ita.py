@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from configuration_ita import ITAConfig, check_shortlist, check_weight
-
-from .batch_groups import (
+from .batching import (
     DominantNames,
     channels_last,
     check_labels,
@@ -34,21 +32,16 @@ from .batch_groups import (
     valid_pixels,
 )
 from .checkpoint_code import SavesItsCode
+from .classification import Opinions, masks_on_dense_feature
 from .clip_backbone import ClipBackbone, ImageFeatures, resolve_clip_config
+from .configuration_ita import ITAConfig, check_shortlist, check_weight
 from .detail_enhancement import DeformableAttention, DetailEnhancement
 from .dominant_categories import DominantCategories
 from .image_text_aggregation import Attention, ImageTextAggregation, Prediction
-from .open_vocab_classification import Opinions, masks_on_dense_feature
 from .outputs import ITAForOpenVocabSegmentationOutput, NetworkResult, Request
 from .set_criterion import Matches, SetCriterion
-from .text_encoding import VocabularyEncoder
-from .vocabulary import (
-    TextClassifier,
-    Vocabulary,
-    WordTensors,
-    normalize_vocabulary,
-    vocabularies_of_batch,
-)
+from .text import VocabularyEncoder
+from .vocabulary import TextClassifier, Vocabulary, WordTensors, normalize_vocabulary, vocabularies_of_batch
 
 
 class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
@@ -187,7 +180,7 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
         class_shortlist: int | None = None,
         return_dict: bool | None = None,
     ) -> ITAForOpenVocabSegmentationOutput | tuple:
-        """Segments pictures by the words of a vocabulary.
+        """Segments images by the words of a vocabulary.
 
         Images of a batch that differ in size (by `pixel_mask`) or in vocabulary go through the network in groups of
         their own, each cropped to its size rounded up to a multiple of 32: padding to a common size changes nothing.
@@ -215,7 +208,7 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
             raise ValueError(f"pixel_mask must be {(batch, height, width)}, got {tuple(pixel_mask.shape)}")
         if not pixel_values.is_floating_point() or not batch:
             raise ValueError(
-                f"pixel_values must be floats of at least one picture, got {pixel_values.dtype} x {batch}"
+                f"pixel_values must be floats of at least one image, got {pixel_values.dtype} x {batch}"
             )
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("losses need both mask_labels and class_labels")
@@ -305,20 +298,20 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
         given: list[list[str]] | None,
         request: Request,
     ) -> NetworkResult:
-        """Pictures of one padded size with one vocabulary: around the network, what is no tensor.
+        """Images of one padded size with one vocabulary: around the network, what is no tensor.
 
         Args:
             pixel_values: (B, 3, H, W), H and W multiples of 32. valid: (B, H, W) bool or None.
-            sizes: each picture's own height and width. given: dominant categories from outside, or None.
+            sizes: each image's own height and width. given: dominant categories from outside, or None.
         """
         words = classifier.tensors(request.train_vocabulary)
         unearths = self.dominant_categories is not None and given is None
         bare = None if given is None else self._embed_given(given, classifier)
         whole = None
         if self.config.dominant_category_source == "thumbnail" and (unearths or request.shortlist):
-            pictures = [image[:, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
+            images = [image[:, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
             with torch.no_grad():
-                whole = torch.cat([self.clip_backbone.embed_thumbnail(picture) for picture in pictures])
+                whole = torch.cat([self.clip_backbone.embed_thumbnail(pil_image) for pil_image in images])
         network = self._network
         if self._compiled_network is not None:
             network, valid = self._compiled_network, mark_sizes(pixel_values, valid, words)
@@ -358,7 +351,7 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
         Args:
             pixel_values: (B, 3, H, W), H and W multiples of 32. valid: (B, H, W) bool or None.
             bare: (B, k, D), unit embeddings of dominant categories from outside, or None.
-            whole: (B, D), CLIP's embeddings of the pictures if they were made already.
+            whole: (B, D), CLIP's embeddings of the images if they were made already.
             weights: alpha and beta of the ensemble. unearths: look for dominant categories.
             with_loss: give the decoder's logits of all predictions, as in training.
             shortlisted: leave the classes to be made of the opinions.
@@ -366,7 +359,7 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.clip_backbone.is_trained):
             features = self.clip_backbone(channels_last(pixel_values))
         if whole is None and (unearths or shortlisted):
-            whole = self._embed_pictures(pixel_values, valid, features)
+            whole = self._embed_images(pixel_values, valid, features)
         nearest, text_queries = self._unearth(whole if unearths else None, words.candidates, bare)
         mask_features, levels = self.detail_enhancement(features.levels)
         with_loss = with_loss or self.training
@@ -417,8 +410,8 @@ class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
         return nearest, unearth(candidates[nearest])
 
     @torch.no_grad()
-    def _embed_pictures(self, pixel_values: Tensor, valid: Tensor | None, features: ImageFeatures) -> Tensor:
-        """CLIP's embeddings of whole pictures, (B, D), not normalised, from the dense feature."""
+    def _embed_images(self, pixel_values: Tensor, valid: Tensor | None, features: ImageFeatures) -> Tensor:
+        """CLIP's embeddings of whole images, (B, D), not normalised, from the dense feature."""
         everything = torch.ones_like(pixel_values[:, :1, ::4, ::4])
         masks = masks_on_dense_feature(everything, features.dense, 1, valid)
         return self.clip_backbone.pool_masks(features.dense, masks)[:, 0]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .classification import Opinions
 from .image_text_aggregation import Prediction
-from .open_vocab_classification import Opinions
 from .vocabulary import Vocabulary
 
 
@@ -21,9 +21,9 @@ class ITAForOpenVocabSegmentationOutput(ModelOutput):
             same with `_0`, `_1`, ... of the earlier ones.
         class_queries_logits: (B, Q, K + 1), void last. In eval mode log probabilities of the ensemble, in training
             the decoder's logits.
-        masks_queries_logits: (B, Q, H / 4, W / 4) of the padded picture.
+        masks_queries_logits: (B, Q, H / 4, W / 4) of the padded image.
         dominant_categories: for each image its dominant names, nearest first.
-        image_sizes: (B, 2) int64, height and width of each picture within the padded one.
+        image_sizes: (B, 2) int64, height and width of each image within the padded one.
         stuff_ids: for each image the indices of its classes that are stuff.
         vocabulary: for each image its classes, each a list of names.
 
@@ -43,7 +43,7 @@ class ITAForOpenVocabSegmentationOutput(ModelOutput):
 
 @dataclass
 class Request:
-    """What a call asks for beside pictures; the same for all images of the call."""
+    """What a call asks for beside images; the same for all images of the call."""
 
     templates: Sequence[str]
     train_vocabulary: Vocabulary | None
@@ -55,13 +55,13 @@ class Request:
 
 @dataclass
 class NetworkResult:
-    """What the network makes of pictures of one size and one vocabulary: tensors alone.
+    """What the network makes of images of one size and one vocabulary: tensors alone.
 
     Attributes:
         predictions: of the decoder, the last one last. mask_features: (B, C_mask, H / 4, W / 4).
         class_logits: the decoder's (B, Q, K + 1) of each prediction, if losses are wanted; otherwise empty.
         nearest: (B, k) int64, the dominant candidates, if they were looked for.
-        whole: (B, D), CLIP's embeddings of the pictures, if needed.
+        whole: (B, D), CLIP's embeddings of the images, if needed.
         opinions: at inference, what classes are made of.
         log_probabilities: (B, Q, K + 1), at inference, unless each image has classes of its own.
     """

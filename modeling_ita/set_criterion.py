@@ -50,7 +50,7 @@ MatchedMasks = Callable[[Matches], Tensor]
 
 
 def draw_points(num_masks: int, count: int, device: torch.device | str) -> Tensor:
-    """Random points, uniform over the picture: float32 (num_masks, count, 2), (x, y) in 0..1."""
+    """Random points, uniform over the image: float32 (num_masks, count, 2), (x, y) in 0..1."""
     return torch.rand(num_masks, count, 2, device=device)
 
 

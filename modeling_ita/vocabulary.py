@@ -189,7 +189,7 @@ class TextClassifier:
         return torch.tensor(self.vocabulary.repeats, device=self.class_of_name.device)
 
     def nearest_classes(self, embeddings: Tensor, names: int) -> list[list[int]]:
-        """For each embedding (B, D) of a picture, in order the classes that have one of the `names` nearest names."""
+        """For each embedding (B, D) of an image, in order the classes that have one of the `names` nearest names."""
         classes_of: dict[str, list[int]] = {name: [] for name in self.candidate_names}
         for name, index in zip(self.vocabulary.names, self.class_of_name.tolist(), strict=True):
             classes_of[name].append(index)

@@ -1,0 +1,54 @@
+"""Read vocabulary files."""
+
+import json
+from pathlib import Path
+
+from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.files import read_text
+
+
+def read_vocabulary(path: Path) -> list[list[str]]:
+    """A vocabulary file: JSON (a list of names or lists of synonyms) or text lines `id:name,synonym,...`.
+
+    Text is what FC-CLIP's category lists are published in: classes in the order of the lines, without lines whose
+    name is `invalid_class_id`.
+
+    Raises:
+        ITAError: if it is neither, or holds no class or an empty name.
+    """
+    from modeling_ita.vocabulary import normalize_vocabulary
+
+    text = read_text(path)
+    try:
+        classes = json.loads(text)
+    except json.JSONDecodeError as error:
+        if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
+            where = f"line {error.lineno}, column {error.colno}"
+            raise ITAError(f"the vocabulary file {path} is not JSON: {error.msg} ({where})") from error
+        classes = _classes_of_lines(path, text)
+    if not isinstance(classes, list):
+        raise ITAError(
+            f"the vocabulary file {path} must hold a list of classes, got {type(classes).__name__}"
+        )
+    try:
+        return normalize_vocabulary(classes)
+    except ValueError as error:
+        raise ITAError(f"the vocabulary file {path}: {one_line(error)}") from error
+
+
+def _classes_of_lines(path: Path, text: str) -> list[str]:
+    classes, ids = [], set()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        class_id, colon, names = line.partition(":")
+        if not colon or not class_id.strip().isdecimal():
+            raise ITAError(
+                f"the vocabulary file {path} is neither JSON nor lines 'id:name,synonym,...' (line {number})"
+            )
+        if int(class_id) in ids:
+            raise ITAError(f"the vocabulary file {path} has the id {int(class_id)} twice (line {number})")
+        ids.add(int(class_id))
+        if names.strip() != "invalid_class_id":
+            classes.append(names)
+    return classes

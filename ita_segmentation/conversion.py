@@ -1,0 +1,307 @@
+"""Original ITA and FC-CLIP checkpoints -> this project's checkpoints.
+
+The published code saves detectron2 checkpoints: a `{"model": {name: tensor}}` dictionary. Which of the two systems it
+is, and every size, is read off the names and shapes of its tensors; nothing pickled is executed.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modeling_ita.clip_backbone import resolve_clip_config
+from modeling_ita.configuration_ita import ITAConfig
+from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
+from modeling_ita.vocabulary import Vocabulary, normalize_vocabulary
+
+_PIXEL_DECODER = "sem_seg_head.pixel_decoder."
+_PREDICTOR = "sem_seg_head.predictor."
+_HEADS = 8  # of every attention in both published systems; no tensor shows it
+
+_RENAMES: tuple[tuple[str, str], ...] = (
+    (r"^backbone\.clip_model\.", "clip_backbone.clip."),
+    (r"^backbone\.add_tgt_em\.weight$", "dominant_categories.projection"),
+    (r"^void_embedding\.weight$", "void_embedding"),
+    (rf"^{_PIXEL_DECODER}input_proj\.", "detail_enhancement.input_projections."),
+    (rf"^{_PIXEL_DECODER}transformer\.level_embed$", "detail_enhancement.level_embedding"),
+    (
+        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.self_attn\.",
+        r"detail_enhancement.layers.\1.attention.",
+    ),
+    (
+        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.norm1\.",
+        r"detail_enhancement.layers.\1.attention_norm.",
+    ),
+    (
+        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.norm2\.",
+        r"detail_enhancement.layers.\1.ffn_norm.",
+    ),
+    (
+        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.linear",
+        r"detail_enhancement.layers.\1.linear",
+    ),
+    (rf"^{_PIXEL_DECODER}adapter_1\.norm\.", "detail_enhancement.lateral.1."),
+    (rf"^{_PIXEL_DECODER}adapter_1\.", "detail_enhancement.lateral.0."),
+    (rf"^{_PIXEL_DECODER}layer_1\.norm\.", "detail_enhancement.output.1."),
+    (rf"^{_PIXEL_DECODER}layer_1\.", "detail_enhancement.output.0."),
+    (rf"^{_PIXEL_DECODER}mask_features\.", "detail_enhancement.mask_features."),
+    (
+        rf"^{_PREDICTOR}transformer_cross_attention_layers\.(\d+)\.multihead_attn\.",
+        r"image_text_aggregation.layers.\1.cross_attention.",
+    ),
+    (
+        rf"^{_PREDICTOR}transformer_cross_attention_layers\.(\d+)\.norm\.",
+        r"image_text_aggregation.layers.\1.cross_attention_norm.",
+    ),
+    (
+        rf"^{_PREDICTOR}transformer_self_attention_layers\.(\d+)\.self_attn\.",
+        r"image_text_aggregation.layers.\1.self_attention.",
+    ),
+    (
+        rf"^{_PREDICTOR}transformer_self_attention_layers\.(\d+)\.norm\.",
+        r"image_text_aggregation.layers.\1.self_attention_norm.",
+    ),
+    (rf"^{_PREDICTOR}transformer_ffn_layers\.(\d+)\.norm\.", r"image_text_aggregation.layers.\1.ffn_norm."),
+    (rf"^{_PREDICTOR}transformer_ffn_layers\.(\d+)\.", r"image_text_aggregation.layers.\1."),
+    (rf"^{_PREDICTOR}decoder_norm\.", "image_text_aggregation.norm."),
+    (rf"^{_PREDICTOR}query_feat\.weight$", "image_text_aggregation.learned_queries"),
+    (rf"^{_PREDICTOR}query_embed\.weight$", "image_text_aggregation.query_positions"),
+    (rf"^{_PREDICTOR}level_embed\.weight$", "image_text_aggregation.level_embedding"),
+    (rf"^{_PREDICTOR}mask_embed\.", "image_text_aggregation.mask_embedding."),
+    (rf"^{_PREDICTOR}_mask_pooling_proj\.", "image_text_aggregation.pooled_projection."),
+    (rf"^{_PREDICTOR}class_embed\.", "image_text_aggregation.class_embedding."),
+    (rf"^{_PREDICTOR}logit_scale$", "image_text_aggregation.logit_scale"),
+)
+
+# Buffers and constants that real checkpoints hold and no network needs.
+_PASSED_OVER = re.compile(
+    r"^(criterion\.empty_weight|pixel_mean|pixel_std|sem_seg_head\.predictor\.static_query.*"
+    r"|backbone\.clip_model\.(attn_mask|input_resolution|context_length|vocab_size|visual\.input_resolution)"
+    r"|.*\.num_batches_tracked|category_tensor|.*\.category_tensor)$"
+)
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted; the message says why in one line."""
+
+
+def load_original(path: str | Path) -> dict[str, Tensor]:
+    """Reads the tensors of an original checkpoint: `.pth` / `.pt`, `.pkl` (arrays) or `.safetensors`.
+
+    Raises:
+        ConversionError: no such file, an unknown format, a damaged file, or a pickle that holds anything but tensors,
+            arrays and plain containers; nothing of it is executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConversionError(f"no such checkpoint: {path}")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".safetensors":
+            content: Any = load_file(path)
+        elif suffix in (".pth", ".pt", ".bin"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        elif suffix == ".pkl":
+            content = _load_arrays(path)
+        else:
+            raise ConversionError(
+                f"{path.name}: unknown kind of checkpoint; .pth, .pkl or .safetensors is read"
+            )
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in reason:
+            reason = "it holds something other than tensors, which is refused"
+        raise ConversionError(
+            f"{path.name} cannot be read safely as a checkpoint of tensors: {reason}"
+        ) from error
+    content = content.get("model", content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping) or not content:
+        raise ConversionError(f"{path.name} holds no dictionary of tensors")
+    tensors = {}
+    for name, value in content.items():
+        if isinstance(value, np.ndarray | np.generic):
+            value = torch.from_numpy(np.array(value))
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value
+    if not tensors:
+        raise ConversionError(f"{path.name} holds no tensors")
+    return tensors
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays and plain containers, and refuses to look up anything else."""
+
+    _ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy.core.multiarray", "scalar"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "scalar"),
+            ("numpy._core.numeric", "_frombuffer"),
+            ("numpy.core.numeric", "_frombuffer"),
+            ("collections", "OrderedDict"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _load_arrays(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(4)
+        file.seek(0)
+        if head[:2] == b"PK":  # a torch archive under another name
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+def convert_config(
+    tensors: Mapping[str, Tensor],
+    clip_model: str | dict[str, Any],
+    train_vocabulary: Vocabulary | list | None = None,
+    **overrides: Any,
+) -> ITAConfig:
+    """The configuration of an original checkpoint, read off its tensors.
+
+    Args:
+        tensors: the original checkpoint. clip_model: a name in open_clip's registry, or an open_clip configuration.
+        train_vocabulary: the classes it was trained on (COCO's 133 for the published ones).
+        overrides: fields of `ITAConfig` that no tensor shows.
+
+    Raises:
+        ConversionError: neither ITA nor FC-CLIP.
+    """
+    needed = [
+        _PREDICTOR + "query_feat.weight",
+        _PREDICTOR + "query_embed.weight",
+        _PIXEL_DECODER + "mask_features.weight",
+    ]
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise ConversionError(f"neither an ITA nor an FC-CLIP checkpoint: it lacks {', '.join(missing)}")
+    is_ita = "backbone.add_tgt_em.weight" in tensors
+    learned, hidden_dim = tensors[_PREDICTOR + "query_feat.weight"].shape
+    positions = len(tensors[_PREDICTOR + "query_embed.weight"])
+    offsets = tensors[_PIXEL_DECODER + "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"]
+    resnet = "backbone.clip_model.visual.attnpool.q_proj.weight" in tensors
+    name, clip_config = (clip_model, None) if isinstance(clip_model, str) else ("custom", clip_model)
+    fields: dict[str, Any] = {
+        "clip_model_name": name,
+        "clip_model_config": clip_config,
+        "train_vocabulary": [list(synonyms) for synonyms in normalize_vocabulary(train_vocabulary)]
+        if train_vocabulary
+        else None,
+        "hidden_dim": hidden_dim,
+        "mask_dim": len(tensors[_PIXEL_DECODER + "mask_features.weight"]),
+        "num_learned_queries": learned,
+        "num_dominant_categories": positions - learned if is_ita else 0,
+        "dominant_category_source": "thumbnail" if is_ita else "features",
+        "decoder_self_attention": any("transformer_self_attention_layers" in name for name in tensors),
+        "num_attention_heads": _HEADS,
+        "encoder_layers": _count(tensors, _PIXEL_DECODER + r"transformer\.encoder\.layers"),
+        "encoder_ffn_dim": len(tensors[_PIXEL_DECODER + "transformer.encoder.layers.0.linear1.weight"]),
+        "encoder_points": len(offsets) // (_HEADS * 3 * 2),
+        "decoder_layers": _count(tensors, _PREDICTOR + "transformer_cross_attention_layers"),
+        "decoder_ffn_dim": len(tensors[_PREDICTOR + "transformer_ffn_layers.0.linear1.weight"]),
+        "ensemble_on_valid_mask": resnet,
+    }
+    return ITAConfig(**{**fields, **overrides})
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    pattern = re.compile(rf"^{prefix}\.(\d+)\.")
+    return 1 + max((int(match.group(1)) for name in tensors if (match := pattern.match(name))), default=-1)
+
+
+def convert_state_dict(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under this project's names, and the original names for which there is none."""
+    converted, unknown = {}, []
+    for name, tensor in tensors.items():
+        if _PASSED_OVER.match(name):
+            continue
+        renamed = convert_name(name)
+        if renamed is None:
+            unknown.append(name)
+        elif ".in_proj_" in renamed and "image_text_aggregation" in renamed:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                converted[renamed.replace("in_proj_", f"{part}_proj.")] = rows
+        else:
+            converted[renamed] = tensor
+    return converted, unknown
+
+
+def convert_name(name: str) -> str | None:
+    """An original parameter's name here (fused attention projections keep `in_proj_`), or None."""
+    for pattern, replacement in _RENAMES:
+        renamed, hits = re.subn(pattern, replacement, name)
+        if hits:
+            return renamed
+    return None
+
+
+def convert_checkpoint(
+    checkpoint: str | Path | Mapping[str, Tensor],
+    clip_model: str | dict[str, Any],
+    vocabulary: Vocabulary | list | None = None,
+    train_vocabulary: Vocabulary | list | None = None,
+    **overrides: Any,
+) -> ITAForOpenVocabSegmentation:
+    """An original ITA or FC-CLIP checkpoint as a model of this project, in eval mode.
+
+    Args:
+        checkpoint: its file, or its tensors by name.
+        clip_model: open_clip's name of its CLIP, or an open_clip configuration.
+        vocabulary: the classes it segments when a call names none.
+        train_vocabulary: the classes whose masks it was trained on; by default the vocabulary.
+        overrides: fields of `ITAConfig` that no tensor shows.
+
+    Raises:
+        ConversionError: it cannot be read, or its tensors do not fit; those are listed.
+        ValueError: an unknown CLIP or a malformed vocabulary.
+    """
+    tensors = dict(checkpoint) if isinstance(checkpoint, Mapping) else load_original(checkpoint)
+    config = convert_config(tensors, clip_model, train_vocabulary or vocabulary, **overrides)
+    config.clip_model_config = resolve_clip_config(config.clip_model_name, config.clip_model_config)
+    config.clip_model_config["custom_text"] = any(
+        name.startswith("backbone.clip_model.text.") for name in tensors
+    )
+    converted, unknown = convert_state_dict(tensors)
+    with torch.device("meta"):  # sizes only: every tensor comes from the checkpoint
+        model = ITAForOpenVocabSegmentation(config)
+    expected = model.state_dict()
+    problems = [f"unknown tensor {name}" for name in unknown]
+    for name, tensor in expected.items():
+        if name.endswith("num_batches_tracked"):
+            converted.setdefault(name, torch.zeros((), dtype=torch.long))
+        if name not in converted:
+            problems.append(f"no tensor for {name}")
+        elif converted[name].shape != tensor.shape:
+            problems.append(
+                f"{name} has shape {tuple(converted[name].shape)}, {tuple(tensor.shape)} is needed"
+            )
+    problems += [f"no place for {name}" for name in converted if name not in expected]
+    if problems:
+        raise ConversionError(
+            f"{len(problems)} tensors do not fit this CLIP and architecture: " + "; ".join(problems)
+        )
+    model.load_state_dict({name: converted[name].contiguous().float() for name in expected}, assign=True)
+    model.clip_backbone.restore_buffers(config.clip_model_config)
+    model.clip_backbone.freeze()
+    if vocabulary is not None:
+        model.set_vocabulary(vocabulary)
+    return model.eval()

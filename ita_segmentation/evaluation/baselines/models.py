@@ -1,0 +1,270 @@
+"""Other transformers models as something that can be scored: what `predictors.py` asks for, by their own read-outs.
+
+Images go through the network one at a time. The processors of this family pad the images of a batch to one size
+and their read-outs never cut the padding off, so an image's result would depend on its neighbours; alone, nothing is
+padded, and any batch and any number of processes give the same numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from transformers import MaskFormerImageProcessor
+from transformers.image_transforms import get_size_with_aspect_ratio
+
+from ita_segmentation.evaluation.baselines.labels import LabelMatch
+from ita_segmentation.evaluation.baselines.postprocessing import (
+    Network,
+    best_labels,
+    fused_segments,
+    logits_of_labels,
+    on_device,
+    replaced,
+)
+from ita_segmentation.evaluation.predictors import TASKS, Instances, Prediction
+
+MASK2FORMER_SIDE = (
+    384  # transformers reads Mask2Former's masks out at this height and width, whatever the image
+)
+MAX_INSTANCES = 100  # of an image, as COCO's mask AP counts them
+
+
+class SemanticPredictor:
+    """A model with one logit for each label and pixel (SegFormer, UperNet, DPT, BEiT, ...).
+
+    Labels without a class take no part: the best of the others is a pixel's label.
+
+    Args:
+        network: the model.
+        image_processor: the one with the read-out.
+        match: the model's labels among the benchmark's classes.
+    """
+
+    tasks = frozenset({"semantic"})
+    seen: list[bool] | None = None
+
+    def __init__(self, network: Network, image_processor: Any, match: LabelMatch):
+        self.network, self.read_out, self.match = network, image_processor, match
+        self.notes = match.notes
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
+    ) -> list[Prediction]:
+        """See `Predictor`.
+
+        Raises:
+            ValueError: a task that the model cannot do.
+        """
+        if not tasks <= self.tasks:
+            raise ValueError(f"this model cannot do {', '.join(sorted(tasks - self.tasks))} segmentation")
+        return [self._predict(image, size, tasks) for image, size in zip(images, sizes, strict=True)]
+
+    def _predict(self, image: Image.Image, size: tuple[int, int], tasks: frozenset[str]) -> Prediction:
+        return Prediction(semantic=self._semantic(self.network(image), image, size))
+
+    def _semantic(self, outputs: SimpleNamespace, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        """(H, W) int32 class indices."""
+
+        def scores_of(labels: Sequence[int]) -> Tensor:
+            return self._scores(outputs, labels, image, size)
+
+        device, pixels = self.network.model.device, self._pixels_on_the_way(outputs)
+        where, _ = best_labels(scores_of, self.match.labels, size, device, pixels)
+        return np.array(self.match.classes, dtype=np.int32)[where.cpu().numpy()]
+
+    def _pixels_on_the_way(self, outputs: SimpleNamespace) -> int:
+        """How many numbers the read-out makes of one label before it brings them to the image's size."""
+        return 0
+
+    def _scores(
+        self, outputs: SimpleNamespace, labels: Sequence[int], image: Image.Image, size: tuple[int, int]
+    ) -> Tensor:
+        """Scores of some labels in each pixel, (n, H, W)."""
+        some = replaced(outputs, logits=outputs.logits[:, list(labels)])
+        return self._read_scores(some, size)
+
+    def _read_scores(self, outputs: SimpleNamespace, target: tuple[int, int], **settings: Any) -> Tensor:
+        read = self.read_out.post_process_semantic_segmentation
+        found = read(outputs, target_sizes=[target], return_segmentation_scores=True, **settings)
+        return found[0].segmentation_scores
+
+
+class UniversalPredictor(SemanticPredictor):
+    """A model of queries with a mask and a class each (Mask2Former, MaskFormer, DETR).
+
+    A query's probability of labels without a class goes to "no object".
+
+    Args:
+        is_thing: (K,) which classes have instances; None if that is not known, which leaves the semantic task only.
+    """
+
+    class_field, mask_field = "class_queries_logits", "masks_queries_logits"
+
+    def __init__(
+        self,
+        network: Network,
+        image_processor: Any,
+        match: LabelMatch,
+        is_thing: Sequence[bool] | None,
+    ):
+        super().__init__(network, image_processor, match)
+        self.things = frozenset(i for i, thing in enumerate(is_thing or ()) if thing)
+        self.stuff = frozenset(i for i, thing in enumerate(is_thing or ()) if not thing)
+        self.tasks = self._abilities() if is_thing is not None else frozenset({"semantic"})
+
+    def _abilities(self) -> frozenset[str]:
+        return frozenset(TASKS)
+
+    def _predict(self, image: Image.Image, size: tuple[int, int], tasks: frozenset[str]) -> Prediction:
+        outputs = self._outputs(image, tasks)
+        panoptic, segments = None, list[dict[str, Any]]()
+        if "panoptic" in tasks:
+            panoptic, segments = self._panoptic(self._with_labels(outputs["panoptic"]), size)
+        return Prediction(
+            semantic=self._semantic(outputs["semantic"], image, size) if "semantic" in tasks else None,
+            panoptic=panoptic,
+            segments=segments,
+            instances=self._instances(outputs["instance"], size) if "instance" in tasks else None,
+        )
+
+    def _outputs(self, image: Image.Image, tasks: frozenset[str]) -> dict[str, SimpleNamespace]:
+        """The network's outputs for each task."""
+        return dict.fromkeys(tasks, self.network(image))
+
+    def _with_labels(self, outputs: SimpleNamespace, labels: Sequence[int] | None = None) -> SimpleNamespace:
+        """The outputs of some labels (those with a class)."""
+        logits = getattr(outputs, self.class_field)
+        chosen = logits_of_labels(logits, self.match.labels if labels is None else labels)
+        return replaced(outputs, **{self.class_field: chosen})
+
+    def _pixels_on_the_way(self, outputs: SimpleNamespace) -> int:
+        return max(MASK2FORMER_SIDE**2, getattr(outputs, self.mask_field)[0, 0].numel())
+
+    def _scores(
+        self, outputs: SimpleNamespace, labels: Sequence[int], image: Image.Image, size: tuple[int, int]
+    ) -> Tensor:
+        return self._read_scores(self._with_labels(outputs, labels), size)
+
+    def _panoptic(
+        self, outputs: SimpleNamespace, size: tuple[int, int]
+    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """The panoptic read-out at its own thresholds, stuff fused: (H, W) int32 ids and their segments."""
+        read = self.read_out.post_process_panoptic_segmentation
+        unfused: dict[str, Any] = {"label_ids_to_fuse": set()} if accepts(read, "label_ids_to_fuse") else {}
+        found = read(outputs, target_sizes=[size], **unfused)[0]
+        return fused_segments(found["segmentation"], found["segments_info"], self.match.classes, self.stuff)
+
+    def _instances(self, outputs: SimpleNamespace, size: tuple[int, int]) -> Instances:
+        """The best things, whatever their score, which may overlap: average precision ranks them all."""
+        on_cpu = SimpleNamespace(**{name: on_device(value, "cpu") for name, value in vars(outputs).items()})
+        masks, infos = self._instance_masks(self._with_labels(on_cpu), size)
+        classes = [self.match.classes[info["label_id"]] for info in infos]
+        scores = np.array([info["score"] for info in infos], dtype=np.float64)
+        order = [index for index in np.argsort(-scores, kind="stable") if classes[index] in self.things]
+        kept = order[:MAX_INSTANCES]
+        empty = np.zeros((0, *size), dtype=bool)
+        return Instances(
+            scores=scores[kept],
+            labels=np.array([classes[index] for index in kept], dtype=np.int64),
+            masks=np.stack([np.asarray(masks[index]) > 0 for index in kept]) if kept else empty,
+        )
+
+    def _instance_masks(
+        self, outputs: SimpleNamespace, size: tuple[int, int]
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        """Masks (n, H, W), above 0 inside, and the "label_id" (a place in `match.labels`) and "score" of each."""
+        return self._overlapping_masks(self.read_out, outputs, size)
+
+    def _overlapping_masks(
+        self, read_out: Any, outputs: SimpleNamespace, size: tuple[int, int]
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        read = read_out.post_process_instance_segmentation
+        found = read(outputs, threshold=0.0, target_sizes=[size], return_binary_maps=True)[0]
+        return found["segmentation"], found["segments_info"]
+
+
+class DetrPredictor(UniversalPredictor):
+    """DETR's panoptic head: its read-out has no instances that overlap, so those are not scored."""
+
+    class_field, mask_field = "logits", "pred_masks"
+
+    def _abilities(self) -> frozenset[str]:
+        return frozenset({"semantic", "panoptic"})
+
+
+class OneFormerPredictor(UniversalPredictor):
+    """OneFormer, which is told the task: one pass through the network for each.
+
+    Its own instance read-out draws all instances into one map, where they cannot overlap, and compares logits with
+    thresholds for probabilities; average precision needs them ranked and whole, so MaskFormer's read-out does it.
+    """
+
+    def _outputs(self, image: Image.Image, tasks: frozenset[str]) -> dict[str, SimpleNamespace]:
+        return {task: self.network(image, task_inputs=[task]) for task in sorted(tasks)}
+
+    def _instance_masks(
+        self, outputs: SimpleNamespace, size: tuple[int, int]
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        return self._overlapping_masks(MaskFormerImageProcessor(), outputs, size)
+
+
+class EomtPredictor(UniversalPredictor):
+    """EoMT. Its processor decides what it can do: windows of the image (semantic), or a padded image.
+
+    The semantic read-out does not cut the padding of a padded image, while the two others do; here it is cut
+    before. Instances are read out query by query, as the read-out would otherwise draw them over one another.
+    """
+
+    def _abilities(self) -> frozenset[str]:
+        return frozenset({"semantic"}) if self.read_out.do_split_image else frozenset(TASKS)
+
+    def _pixels_on_the_way(self, outputs: SimpleNamespace) -> int:
+        height, width = self._network_size()
+        return len(outputs.masks_queries_logits) * height * width
+
+    def _network_size(self) -> tuple[int, int]:
+        shortest, longest = self.read_out.size["shortest_edge"], self.read_out.size["longest_edge"]
+        return shortest, longest or shortest
+
+    def _scores(
+        self, outputs: SimpleNamespace, labels: Sequence[int], image: Image.Image, size: tuple[int, int]
+    ) -> Tensor:
+        some = self._with_labels(outputs, labels)
+        if not self.read_out.do_pad or self.read_out.do_split_image:
+            return self._read_scores(some, size)
+        edges = self.read_out.size["shortest_edge"], self.read_out.size["longest_edge"]
+        height, width = get_size_with_aspect_ratio((image.height, image.width), *edges)
+        masks = interpolate(some.masks_queries_logits, size=self._network_size(), mode="bilinear")
+        without = replaced(some, masks_queries_logits=masks[..., :height, :width], patch_offsets=None)
+        return self._read_scores(without, size, size={"shortest_edge": height, "longest_edge": width})
+
+    def _instance_masks(
+        self, outputs: SimpleNamespace, size: tuple[int, int]
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        masks, infos = [], []
+        for query in range(outputs.class_queries_logits.shape[1]):
+            alone = replaced(
+                outputs,
+                class_queries_logits=outputs.class_queries_logits[:, query : query + 1],
+                masks_queries_logits=outputs.masks_queries_logits[:, query : query + 1],
+            )
+            read = self.read_out.post_process_instance_segmentation
+            found = read(alone, target_sizes=[size], threshold=0.0)[0]
+            for info in found["segments_info"]:
+                masks.append(found["segmentation"] == info["id"])
+                infos.append(info)
+        return masks, infos
+
+
+def accepts(function: Any, name: str) -> bool:
+    """Whether a function has a parameter of this name."""
+    return name in inspect.signature(function).parameters

@@ -1,0 +1,277 @@
+"""Everyone's baselines: other transformers models, loaded to be scored on the same images by the same metrics.
+
+Any checkpoint of `AutoModelForUniversalSegmentation` or `AutoModelForSemanticSegmentation` whose labels are the
+benchmark's classes (`baseline_labels.py`), with its own image processor and its own read-out (`baseline_models.py`),
+and `CLIPSegForImageSegmentation` with class names as prompts (`baseline_clipseg.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+    AutoTokenizer,
+    CLIPSegForImageSegmentation,
+    OneFormerProcessor,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.evaluation.baselines.clipseg import ClipSegPredictor
+from ita_segmentation.evaluation.baselines.labels import LabelMatch, describe_missing, match_labels
+from ita_segmentation.evaluation.baselines.models import (
+    DetrPredictor,
+    EomtPredictor,
+    OneFormerPredictor,
+    SemanticPredictor,
+    UniversalPredictor,
+)
+from ita_segmentation.evaluation.baselines.postprocessing import Network
+from ita_segmentation.evaluation.predictors import Predictor
+
+UNUSED_WEIGHTS = {"dpt": "neck.fusion_stage.layers.0.residual_layer1."}
+"""Weights that a model has and never uses (the first fusion layer has nothing to fuse with); files may lack them."""
+
+BROKEN_CHECKPOINT_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, AttributeError, ImportError),
+    SafetensorError,
+)
+UNIVERSAL_PREDICTORS = {
+    "detr": DetrPredictor,
+    "eomt": EomtPredictor,
+    "eomt_dinov3": EomtPredictor,
+    "oneformer": OneFormerPredictor,
+}
+
+
+def is_baseline(path: Path) -> bool:
+    """Whether a checkpoint is of another model than ITA: its config.json names one.
+
+    False for a folder without a readable config.json, and for what is neither a folder nor a model that transformers
+    can find on the Hub.
+    """
+    if not path.is_dir() and not _may_be_on_hub(path):
+        return False
+    try:
+        settings = _settings(path)
+    except (OSError, ValueError):
+        return False
+    return settings.get("model_type", "ita") != "ita"
+
+
+def load_baseline(
+    path: Path,
+    classes: Sequence[Sequence[str]],
+    is_thing: Sequence[bool] | None,
+    device: str,
+    dtype: torch.dtype | None = None,
+    size: int | None = None,
+    *,
+    allow_missing: bool = False,
+) -> Predictor:
+    """A checkpoint of another model, ready to be scored on a benchmark.
+
+    The predictor's `notes` are what a reader of its scores should know, one line each. `seen` is None.
+
+    Args:
+        path: a folder, or a model's name on the Hub.
+        classes: K classes of the benchmark, each a list of names.
+        is_thing: (K,) which of them have instances; None if that is not known: semantic segmentation only.
+        device: where the model runs.
+        dtype: of mixed precision; None or float32 for none.
+        size: shortest side of the images fed to the network, in pixels; None for the checkpoint's own.
+        allow_missing: classes without a label are scored as never predicted, with a warning, instead of an error.
+
+    Raises:
+        ITAError: the checkpoint cannot be loaded, is no segmentation model, lacks weights or an image processor,
+            cannot take images of `size`, or its labels are not the benchmark's classes.
+    """
+    with _quiet():
+        kind = _kind(path)
+        network, tokenizer = _load(path, kind, device, dtype)
+    read_out = getattr(network.processor, "image_processor", network.processor)
+    _feed_whole_images(read_out, size)
+    if kind == "clipseg":
+        predictor: Any = ClipSegPredictor(network, tokenizer, classes)
+    else:
+        match = _match(path, network.model.config.id2label, classes, allow_missing)
+        predictor = _predictor(kind, network, read_out, match, is_thing)
+    if size is not None:
+        _try_out(path, predictor, size)
+    return predictor
+
+
+def _predictor(
+    kind: str, network: Network, read_out: Any, match: LabelMatch, is_thing: Sequence[bool] | None
+) -> Any:
+    if kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
+        return UNIVERSAL_PREDICTORS.get(kind, UniversalPredictor)(network, read_out, match, is_thing)
+    return SemanticPredictor(network, read_out, match)
+
+
+def _match(
+    path: Path, id2label: dict[int, str], classes: Sequence[Sequence[str]], allow_missing: bool
+) -> LabelMatch:
+    try:
+        match = match_labels([id2label[index] for index in sorted(id2label)], classes)
+    except ValueError as error:
+        raise ITAError(f"{path} cannot be scored here: {one_line(error)}") from error
+    if match.missing:
+        lack = f"{path} {describe_missing(match, classes)}"
+        if not allow_missing:
+            raise ITAError(f"{lack} (--allow_missing_classes scores them as never predicted)")
+        warnings.warn(f"{lack}; they are scored as never predicted", stacklevel=3)
+    return match
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def _may_be_on_hub(path: Path) -> bool:
+    return not path.exists() and re.fullmatch(r"[\w.-]*\w/[\w.-]+", path.as_posix()) is not None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The content of config.json. Raises OSError or ValueError if there is none that can be read."""
+    if path.is_dir():
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    else:
+        settings = AutoConfig.from_pretrained(path.as_posix()).to_dict()
+    if not isinstance(settings, dict):
+        raise ValueError("config.json holds no settings")
+    return settings
+
+
+def _kind(path: Path) -> str:
+    """The model type of a checkpoint that can be scored."""
+    if not path.is_dir() and not _may_be_on_hub(path):
+        raise ITAError(f"no such checkpoint folder: {path}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ITAError(f"{path} is not a checkpoint folder: it has no config.json")
+    try:
+        kind = str(_settings(path).get("model_type"))
+    except (OSError, ValueError) as error:
+        if not path.is_dir():
+            raise ITAError(f"no checkpoint folder {path}, and no such model found on the Hub") from error
+        raise ITAError(f"the config.json of {path} cannot be read: {one_line(error, 160)}") from error
+    known = MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+    if kind != "clipseg" and not any(kind in names for names in known):
+        raise ITAError(
+            f"{path} is a {kind} model, which transformers has no universal or semantic segmentation of"
+        )
+    return kind
+
+
+def _load(path: Path, kind: str, device: str, dtype: torch.dtype | None) -> tuple[Network, Any]:
+    """The model with its processor, and its tokenizer if it has prompts."""
+    name = str(path) if path.is_dir() else path.as_posix()
+    if kind == "clipseg":
+        loader: Any = CLIPSegForImageSegmentation
+    elif kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
+        loader = AutoModelForUniversalSegmentation
+    else:
+        loader = AutoModelForSemanticSegmentation
+    try:
+        model, report = loader.from_pretrained(name, output_loading_info=True)
+        model = model.eval().to(device)
+    except BROKEN_CHECKPOINT_ERRORS as error:
+        raise ITAError(f"the checkpoint {path} cannot be loaded: {one_line(error, 240)}") from error
+    unused = UNUSED_WEIGHTS.get(kind)
+    missing = sorted(key for key in report["missing_keys"] if not (unused and key.startswith(unused)))
+    if missing:
+        raise ITAError(f"the checkpoint {path} lacks {len(missing)} of its weights, such as {missing[0]}")
+    processor = _image_processor(path, name, kind)
+    tokenizer = _tokenizer(path, name) if kind in ("clipseg", "oneformer") else None
+    if kind == "oneformer":
+        lengths = {"max_seq_length": model.config.max_seq_len, "task_seq_length": model.config.task_seq_len}
+        processor = OneFormerProcessor(processor, tokenizer, **lengths)
+    return Network(model, processor, dtype), tokenizer
+
+
+def _image_processor(path: Path, name: str, kind: str) -> Any:
+    # OneFormer's asks the Hub for a list of class names that only training needs.
+    settings = {"class_info_file": None} if kind == "oneformer" else {}
+    try:
+        return AutoImageProcessor.from_pretrained(name, **settings)
+    except BROKEN_CHECKPOINT_ERRORS as error:
+        raise ITAError(
+            f"the checkpoint {path} has no image processor that can be loaded (preprocessor_config.json): "
+            f"{one_line(error, 160)}"
+        ) from error
+
+
+def _tokenizer(path: Path, name: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        knows_words = tokenizer("cat")["input_ids"] != tokenizer("dog")["input_ids"]
+    except BROKEN_CHECKPOINT_ERRORS as error:
+        raise ITAError(
+            f"the checkpoint {path} has no tokenizer that can be loaded: {one_line(error, 160)}"
+        ) from error
+    if not knows_words:  # what transformers makes of a folder without a tokenizer's files
+        raise ITAError(f"the checkpoint {path} has no tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' reports of what it loads: what matters of them becomes an error here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def _feed_whole_images(image_processor: Any, side: int | None) -> None:
+    """Turns off cropping, as every pixel is scored, and sets the shortest side.
+
+    A square size becomes side x side; of a shortest and longest edge, both scale.
+    """
+    if getattr(image_processor, "do_center_crop", False):
+        image_processor.do_center_crop = False
+    if side is None:
+        return
+    size = dict(image_processor.size)
+    if size.get("shortest_edge"):
+        longest = size.get("longest_edge")
+        changed = {"shortest_edge": side}
+        if longest:
+            changed["longest_edge"] = round(longest * side / size["shortest_edge"])
+    else:
+        changed = {"height": side, "width": side}
+    image_processor.size = type(image_processor.size)(**changed)
+    image_processor.do_resize = True
+
+
+def _try_out(path: Path, predictor: Any, side: int) -> None:
+    """One grey image through the model, to see whether it takes images of another size than its own."""
+    blank = Image.new("RGB", (round(side * 4 / 3), side), "grey")
+    try:
+        predictor([blank], [(blank.height, blank.width)], frozenset({"semantic"}))
+    except BROKEN_CHECKPOINT_ERRORS as error:
+        raise ITAError(f"{path} cannot take images of size {side}: {one_line(error, 200)}") from error

@@ -1,0 +1,1 @@
+"""The prediction room: many images, videos and data sets through one checkpoint, results written as they come."""

@@ -1,0 +1,243 @@
+"""The images of a folder or of a data set's column, cut into units of work that never change.
+
+A unit is `UNIT_SIZE` neighbouring images of one part. A folder, or a data set on disk, is one part; a stream has a
+part for each of its files (at most `MAX_PARTS`, of several files each then). Which images make a unit depends on
+nothing else, and above all not on how many processes share the work: any number can go on with what others left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.images import IMAGE_SUFFIXES
+
+UNIT_SIZE = 256
+MAX_PARTS = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image: its number in its part, its id, and a path, a file's bytes or a PIL image (None: there is none)."""
+
+    number: int
+    image_id: str
+    image: Any
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work: the number of its part, its own number there, its rows (read as they are asked for)."""
+
+    part: int
+    number: int
+    rows: Iterable[Row]
+
+    @property
+    def name(self) -> str:
+        return unit_name(self.part, self.number)
+
+
+def unit_name(part: int, number: int) -> str:
+    return f"{part:05d}-{number:06d}"
+
+
+IsDone = Callable[[int, int], bool]
+
+
+class ListedRows:
+    """Images that can be reached by their number.
+
+    Args:
+        length: how many there are.
+        row: gives one by its number.
+        digest: stands for what they are and their order.
+    """
+
+    def __init__(self, length: int, row: Callable[[int], Row], digest: str):
+        self._length, self._row = length, row
+        self.description = {"unit_size": UNIT_SIZE, "images": length, "digest": digest}
+
+    def units(self, rank: int, world: int, is_done: IsDone) -> Iterator[Unit]:
+        """The units of process `rank` of `world` that `is_done(part, number)` does not have yet."""
+        for number in range(rank, -(-self._length // UNIT_SIZE), world):
+            if not is_done(0, number):
+                stop = min(self._length, (number + 1) * UNIT_SIZE)
+                yield Unit(0, number, map(self._row, range(number * UNIT_SIZE, stop)))
+
+
+class StreamedRows:
+    """Images that can only be read in their order, part after part.
+
+    Args:
+        num_parts: how many parts there are.
+        part: opens one.
+        part_length: how many rows a part is known to have, None where it was never read to its end.
+        note_length: is told the length of a part that was read to its end.
+    """
+
+    def __init__(
+        self,
+        num_parts: int,
+        part: Callable[[int], Iterable[Row]],
+        part_length: Callable[[int], int | None],
+        note_length: Callable[[int, int], None],
+    ):
+        self._num_parts, self._part = num_parts, part
+        self._part_length, self._note_length = part_length, note_length
+        self.description = {"unit_size": UNIT_SIZE, "parts": num_parts}
+
+    def units(self, rank: int, world: int, is_done: IsDone) -> Iterator[Unit]:
+        """As `ListedRows.units`. Processes share the parts where there are enough, else the units of each part, and
+        rows that are another's, or done, are read but not decoded. A part that is known to be done is not opened."""
+        by_part = self._num_parts >= world
+        for part in range(rank if by_part else 0, self._num_parts, world if by_part else 1):
+            length = self._part_length(part)
+            if length is not None and all(is_done(part, one) for one in range(-(-length // UNIT_SIZE))):
+                continue
+            rows, count = iter(self._part(part)), 0
+            for number in itertools.count():
+                counted = _Counted(itertools.islice(rows, UNIT_SIZE))
+                first = next(counted, None)
+                if first is None:
+                    break
+                if (by_part or (part + number) % world == rank) and not is_done(part, number):
+                    yield Unit(part, number, itertools.chain([first], counted))
+                deque(counted, maxlen=0)
+                count += counted.count
+            self._note_length(part, count)
+
+
+class _Counted:
+    """An iterator that knows how much it has given."""
+
+    def __init__(self, items: Iterator[Row]):
+        self._items, self.count = items, 0
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> Row:
+        item = next(self._items)
+        self.count += 1
+        return item
+
+
+def open_rows(
+    dataset: str,
+    split: str | None,
+    image_column: str,
+    id_column: str | None,
+    part_length: Callable[[int], int | None],
+    note_length: Callable[[int, int], None],
+) -> ListedRows | StreamedRows:
+    """The rows of a folder of images (at any depth), of a data set on disk, of a parquet file or folder, or of a data
+    set of the Hub; all but the first two are streamed.
+
+    Raises:
+        ITAError: if it cannot be found or read, has no such split or column, or holds no image.
+    """
+    path = Path(dataset)
+    if path.is_dir() and not _is_dataset(path):
+        return _folder_rows(path)
+    loaded = _load(dataset, split)
+    columns = loaded.column_names
+    for column in (image_column, id_column):
+        if columns is not None and column is not None and column not in columns:
+            raise ITAError(f"the data set {dataset} has no column {column!r}: it has {', '.join(columns)}")
+    loaded = _undecoded(loaded, image_column)
+    if hasattr(loaded, "__len__"):
+        # A data set's fingerprint is of its files and how it was made: the same one is the same rows.
+        return ListedRows(
+            len(loaded),
+            lambda number: _row_of(loaded[number], number, image_column, id_column),
+            str(loaded._fingerprint),
+        )
+    num_parts = min(loaded.num_shards, MAX_PARTS)
+
+    def part(index: int) -> Iterator[Row]:
+        for number, example in enumerate(loaded.shard(num_shards=num_parts, index=index)):
+            yield _row_of(example, number, image_column, id_column)
+
+    return StreamedRows(num_parts, part, part_length, note_length)
+
+
+def _is_dataset(path: Path) -> bool:
+    known = ("state.json", "dataset_dict.json")
+    return any((path / name).is_file() for name in known) or next(path.rglob("*.parquet"), None) is not None
+
+
+def _folder_rows(folder: Path) -> ListedRows:
+    names = []
+    for directory, inside, files in os.walk(folder):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        relative = os.path.relpath(directory, folder)
+        names += [
+            os.path.normpath(os.path.join(relative, name))
+            for name in files
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
+    if not names:
+        raise ITAError(f"no images in the folder {folder}")
+    names.sort()
+    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return ListedRows(len(names), lambda number: Row(number, names[number], folder / names[number]), digest)
+
+
+def _load(dataset: str, split: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ITAError("data sets need the package datasets: pip install datasets") from error
+    path = Path(dataset)
+    try:
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            loaded: Any = datasets.load_from_disk(dataset)
+        elif path.is_file():
+            loaded = datasets.load_dataset("parquet", data_files=dataset, streaming=True)
+        else:
+            loaded = datasets.load_dataset(dataset, streaming=True)
+        if not isinstance(loaded, dict):
+            return loaded
+        if split is None and len(loaded) == 1:
+            return next(iter(loaded.values()))
+        if split not in loaded:
+            wanted = "give --split" if split is None else f"no split {split!r}"
+            raise ITAError(f"{wanted}: the data set {dataset} has {', '.join(map(str, loaded))}")
+        return loaded[split]
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise ITAError(f"the data set {dataset} cannot be read: {one_line(error, 200)}") from error
+
+
+def _undecoded(dataset: Any, image_column: str) -> Any:
+    """The data set with images as the bytes of their files: a broken one is a row like any other."""
+    from datasets import Image as ImageFeature
+
+    if isinstance((dataset.features or {}).get(image_column), ImageFeature):
+        return dataset.cast_column(image_column, ImageFeature(decode=False))
+    return dataset
+
+
+def _row_of(example: dict[str, Any], number: int, image_column: str, id_column: str | None) -> Row:
+    image, path = example.get(image_column), None
+    if isinstance(image, dict):
+        path = image.get("path")
+        image = image.get("bytes") or path
+    elif isinstance(image, str):
+        path = image
+    if id_column is not None:
+        return Row(number, str(example.get(id_column)), image)
+    return Row(number, str(number) if path is None else str(path), image)
+
+
+def batches(rows: Iterable[Row], size: int) -> Iterator[Sequence[Row]]:
+    iterator = iter(rows)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

@@ -1,0 +1,142 @@
+"""Batches of Scenes images for its small CLIP: single things, textures, captioned scenes, regions of scenes.
+
+The split is kept here. Regions, the only batches with masks, are cut from scenes of seen classes alone; images
+that may show any class carry nothing but the list of what their caption names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ita_segmentation.data.scenes import object_image, scene, scenes_vocabulary, stuff_image
+from modeling_ita.clip_backbone import CLIP_MEAN, CLIP_STD
+
+REGION_STRIDE = 8
+"""Side of the cells, in pixels, over which region masks are averaged: the dense stride 32, upsampled four times."""
+MIN_REGION_AREA = 40
+
+
+@dataclass
+class CaptionedImages:
+    """Images with what their captions name.
+
+    Attributes:
+        pixel_values: (B, 3, S, S) float32, normalised.
+        named: class ids that each caption names; the first one is what the image shows above all.
+        single: (B,) bool, whether the image shows one thing or one texture.
+    """
+
+    pixel_values: Tensor
+    named: list[list[int]]
+    single: Tensor
+
+
+@dataclass
+class Regions:
+    """Scenes with the masks of their segments.
+
+    Attributes:
+        pixel_values: (B, 3, S, S) float32, normalised.
+        weights: (R, S / 8, S / 8) float32, the share of each cell that the region covers.
+        images: (R,) int64, the image that each region lies in.
+        class_ids: (R,) int64.
+    """
+
+    pixel_values: Tensor
+    weights: Tensor
+    images: Tensor
+    class_ids: Tensor
+
+
+def to_pixel_values(images: Sequence[np.ndarray]) -> Tensor:
+    """(H, W, 3) uint8 images of one size -> (B, 3, H, W) float32, normalised as CLIP's are, channels last."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (CLIP_MEAN, CLIP_STD))
+    return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class ImageSource:
+    """Draws batches in a fixed order: the n-th image of a source is the same in every run with its seed."""
+
+    def __init__(self, seed: int):
+        vocabulary = scenes_vocabulary()
+        self.seed = seed
+        self.drawn = 0
+        self.rng = np.random.default_rng([seed, 31])
+        self.thing_ids = vocabulary.thing_ids
+        self.stuff_ids = vocabulary.stuff_ids
+        self.unseen_things = [c for c in self.thing_ids if not vocabulary.seen[c]]
+
+    def _next(self) -> int:
+        self.drawn += 1
+        return self.drawn
+
+    def singles(self, batch_size: int, size: int) -> CaptionedImages:
+        """Three quarters single things of any class, captioned with the thing; a quarter textures alone."""
+        images, named = [], []
+        for _ in range(batch_size):
+            image = (object_image if self.rng.random() < 0.75 else stuff_image)(
+                self.seed, self._next(), size, "all"
+            )
+            images.append(image.image)
+            named.append([image.class_id])
+        return CaptionedImages(to_pixel_values(images), named, torch.ones(batch_size, dtype=torch.bool))
+
+    def captioned(self, batch_size: int, size: int) -> CaptionedImages:
+        """Images of any class whose caption names everything that they show.
+
+        A third single things, 15% textures alone, a quarter one smaller thing (every second one unseen) on some
+        textures, the rest crowded scenes.
+        """
+        images, named, single = [], [], []
+        for kind in self.rng.choice(4, size=batch_size, p=(0.33, 0.15, 0.25, 0.27)):
+            index = self._next()
+            if kind == 0:
+                thing = object_image(self.seed, index, size, "all")
+                images.append(thing.image)
+                named.append([thing.class_id, thing.background_id])
+            elif kind == 1:
+                texture = stuff_image(self.seed, index, size, "all")
+                images.append(texture.image)
+                named.append([texture.class_id])
+            else:
+                classes: str | list[int] = "all"
+                if kind == 2:
+                    ids = (
+                        self.unseen_things
+                        if self.rng.random() < 0.5 and self.unseen_things
+                        else self.thing_ids
+                    )
+                    classes = [int(self.rng.choice(ids)), *self.stuff_ids]
+                image = scene(self.seed, index, size, classes)
+                images.append(np.asarray(image.image))
+                shown = sorted(image.segments, key=lambda segment: not segment["isthing"])
+                named.append(list(dict.fromkeys(segment["class_id"] for segment in shown)))
+            single.append(kind < 2)
+        return CaptionedImages(to_pixel_values(images), named, torch.tensor(single))
+
+    def regions(self, batch_size: int, size: int, classes: str = "seen") -> Regions:
+        """Scenes of seen classes (or, to evaluate, of all) with every segment's mask, averaged over 8 px cells."""
+        images, weights, image_files, class_ids = [], [], [], []
+        cells = size // REGION_STRIDE
+        for number in range(batch_size):
+            image = scene(self.seed, self._next(), size, classes)
+            images.append(np.asarray(image.image))
+            for segment in image.segments:
+                mask = image.panoptic == segment["id"]
+                if mask.sum() < MIN_REGION_AREA:
+                    continue
+                weights.append(mask.reshape(cells, REGION_STRIDE, cells, REGION_STRIDE).mean((1, 3)))
+                image_files.append(number)
+                class_ids.append(segment["class_id"])
+        return Regions(
+            to_pixel_values(images),
+            torch.from_numpy(np.stack(weights)).float(),
+            torch.tensor(image_files),
+            torch.tensor(class_ids),
+        )

@@ -1,0 +1,182 @@
+"""The code blocks of a Markdown page, and how each is tried."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import re
+import runpy
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+FENCE = re.compile(
+    r"(?:^[ ]*<!--[ ]*(?P<marker>not run|run)(?P<reason>:?[^>]*?)-->[ ]*\n+)?"
+    r"^(?P<indent>[ ]*)```(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+OTHER_COMMANDS = {"source", "cd", "git", "hf", "mkdir", "cp"}
+SEGMENT_COMMAND = "ita-segment"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: `marker` is "run", "not run" or "", `line` the line of its fence in the page."""
+
+    language: str
+    code: str
+    line: int
+    marker: str
+    reason: str
+
+
+def read_blocks(markdown: str) -> list[Block]:
+    """The fenced blocks of a page, in order.
+
+    Raises:
+        ValueError: a marker `<!-- not run -->` that does not say why.
+    """
+    blocks = []
+    for found in FENCE.finditer(markdown):
+        line = markdown.count("\n", 0, found.start("language")) + 1
+        reason = found["reason"].lstrip(":").strip() if found["marker"] else ""
+        if found["marker"] == "not run" and len(reason.split()) < 2:
+            raise ValueError(f"line {line}: '<!-- not run: ... -->' must say why")
+        indent = len(found["indent"])
+        code = "".join(
+            row[indent:] if row.strip() else "\n" for row in found["code"].splitlines(keepends=True)
+        )
+        blocks.append(Block(found["language"], code, line, found["marker"] or "", reason))
+    return blocks
+
+
+def same_output(shown: str, printed: str) -> bool:
+    """Whether a page shows what was printed: the same words, and numbers within one in a hundred."""
+    if NUMBER.sub("#", " ".join(shown.split())) != NUMBER.sub("#", " ".join(printed.split())):
+        return False
+    pairs = zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True)
+    return all(abs(float(one) - float(other)) <= 0.011 * max(1.0, abs(float(one))) for one, other in pairs)
+
+
+def commands_of(code: str) -> list[list[str]]:
+    """The commands of a shell block, as words: comments, variables before a command and `&&` are taken away.
+
+    Raises:
+        ValueError: quotes that do not match.
+    """
+    commands = []
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        command: list[str] = []
+        for word in [*words, "&&"]:
+            if word != "&&":
+                command.append(word)
+                continue
+            while command and re.fullmatch(r"[A-Z_]+=.*", command[0]):
+                command.pop(0)
+            if command:
+                commands.append(command)
+            command = []
+    return commands
+
+
+def door_of(words: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The program of this repository that a command runs, with its arguments: `("run_eval", ["--model", ...])`."""
+    if words[0] == SEGMENT_COMMAND:
+        return "run_predict", list(words[1:])
+    if words[0] not in ("python", "accelerate", "torchrun"):
+        return None
+    for place, word in enumerate(words[1:], 1):
+        if word.endswith(".py"):
+            return word.removesuffix(".py"), list(words[place + 1 :])
+    return None
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Fails where a command names what does not exist: an option, a target of `make`, a file, an extra of `pip`.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    door = door_of(words)
+    if door is not None:
+        return parse_arguments(*door)
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        unknown = [word for word in words[1:] if "=" not in word and word not in targets]
+    elif words[0] == "pip" or list(words[:3]) == ["python", "-m", "pip"]:
+        named = {
+            extra for word in words for extra in re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", word)))
+        }
+        unknown = sorted(extra for extra in named if f'"{extra}": [' not in (ROOT / "setup.py").read_text())
+    elif list(words[:3]) == ["python", "-m", "pytest"]:
+        unknown = [word for word in words[3:] if word.endswith(".py") and not (ROOT / word).exists()]
+    elif list(words[:2]) == ["python", "-m"] and words[2].split(".")[0].endswith("_ita"):
+        unknown = [] if (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file() else [words[2]]
+    elif words[0] == "mkdocs" or list(words[:3]) == ["python", "-m", "venv"]:
+        unknown = []
+    else:
+        unknown = [] if words[0] in OTHER_COMMANDS else [words[0]]
+    if unknown:
+        raise ValueError(f"{shlex.join(words)}: no such thing as {', '.join(unknown)}")
+
+
+class _Parsed(BaseException):
+    """The arguments of a program were read to the end."""
+
+
+def parse_arguments(program: str, arguments: Sequence[str]) -> None:
+    """Has a program's own parser read its arguments, and nothing more.
+
+    Raises:
+        ValueError: what the parser says of them, or there is no such program.
+    """
+    if not (ROOT / f"{program}.py").is_file():
+        if Path(program).name in ("app",):
+            return
+        raise ValueError(f"no program {program}.py")
+    if list(arguments) == ["--help"]:
+        return
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(parser: Any, *given: Any, **options: Any) -> Any:
+        result = original(parser, *given, **options)
+        if not result[1] and len(parser._actions) > 2:
+            raise _Parsed
+        return result
+
+    errors = io.StringIO()
+    try:
+        with (
+            mock.patch.object(argparse.ArgumentParser, "parse_known_args", parse_and_stop),
+            contextlib.redirect_stderr(errors),
+        ):
+            call_program(program, arguments)
+    except _Parsed:
+        return
+    except SystemExit as stopped:
+        raise ValueError(f"{program}.py {shlex.join(arguments)}: {errors.getvalue().strip()}") from stopped
+    raise ValueError(f"{program}.py {shlex.join(arguments)}: its arguments were not parsed")
+
+
+def call_program(program: str, arguments: Sequence[str]) -> None:
+    """Runs a program of the repository in this process.
+
+    Raises:
+        SystemExit: as it ends itself.
+    """
+    path = f"{program}.py"
+    with mock.patch("sys.argv", [path, *arguments]):
+        if "/" in program:
+            with mock.patch("sys.path", [str((ROOT / path).parent), *importlib.import_module("sys").path]):
+                runpy.run_path(str(ROOT / path), run_name="__main__")
+        else:
+            main = importlib.import_module(program).main
+            raise SystemExit(main())

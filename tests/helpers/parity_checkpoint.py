@@ -1,0 +1,48 @@
+"""Checkpoints of the published implementations, rebuilt from a recipe instead of stored.
+
+The fixtures `NAME.json` and `NAME.safetensors` hold sizes and names of an original checkpoint's tensors, inputs and the
+results that the published code computed on them (float32, CPU). Semantic scores are kept at every third pixel.
+"""
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+NAMES = ("ita_convnext_tiny", "fcclip_convnext_tiny", "fcclip_resnet_tiny")
+
+
+def load_parity(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What was built, and inputs and results."""
+    description = json.loads((FIXTURES / f"{name}.json").read_text())
+    return description, load_file(FIXTURES / f"{name}.safetensors")
+
+
+def original_tensors(description: dict[str, Any]) -> dict[str, Tensor]:
+    """The original checkpoint's tensors, made by numpy's legacy generator from their names."""
+    return {key: _tensor(key, shape) for key, shape in description["keys"].items()}
+
+
+def _tensor(key: str, shape: list[int]) -> Tensor:
+    generator = np.random.RandomState(zlib.crc32(key.encode()))
+    values = np.asarray(generator.standard_normal(shape)).astype(np.float32)
+    if key.endswith("logit_scale"):
+        values = np.full(shape, math.log(120 if "clip_model" in key else 40), dtype=np.float32)
+    elif key.endswith("running_var"):
+        values = np.abs(values) + np.float32(0.5)
+    elif "sampling_offsets.weight" in key:
+        values = np.float32(0.02) * values
+    elif len(shape) >= 2:
+        values = values * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+    elif key.endswith(("weight", "gamma")):
+        values = 1 + np.float32(0.1) * values
+    else:
+        values = np.float32(0.1) * values
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(shape)

@@ -1,0 +1,115 @@
+"""The small model that ships: it loads, fits its size, knows synonyms, and segments what no mask taught it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel, pipeline
+
+import modeling_ita  # noqa: F401  (registers the Auto classes)
+from ita_segmentation.data.scenes import scene, scenes_vocabulary
+from ita_segmentation.data.scenes.dataset import SPLITS
+from ita_segmentation.evaluation.metrics.semantic import ConfusionMatrix
+from modeling_ita.checkpoint_code import CODE_FILES, collect_code
+
+FOLDER = Path(__file__).parents[2] / "models" / "ita-tiny"
+SEED = SPLITS["validation"].seed
+VOCABULARY = scenes_vocabulary()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModel.from_pretrained(FOLDER).eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoImageProcessor.from_pretrained(FOLDER)
+
+
+@torch.no_grad()
+def semantic_map(model, processor, image, vocabulary=None):
+    outputs = model(**processor(images=image, return_tensors="pt"), vocabulary=vocabulary)
+    return processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0].numpy()
+
+
+def scene_with(name, count=400):
+    """The validation scene among the first `count` with the most pixels of a class."""
+    class_id = VOCABULARY.names.index(name)
+    scenes = (scene(SEED, index, 96, classes="all") for index in range(count))
+    areas = [int((drawn.semantic == class_id).sum()) for drawn in scenes]
+    return scene(SEED, int(np.argmax(areas)), 192, classes="all"), class_id
+
+
+def test_the_folder_is_complete_and_small():
+    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
+    assert size <= 32 * 2**20
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["dtype"] == "float32"  # stored in half precision, computed in single
+    assert "AutoModel" in config["auto_map"]
+    assert (FOLDER / "README.md").read_text().startswith("---\n")
+
+
+def test_it_computes_in_float32(model):
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_its_own_vocabulary_is_scenes_and_only_seen_classes_were_trained(model):
+    assert model.default_vocabulary == VOCABULARY.classes
+    trained = {tuple(names) for names in model.config.train_vocabulary}
+    assert trained == {tuple(c) for c, seen in zip(VOCABULARY.classes, VOCABULARY.seen, strict=True) if seen}
+
+
+def test_it_segments_seen_and_unseen_classes(model, processor):
+    confusion = ConfusionMatrix(len(VOCABULARY.classes))
+    for index in range(24):
+        drawn = scene(SEED, index, 192, classes="all")
+        confusion.update(semantic_map(model, processor, drawn.image), drawn.semantic)
+    scores = confusion.compute(VOCABULARY.seen)
+    assert scores["miou_seen"] > 0.3
+    assert scores["miou_unseen"] > 0.2
+
+
+def test_a_synonym_finds_what_the_name_finds(model, processor):
+    drawn, class_id = scene_with("car")
+    others = [names[0] for names in VOCABULARY.classes if names[0] != "car"]
+    truth = drawn.semantic == class_id
+    found = {}
+    for word in ("car", "automobile"):
+        found[word] = semantic_map(model, processor, drawn.image, [word, *others]) == 0
+        overlap = (found[word] & truth).sum() / (found[word] | truth).sum()
+        assert overlap > 0.5, word
+    assert (found["car"] == found["automobile"]).mean() > 0.98
+
+
+def test_order_and_duplicates_do_not_change_what_is_found(model, processor):
+    image = scene(SEED, 1, 192, classes="all").image
+    usual = semantic_map(model, processor, image)
+    order = np.random.default_rng(0).permutation(len(VOCABULARY.classes))
+    shuffled = semantic_map(model, processor, image, [VOCABULARY.classes[i] for i in order])
+    assert (order[shuffled] == usual).mean() > 0.99
+    doubled = semantic_map(model, processor, image, [*VOCABULARY.classes, VOCABULARY.classes[0]])
+    assert (doubled == usual).mean() > 0.999
+
+
+def test_one_class_and_a_thousand_classes_work(model, processor):
+    image = scene(SEED, 2, 192, classes="all").image
+    assert (semantic_map(model, processor, image, ["grass"]) == 0).all()
+    words = [*VOCABULARY.classes, *(f"word {index}" for index in range(1000 - len(VOCABULARY.classes)))]
+    many = semantic_map(model, processor, image, words)
+    usual = semantic_map(model, processor, image)
+    assert (many == usual).mean() > 0.7
+
+
+def test_the_pipeline_segments_words_of_ones_own(model, processor):
+    drawn, _ = scene_with("car")
+    segmenter = pipeline("image-segmentation", model=str(FOLDER), trust_remote_code=True)
+    found = segmenter(drawn.image, candidate_labels=["automobile|car", "grass", "sky"], subtask="semantic")
+    assert {segment["label"] for segment in found} <= {"automobile", "grass", "sky"}
+    assert all(segment["mask"].size == drawn.image.size for segment in found)
+
+
+def test_the_code_in_the_folder_is_this_code():
+    assert {name: (FOLDER / name).read_text() for name in CODE_FILES} == collect_code()

@@ -1,0 +1,178 @@
+"""Large vocabularies are encoded once: what is kept on disk is what was encoded, or it is not used."""
+
+import logging
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from helpers.tiny_checkpoint import tiny_config
+from modeling_ita import text as text_encoding
+from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
+
+NAMES = [f"thing {number}" for number in range(40)]
+TEMPLATES = ["a photo of a {}.", "There is a {} in the scene"]
+
+
+def build(seed=0) -> ITAForOpenVocabSegmentation:
+    torch.manual_seed(seed)
+    return ITAForOpenVocabSegmentation(tiny_config(templates=TEMPLATES)).eval()
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    """A store of its own, in which eight names are many."""
+    monkeypatch.setenv("ITA_TEXT_CACHE", str(tmp_path / "text"))
+    monkeypatch.setattr(text_encoding, "NAMES_WORTH_KEEPING", 8)
+    monkeypatch.setattr(text_encoding, "NAMES_IN_A_BLOCK", 16)
+    return tmp_path / "text"
+
+
+@pytest.fixture
+def warnings(caplog):
+    logger = logging.getLogger("modeling_ita")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def encode(names=NAMES, seed=0, **kwargs):
+    model = build(seed)
+    classifier = model.text_classifier(names, **kwargs)
+    return classifier, model.vocabulary_encoder.names_encoded
+
+
+def files(store):
+    return sorted(store.rglob("*.safetensors"))
+
+
+def assert_equal(found, expected):
+    assert torch.equal(found.templated, expected.templated)
+    assert torch.equal(found.candidates, expected.candidates)
+
+
+def test_a_second_process_encodes_nothing_and_has_the_same_bits(store):
+    first, encoded = encode()
+    assert encoded == len(NAMES) + 1 and len(files(store)) == 3  # 41 names, 16 a file
+    second, encoded = encode()
+    assert encoded == 0
+    assert_equal(second, first)
+
+
+def test_what_is_kept_is_what_would_be_encoded(store, monkeypatch):
+    encode()
+    kept, _ = encode()
+    monkeypatch.setenv("ITA_TEXT_CACHE", "off")
+    fresh, encoded = encode()
+    assert encoded == len(NAMES) + 1
+    assert_equal(kept, fresh)
+
+
+def test_another_vocabulary_encodes_only_its_new_names(store):
+    encode()
+    mixed = [*reversed(NAMES[10:30]), "lamp", ["chair", NAMES[3]]]
+    found, encoded = encode(mixed)
+    assert encoded == 2
+    expected, _ = encode(mixed, seed=0)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"templates": ["a drawing of a {}."]}], ids=["weights", "templates"]
+)
+def test_other_weights_and_other_templates_share_nothing(change):
+    encode()
+    _, encoded = encode(**change)
+    assert encoded == len(NAMES) + 1
+
+
+def test_small_vocabularies_stay_in_memory(store):
+    encode(NAMES[:5])
+    assert files(store) == []
+
+
+def test_no_folder_no_store(store, monkeypatch, tmp_path):
+    monkeypatch.setenv("ITA_TEXT_CACHE", "off")
+    encode()
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "other content"])
+def test_a_damaged_file_is_named_deleted_and_made_again(store, warnings, damage):
+    expected, _ = encode()
+    victim = files(store)[0]
+    with safe_open(victim, framework="pt") as file:
+        rows = len(file.get_tensor("templated"))
+    content = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[-5] ^= 1
+    elif damage == "emptied":
+        content = bytearray()
+    else:
+        content = bytearray(b"not a file of tensors at all" * 20)
+    victim.write_bytes(content)
+    found, encoded = encode()
+    assert encoded == rows
+    assert_equal(found, expected)
+    assert "is damaged and is deleted" in warnings.text and victim.name in warnings.text
+    assert encode()[1] == 0
+
+
+def test_an_interrupted_encoding_goes_on_where_it_stopped(store, monkeypatch):
+    model, done = build(), []
+    encode_tokens = model.clip_backbone.encode_tokens
+
+    def stops_after_20(tokens):
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        done.append(tokens)
+        return encode_tokens(tokens)
+
+    monkeypatch.setattr(model.clip_backbone, "encode_tokens", stops_after_20)
+    with pytest.raises(KeyboardInterrupt):
+        model.text_classifier(NAMES)
+    assert len(files(store)) == 1
+    _, encoded = encode()
+    assert encoded == len(NAMES) + 1 - 16
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(store, warnings):
+    store.write_text("a file, where the folder should be")
+    found, encoded = encode()
+    assert encoded == len(NAMES) + 1 and len(found.templated) == len(NAMES)
+    assert "encoded names cannot be kept" in warnings.text
+
+
+def test_batches_of_one_shape_change_nothing_but_rounding(monkeypatch):
+    names = ["cat", "dog", "a very tall ladder", "sofa", "wall clock", "tree", "car"]
+    alone, _ = encode(names)
+    monkeypatch.setattr(
+        text_encoding.VocabularyEncoder,
+        "_batches",
+        lambda self, tokens: iter([([0, 1, 3, 5, 6], 8), ([2], 8), ([4], 8)]),
+    )
+    model = build()
+    model.vocabulary_encoder._encode(names, tuple(TEMPLATES))
+    together, bare = model.vocabulary_encoder._encode(names, tuple(TEMPLATES))
+    torch.testing.assert_close(together, alone.templated, rtol=0, atol=1e-5)
+    torch.testing.assert_close(bare, alone.candidates[:7], rtol=0, atol=1e-5)
+
+
+def test_batches_hold_every_name_once_and_one_length_each(monkeypatch):
+    encoder = build().vocabulary_encoder
+    monkeypatch.setattr(type(encoder.clip), "device", torch.device("meta"))
+    monkeypatch.setattr(text_encoding, "NAMES_IN_A_BATCH", 3)
+    lengths = [5, 6, 5, 5, 7, 5, 6]
+    batches = list(encoder._batches([torch.zeros(3, length, dtype=torch.int64) for length in lengths]))
+    assert sorted(index for batch, _ in batches for index in batch) == list(range(7))
+    assert all(size == 3 and len({lengths[index] for index in batch}) == 1 for batch, size in batches)
+
+
+def test_more_names_than_memory_holds_still_come_out_right(monkeypatch):
+    expected, _ = encode()
+    monkeypatch.setattr(text_encoding, "MAX_CACHED_NAMES", 50)
+    model = build()
+    model.text_classifier([f"other {number}" for number in range(30)])
+    assert_equal(model.text_classifier(NAMES), expected)

@@ -1,0 +1,152 @@
+"""A COCO release in miniature -> run_prepare.py -> accelerate launch run_train.py: the loss falls, on one process and
+on two, and a run that was broken off goes on with the images that come next."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.model import CustomTextCLIP
+from PIL import Image
+from safetensors.torch import save_file
+
+from helpers.miniature_releases import save_segment_ids
+from helpers.tiny_checkpoint import tiny_config
+from ita_segmentation.cli import prepare as run_prepare
+from ita_segmentation.cli import train as run_train
+
+ROOT = Path(__file__).parents[2]
+STEPS = 16
+
+RECIPE = """
+image_size: 64
+min_scale: 0.8
+max_scale: 1.2
+model_config:
+  hidden_dim: 32
+  mask_dim: 32
+  num_attention_heads: 2
+  num_learned_queries: 8
+  num_dominant_categories: 2
+  encoder_layers: 1
+  encoder_ffn_dim: 32
+  decoder_layers: 2
+  decoder_ffn_dim: 32
+  train_num_points: 64
+  templates: ["a photo of a {}."]
+per_device_train_batch_size: 2
+learning_rate: 3.0e-3
+max_grad_norm: 1.0
+lr_scheduler_type: constant
+warmup_steps: 1
+logging_steps: 1
+eval_strategy: "no"
+save_strategy: "no"
+use_cpu: true
+disable_tqdm: true
+report_to: none
+"""
+
+
+def build_release(folder: Path) -> None:
+    """Eight images in COCO's layout: a red person (1) or a blue car (3), some with a crowd, before a grey sky
+    (187); the last one has no segment at all."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    (folder / "train2017").mkdir(parents=True)
+    for number in range(1, 9):
+        pixels = rng.integers(100, 140, (48, 64, 3), np.uint8)
+        ids = np.full((48, 64), 9_000_000)
+        top, left = rng.integers(4, 20, 2)
+        box = (slice(top, top + 20), slice(left, left + 24))
+        category = (1, 3)[number % 2]
+        pixels[box] = (220, 30, 30) if category == 1 else (30, 30, 220)
+        ids[box] = 300
+        rows = [(9_000_000, 187, 0), (300, category, 0)]
+        if number % 3 == 0:
+            ids[:3] = 70_000
+            rows.append((70_000, 1, 1))
+        if number == 8:
+            ids[:], rows = 0, []
+        name = f"{number:012}"
+        Image.fromarray(pixels).save(folder / "train2017" / f"{name}.jpg", quality=95)
+        save_segment_ids(folder / "annotations/panoptic_train2017" / f"{name}.png", ids)
+        images.append({"id": number, "file_name": f"{name}.jpg", "width": 64, "height": 48})
+        segments = [{"id": i, "category_id": c, "iscrowd": crowd, "area": 1} for i, c, crowd in rows]
+        annotations.append({"image_id": number, "file_name": f"{name}.png", "segments_info": segments})
+    content = {"images": images, "annotations": annotations, "categories": []}
+    (folder / "annotations/panoptic_train2017.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds `data`, prepared from the release by the command line, a tiny CLIP in `clip`, and `recipe.yaml`."""
+    folder = tmp_path_factory.mktemp("miniature")
+    build_release(folder / "release")
+    words = ["coco-panoptic", "--source", str(folder / "release"), "--output", str(folder / "data")]
+    assert run_prepare.prepare_benchmark([*words, "--split", "train"]) == 0
+    config = dict(tiny_config().clip_model_config or {})
+    config.pop("custom_text")
+    torch.manual_seed(0)
+    clip = CustomTextCLIP(**config)
+    (folder / "clip").mkdir()
+    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    weights = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
+    save_file(weights, folder / "clip/open_clip_model.safetensors")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def words_for(folder: Path, name: str, steps: int, *more: str) -> list[str]:
+    words = ["--config", folder / "recipe.yaml", "--clip", folder / "clip", "--dataset", folder / "data"]
+    return [*map(str, [*words, "--output_dir", folder / name, "--max_steps", steps]), *more]
+
+
+def launch(folder: Path, name: str, processes: int, *more: str) -> list[float]:
+    """Losses of a run, step by step."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # without a GPU: several processes, on the CPU
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    subprocess.run(
+        [*launch, str(ROOT / "run_train.py"), *words_for(folder, name, STEPS, *more)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return losses_of(folder / name)
+
+
+def losses_of(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("processes", "more"),
+    [(1, []), (2, ["--streaming", "true", "--dataloader_num_workers", "1"])],
+    ids=["one process, memory-mapped", "two processes, streaming"],
+)
+def test_a_coco_release_trains_and_the_loss_falls(folder, processes, more):
+    losses = launch(folder, f"out{processes}", processes, *more)
+    assert len(losses) == STEPS
+    assert np.mean(losses[-4:]) < 0.85 * np.mean(losses[:4])
+    assert (folder / f"out{processes}" / "model.safetensors").is_file()
+    state = json.loads((folder / f"out{processes}" / "trainer_state.json").read_text())
+    assert state["epoch"] == 4 * processes  # 16 steps of 2 images for each process, out of 8
+
+
+def test_a_run_broken_off_in_the_middle_of_its_second_epoch_sees_what_it_would_have_seen(folder):
+    """Four steps are an epoch; the resumed run has a worker, the unbroken one has none."""
+    run_train.main(words_for(folder, "whole", 10, "--save_strategy", "steps", "--save_steps", "6"))
+    checkpoint = str(folder / "whole" / "checkpoint-6")
+    resume = ["--resume_from_checkpoint", checkpoint, "--dataloader_num_workers", "1"]
+    run_train.main(words_for(folder, "resumed", 10, *resume))
+    whole, resumed = losses_of(folder / "whole"), losses_of(folder / "resumed")
+    assert len(whole) == 10 and whole == resumed
