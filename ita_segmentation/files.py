@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +43,57 @@ def read_text(path: Path) -> str:
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Writes files that belong together: all under temporary names first, then all renamed; folders are made.
+    """Write files that belong together: all under temporary names first, then all renamed. Folders are made.
 
     Raises:
-        ITAError: if one cannot be written; none is left half-written and no temporary file stays.
+        ITAError: one cannot be written; none is left half-written and no temporary file stays.
     """
-    temporary: dict[Path, Path] = {}
-    try:
+    with contextlib.ExitStack() as stack:
         for path, content in contents.items():
+            temporary = stack.enter_context(atomic_path(path))
+            with _named(path):
+                temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, for a file or a folder; it takes the place of `path` when the block ends.
+
+    What stood at `path` stays until then. If the block raises, the temporary file or folder is deleted. The folder
+    around it is made.
+
+    Raises:
+        ITAError: the folder cannot be made, or the result cannot be renamed.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        with _named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary[path].write_bytes(content)
-        for path, written in temporary.items():
-            os.replace(written, path)
-    except OSError as error:
-        raise ITAError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
+            _delete(temporary)
+        yield temporary
+        with _named(path):
+            if temporary.is_dir() and path.is_dir():
+                _delete(path)
+            os.replace(temporary, path)
     finally:
-        for written in temporary.values():
-            with contextlib.suppress(OSError):
-                written.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _delete(temporary)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn an `OSError` into an `ITAError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ITAError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def output_folder(path: Path) -> Path:

@@ -58,7 +58,7 @@ def read_image(path: Path) -> Image.Image:
         ITAError: if it is empty, cut off, no image, of a kind that Pillow cannot decode, or has more pixels than
             `image_processing_ita.MAX_IMAGE_PIXELS`.
     """
-    from image_processing_ita import read_image as decode
+    from modeling_ita.image_processing_ita import read_image as decode
 
     try:
         return decode(path)

@@ -10,16 +10,7 @@ from ita_segmentation.checkpoints import WEIGHT_FILES
 from ita_segmentation.errors import ITAError
 
 TEMPLATES = Path(__file__).parent / "space_files"
-ROOMS = (
-    *(
-        "ita_segmentation.app",
-        "ita_segmentation.evaluation",
-        "ita_segmentation.integrations",
-        "modeling_ita",
-        "ita_segmentation.prediction",
-    ),
-    *("configuration_ita.py", "image_processing_ita.py", "pipeline_ita.py", "run_app.py"),
-)
+PACKAGES = ("modeling_ita", "ita_segmentation")
 UNNEEDED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*.pyi")
 
 
@@ -48,7 +39,7 @@ def write_space(output: Path, checkpoint: Path, root: Path, model_name: str | No
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
             space = Path(folder) / "space_files"
             shutil.copytree(checkpoint, space / "model", ignore=UNNEEDED)
-            for name in ROOMS:
+            for name in PACKAGES:
                 source = root / name
                 if source.is_dir():
                     shutil.copytree(source, space / name, ignore=UNNEEDED)

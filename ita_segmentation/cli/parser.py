@@ -1,66 +1,128 @@
-"""What all commands share: an argument parser with `--config`, one-line errors and exit statuses."""
+"""What all commands share: an argument parser with `--config`, one-line errors and exit statuses.
+
+The parser is transformers' `HfArgumentParser`, because training arguments are transformers' dataclasses; commands
+without dataclasses add their arguments as with `argparse`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ita_segmentation.errors import ITAError, one_line
+from transformers import HfArgumentParser
+
+from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import read_mapping
 
+INTERRUPTED = 130
 
-def run_command(work: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
-    """Runs `work(argv)` on the command line's arguments (None: the process's own) and exits with its status.
+EXTRAS = {
+    "av": "video",
+    "datasets": "eval",
+    "evaluate": "train",
+    "accelerate": "eval",
+    "gradio": "app",
+    "jinja2": "eval",
+    "matplotlib": "eval",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "openmoji": "demo",
+    "peft": "lora",
+    "pycocotools": "eval",
+    "scipy": "train",
+    "supervision": "integrations",
+    "tensorboard": "train",
+    "torchmetrics": "eval",
+}
+"""The extra of this package that installs an optional import."""
 
-    `ITAError` becomes one line on stderr and status 1, an interrupt status 130.
+
+def run_command(
+    work: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Run `work(argv)` and exit: 0 on success, 1 on failure, 2 on wrong usage, 130 on an interrupt.
+
+    An `ITAError` and a missing optional package become one line on stderr.
+
+    Args:
+        work: takes the arguments (None: those of the process) and returns the exit status (None: 0).
+        argv: arguments in place of the process's own.
     """
+    program = Path(sys.argv[0]).name
     try:
-        sys.exit(work(None) or 0)
+        sys.exit(work(argv) or 0)
     except ITAError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
+        sys.stderr.write(f"{program}: error: {one_line(error)}\n")
+        sys.exit(error.exit_status)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = f"pip install 'ita-segmentation[{EXTRAS[package]}]'"
+        sys.stderr.write(f"{program}: error: this needs the package {package}: {extra}\n")
+        sys.exit(1)
     except KeyboardInterrupt:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: interrupted\n")
-        sys.exit(130)
+        sys.stderr.write(f"{program}: interrupted\n")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
-class ConfigArgumentParser(argparse.ArgumentParser):
+class ConfigArgumentParser(HfArgumentParser):
     """An argument parser with `--config FILE` (YAML or JSON of the same arguments) and one-line errors.
 
-    What stands on the command line goes before what stands in the file.
+    Command-line arguments take precedence over those in the file.
+
+    Args:
+        dataclass_types: dataclasses whose fields become arguments, as in `HfArgumentParser`.
+        **kwargs: as for `argparse.ArgumentParser`.
     """
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
-        help_text = "YAML or JSON file of these arguments; the command line goes before it"
+    def __init__(self, dataclass_types: Any = None, **kwargs: Any):
+        kwargs.setdefault("formatter_class", argparse.HelpFormatter)
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        help_text = "YAML or JSON file of these arguments; the command line takes precedence"
         self.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help_text)
 
     def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line on stderr."""
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
-    def parse_command_line(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments of the command line (`argv`, or the process's own) over those of `--config`.
+    def parse_command_line(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse the command line over the file that `--config` names.
+
+        Args:
+            argv: arguments; None takes the process's own.
 
         Raises:
-            ITAError: if the file cannot be read or names an argument that does not exist. Everything else that is
-                wrong ends the process with status 2, as argparse does.
+            UsageError: the file cannot be read or names an argument that does not exist.
+            SystemExit: status 2 for everything else that is wrong, as `argparse` does; 0 for `--help`.
         """
+        return self.parse_args(self.with_config(argv))
+
+    def with_config(self, argv: Sequence[str] | None = None) -> list[str]:
+        """Put the arguments of the `--config` file before those of the command line, as strings."""
         given = list(sys.argv[1:] if argv is None else argv)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
         config = finder.parse_known_args(given)[0].config
-        return self.parse_args((self._arguments_of(config) if config else []) + given)
+        return (self._arguments_of(config) if config else []) + given
 
     def _arguments_of(self, path: Path) -> list[str]:
-        """The file's content as command line arguments, so that it is checked like them."""
+        """Read the file's content as command-line arguments, so that it is checked like them."""
         actions = {action.dest: action for action in self._actions if action.option_strings}
         arguments: list[str] = []
         for key, value in read_mapping(path).items():
             action = actions.get(str(key).replace("-", "_"))
             if action is None or action.dest in ("config", "help"):
-                raise ITAError(f"{path}: unknown argument {key!r}")
+                raise UsageError(f"{path}: unknown argument {key!r}")
             arguments += _as_arguments(path, action, value)
         return arguments
 
@@ -71,21 +133,23 @@ def _as_arguments(path: Path, action: argparse.Action, value: Any) -> list[str]:
         return []
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
-            raise ITAError(f"{path}: {action.dest!r} must be true or false, got {value!r}")
+            raise UsageError(f"{path}: {action.dest!r} must be true or false, got {value!r}")
         if value:
             return [option]
         return [action.option_strings[1]] if len(action.option_strings) > 1 else []
+    if isinstance(value, dict):
+        return [f"{option}={json.dumps(value)}"]
     several = action.nargs in ("+", "*")
     values = value if isinstance(value, list) and several else [value]
-    if any(isinstance(item, (list, dict, bool)) for item in values):
-        raise ITAError(
+    if any(isinstance(item, (list, dict)) for item in values):
+        raise UsageError(
             f"{path}: {action.dest!r} takes {'plain values' if several else 'one value'}, got {value!r}"
         )
     return [option, *map(str, values)] if several else [f"{option}={value}"]
 
 
 def positive_int(text: str) -> int:
-    """An argument type: a whole number of at least 1."""
+    """Argument type: a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -93,7 +157,7 @@ def positive_int(text: str) -> int:
 
 
 def fraction(text: str) -> float:
-    """An argument type: a number from 0 to 1."""
+    """Argument type: a number from 0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")

@@ -288,7 +288,8 @@ def test_a_space_is_complete_and_runs_on_its_own_code(tmp_path):
     assert card.data.sdk_version == version("gradio")
     assert len(card.data.short_description) <= 60, "the hub's limit"
     code = (
-        "import ita_segmentation.app.page, modeling_ita, run_app, pathlib\n"
+        "import ita_segmentation.app.page, modeling_ita, pathlib\n"
+        "from ita_segmentation.cli import app as run_app\n"
         "files = [ita_segmentation.app.page.__file__, modeling_ita.__file__, run_app.__file__]\n"
         "assert all(pathlib.Path.cwd() in pathlib.Path(one).parents for one in files), files\n"
         "run_app.prepare(run_app.build_parser().parse_command_line(['--model', 'model']))\n"

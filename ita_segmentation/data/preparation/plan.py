@@ -156,7 +156,7 @@ def schema_digest(schema: pyarrow.Schema) -> str:
 def code_digest(module: str) -> str:
     """Hexadecimal digest of the code that reads releases and writes shards, with the module of a release."""
     here = Path(__file__).parent
-    paths = {*here.glob("release*.py"), here / "prepare_shard.py"}
+    paths = {*(here.parent / "benchmarks").glob("*.py"), here / "shard.py"}
     release_file = getattr(sys.modules.get(module), "__file__", None)
     if release_file is not None:
         paths.add(Path(release_file))
