@@ -47,7 +47,7 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
 
         config = get_model_config(name) if ":" not in name else None
         if config is None:
-            close = [known for known in list_models() if known.split("_")[0] == name.split("_")[0]][:8]
+            close = [known for known in list_models() if known.split("_")[0] == name.split("_", maxsplit=1)[0]][:8]
             hint = f"; did you mean one of {', '.join(close)}?" if close else ""
             raise ValueError(f"open_clip knows no CLIP named {name!r}{hint}")
     config = copy.deepcopy(config)

@@ -270,7 +270,8 @@ def _to_uint8_or_float(array: Tensor) -> Tensor:
 
 def _flat_list(images: Any) -> list[Any]:
     """One image, a (nested) sequence of them or a stacked batch -> a list. Raises ValueError for what is
-    neither."""
+    neither.
+    """
     if isinstance(images, (list, tuple)):
         return [one for image in images for one in _flat_list(image)]
     if isinstance(images, (str, os.PathLike, Image.Image)):
@@ -394,7 +395,8 @@ class MaskBands:
     def bands(self, values_per_pixel: int) -> Iterator[tuple[slice, Tensor]]:
         """Yields (rows, logits (Q, rows, W) float32, the caller's to change), so many rows at once that
         `values_per_pixel` float32 numbers for each of their pixels take `BAND_BYTES` or less (one row at
-        least). In memory, logits have their queries last."""
+        least). In memory, logits have their queries last.
+        """
         height, width = self.size
         step = max(1, BAND_BYTES // (4 * width * max(1, values_per_pixel)))
         for start in range(0, height, step):
@@ -475,7 +477,8 @@ def semantic_scores(
     target_size: Sequence[int] | None = None,
 ) -> Tensor:
     """Score of each class in each pixel, (K, H, W) float32: the sum over queries of class probability times
-    mask probability. class_logits (Q, K + 1), void last; mask_logits (Q, h, w); sizes as for `MaskBands`."""
+    mask probability. class_logits (Q, K + 1), void last; mask_logits (Q, h, w); sizes as for `MaskBands`.
+    """
     num_classes = class_logits.shape[1] - 1
     weights, size, bands = _presence(class_logits, mask_logits, image_size, target_size, num_classes)
     scores = weights.new_zeros(weights.shape[1], *size)
@@ -755,13 +758,15 @@ class ITAImageProcessor(TorchvisionBackend):
         """See the class. `segmentation_maps`: one (H, W) map of labels for each image (PIL image, array,
         tensor or path); `instance_id_to_semantic_id`: class of each label, once or for each image (none: the
         labels are the classes). Raises ValueError for anything that is no image, and for maps that do not fit
-        their images."""
+        their images.
+        """
         return super().preprocess(images, segmentation_maps, instance_id_to_semantic_id, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """PIL images, paths, URLs and base64 strings -> RGB PIL images; arrays and tensors stay as they are.
 
-        Errors are those of `read_image`."""
+        Errors are those of `read_image`.
+        """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(one) for one in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)):
@@ -1046,7 +1051,8 @@ _Image = tuple[Tensor, Tensor, Sequence[int] | None, Sequence[int] | None]
 
 def _images_of(outputs: Any, target_sizes: Any | None) -> Iterator[tuple[_Image, frozenset[int]]]:
     """For each image of the batch, the first four arguments of the read-out functions and its stuff
-    classes."""
+    classes.
+    """
 
     def field(name: str) -> Any:
         return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)

@@ -147,7 +147,8 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         overlap_mask_area_threshold: float = 0.5,
     ) -> list[dict[str, Any]]:
         """One image's outputs -> a list of {"score" (None for "semantic"), "label", "mask" (an "L" image of 0 and
-        255)}. Raises ValueError for an unknown subtask."""
+        255)}. Raises ValueError for an unknown subtask.
+        """
         processor: Any = self.image_processor
         names: Any = self.model.config.id2label if labels is None else labels
         sizes = model_outputs["target_size"]

@@ -121,7 +121,8 @@ def _rescaled(start: int, stop: int, side: int, image_side: int) -> tuple[int, i
 @dataclass(frozen=True)
 class ViewOutput:
     """What the network says of a view: class logits (Q, K + 1), void last; mask logits (Q, h, w); and the size
-    (height, width) of its input before padding."""
+    (height, width) of its input before padding.
+    """
 
     view: View
     class_logits: Tensor

@@ -96,7 +96,8 @@ class StreamedRows:
 
     def units(self, rank: int, world: int, is_done: IsDone) -> Iterator[Unit]:
         """As `ListedRows.units`. Processes share the parts where there are enough, else the units of each part, and
-        rows that are another's, or done, are read but not decoded. A part that is known to be done is not opened."""
+        rows that are another's, or done, are read but not decoded. A part that is known to be done is not opened.
+        """
         by_part = self._num_parts >= world
         for part in range(rank if by_part else 0, self._num_parts, world if by_part else 1):
             length = self._part_length(part)

@@ -15,7 +15,8 @@ MEMORY = 12
 class Tracks:
     """Gives the segments of each frame ids that last: that of the segment of the same class that it overlaps most, of
     those in the frames before, or a new one. A segment that is gone is remembered for `MEMORY` frames where nothing
-    else took its place. A class index is an id that lasts by itself: semantic maps need none of this."""
+    else took its place. A class index is an id that lasts by itself: semantic maps need none of this.
+    """
 
     def __init__(self) -> None:
         self._map: np.ndarray | None = None  # where each remembered id was last

@@ -428,7 +428,7 @@ class ITATrainer(Trainer):
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """mIoU from one confusion matrix over the evaluation images; logits are never kept or gathered.
+        """MIoU from one confusion matrix over the evaluation images; logits are never kept or gathered.
 
         The averaged weights are scored if there is an average. No random number of the run is used up.
 

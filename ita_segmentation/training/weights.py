@@ -33,7 +33,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """peft's layers with a LoRA adapter, by the name of the layer without one."""
+    """Peft's layers with a LoRA adapter, by the name of the layer without one."""
     return {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
 
 

@@ -106,7 +106,7 @@ def test_a_card_keeps_everything_but_the_scores_that_are_replaced(tmp_path, line
     card.write_bytes((mark + CARD.replace("\n", line_end)).encode())
     assert update_model_card(card, {"scenes": scored(0.5), "cityscapes": scored(0.75)}) == card
     text = card.read_bytes().decode()
-    before, after = CARD.split("model-index:")[0], CARD[CARD.index("\n# what this was") :]
+    before, after = CARD.split("model-index:", maxsplit=1)[0], CARD[CARD.index("\n# what this was") :]
     assert text.startswith(mark + before.replace("\n", line_end))
     assert text.endswith(after.replace("\n", line_end))
     assert "\n" not in text.replace("\r\n", "") if line_end == "\r\n" else "\r" not in text

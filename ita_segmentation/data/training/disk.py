@@ -203,7 +203,8 @@ def load_disk(
 
 def disk_splits(folder: str, train_split: str, eval_split: str, streaming: bool = False) -> dict[str, Any]:
     """The splits in a folder through `datasets`, of a prepared data set only the two asked for; raises as
-    `load_disk`."""
+    `load_disk`.
+    """
     saved = any((Path(folder) / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if not saved and any((Path(folder) / name).is_dir() for name in ("data", UNFINISHED)):
         names = list(prepared_splits(folder))
