@@ -5,6 +5,7 @@ its prompts are averaged and normalised again (ViLD, arXiv 2104.13921; FC-CLIP, 
 embedding of the name alone is what dominant category unearthing compares with the image.
 """
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,11 @@ class Vocabulary(list):
     def key(self) -> tuple[tuple[str, ...], ...]:
         """A hashable form."""
         return tuple(tuple(synonyms) for synonyms in self)
+
+
+def normal_form(name: str) -> str:
+    """Bring a name to the form in which names are compared: Unicode composed, case folded, blanks collapsed."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())
 
 
 def normalize_vocabulary(classes: Iterable[str | Iterable[str]]) -> Vocabulary:
