@@ -55,7 +55,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
     from ita_segmentation.evaluation.benchmarks import load_benchmark
     from ita_segmentation.evaluation.reporting.report import summary_table, write_results
-    from ita_segmentation.hub.model_index import update_model_card
+    from ita_segmentation.hub.model_index import update_model_card, write_model_index
 
     try:
         # Without being told so, processes that find no accelerator do not find each other either.
@@ -85,6 +85,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         paths = write_results(
             options.output, str(options.model), results, confusions, {run.name: run.examples for run in runs}
         )
+        write_model_index(options.output / "model_index.yaml", results, str(options.model))
         if options.update_model_card:
             update_model_card(candidate.path / "README.md", results)
         for run in runs:

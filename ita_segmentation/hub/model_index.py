@@ -66,6 +66,21 @@ def model_index_yaml(results: Results, model_name: str) -> str:
     return dump(model_index(results, model_name))
 
 
+def write_model_index(path: Path, results: Results, model: str) -> None:
+    """Write the scores as YAML, to be pasted between the two `---` at the head of a model card.
+
+    Args:
+        path: file to write.
+        results: benchmark -> scores, as for the report.
+        model: what was evaluated, as the user gave it; the last part of it becomes the name of the model.
+
+    Raises:
+        ITAError: the file cannot be written.
+    """
+    name = Path(model).name or Path(model).resolve().name or model
+    write_files({path: model_index_yaml(results, name).encode("utf-8", "replace")})
+
+
 def update_model_card(path: Path, results: Results) -> Path:
     """Puts the scores into the front matter of a model card; everything else in it stays as it is, to the byte.
 

@@ -73,7 +73,7 @@ def test_all_files_are_written_and_nothing_else(tmp_path):
     paths = write_results(tmp_path, "m", {"scenes": semantic()}, {"scenes": matrix}, {"scenes": examples})
     assert paths == (tmp_path / "results.json", tmp_path / "results.md")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
-        *("model_index.yaml", "report.html", "results.json", "results.md", "scenes/best_1.jpg"),
+        *("report.html", "results.json", "results.md", "scenes/best_1.jpg"),
         *(
             "scenes/best_2.jpg",
             "scenes/confusion.npz",
@@ -238,7 +238,7 @@ def test_what_others_published_is_never_where_a_measured_score_stands(tmp_path):
     assert [row[measured] for row in table[1:]] == ["-"]
     summary = page.tables[0]
     assert "34.1" not in str(summary)
-    for name in ("results.json", "model_index.yaml", "ade20k-150/per_class.csv"):
+    for name in ("results.json", "ade20k-150/per_class.csv"):
         assert not any(system.name in (tmp_path / name).read_text() for system in PUBLISHED)
 
 

@@ -3,7 +3,6 @@
     results.json            all numbers
     results.md              tables beside published scores, classes, confusions
     report.html             the same to click through, with images, in one file
-    model_index.yaml        front matter for the model card
     BENCHMARK/              per_class.csv, confusion.npz and .png, best_1.jpg, worst_1.jpg, ...
 
 A score that was not measured (nan) is null in JSON, empty in CSV and a dash in tables; it is never written as a number.
@@ -44,7 +43,6 @@ from ita_segmentation.evaluation.reporting.score_tables import (
     class_names,
 )
 from ita_segmentation.files import write_files
-from ita_segmentation.hub.model_index import model_index_yaml
 
 __all__ = ["ExampleImage", "markdown_table", "summary_table", "write_results"]
 
@@ -106,12 +104,10 @@ def _overall_files(evaluation: Evaluation) -> dict[str, bytes]:
     model, results = evaluation.model, evaluation.results
     document = {"model": model, "benchmarks": _plain(results), "versions": evaluation.versions}
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    name = Path(model).name or Path(model).resolve().name or model
     return {
         "results.json": text.encode("utf-8", "backslashreplace"),  # JSON's own escape for a lone surrogate
         "results.md": _encode(markdown_report(evaluation)),
         "report.html": _encode(html_report(evaluation)),
-        "model_index.yaml": _encode(model_index_yaml(results, name)),
     }
 
 
