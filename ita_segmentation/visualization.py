@@ -1,38 +1,69 @@
-"""Segments drawn over their image: colours blended in, thin outlines, and a legend on a strip of its own.
+"""Draw segments over their image: colors blended in, thin outlines, and a legend on a strip of its own.
 
-The legend never covers the image: it stands at the right of upright and square images and beneath wide ones, in
-a font that does not shrink with the image.
+The one palette and the one legend of the repository. The palette begins with that of Okabe and Ito ("Color Universal
+Design", 2008) and goes on with the colors that are farthest, in Oklab and under simulated protanopia and
+deuteranopia, from all before. The legend never covers the image: it stands to the right of upright and square images
+and beneath wide ones, in a font that does not shrink with the image.
 """
 
 from __future__ import annotations
 
-import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+Color = tuple[int, int, int]
+"""8-bit RGB."""
 LegendEntry = tuple[int, str, "float | None"]
+"""Id, label, and score or None."""
 
+_PALETTE_BYTES = bytes.fromhex(
+    "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 871e4b 0000ff 78ffff 9669ff 690fa5 "
+    "69d296 695a00 c30f87 ff4b69 69ff96 e10fd2 ffb4d2 b43c4b ff78d2 4b00d2 00e1ff 8796ff"
+)
+PALETTE: tuple[Color, ...] = tuple(
+    zip(_PALETTE_BYTES[0::3], _PALETTE_BYTES[1::3], _PALETTE_BYTES[2::3], strict=True)
+)
 MAX_LEGEND_ENTRIES = 24
 MAX_LABEL_CHARACTERS = 40
-MAX_IMAGE_PIXELS = 16_000_000  # larger images are drawn smaller: an overlay is for looking at
-STRIP_COLOR, TEXT_COLOR, QUIET_TEXT_COLOR = (255, 255, 255), (24, 24, 24), (110, 110, 110)
-OUTLINE_SHADE = 0.45  # an outline is its segment's colour, darkened
+MAX_OVERLAY_PIXELS = 16_000_000
+"""Larger images are drawn smaller."""
+STRIP_COLOR, TEXT_COLOR, MUTED_TEXT_COLOR = (255, 255, 255), (24, 24, 24), (95, 95, 95)
+OUTLINE_SHADE = 0.45
+"""An outline is its segment's color, darkened by this factor."""
 
 
-def color_of(index: int) -> tuple[int, int, int]:
-    """An 8-bit RGB colour for a class or segment id: always the same one, neighbouring ids far apart.
+def color_of(index: int) -> Color:
+    """Return the preferred color of a class or segment id; ids 24 apart share one."""
+    return PALETTE[index % len(PALETTE)]
 
-    Hues follow the golden ratio; saturation and brightness alternate, so that ids which come near in hue differ.
+
+def assign_colors(ids: Iterable[int], before: Mapping[int, Color] | None = None) -> dict[int, Color]:
+    """Give each id of an image a color that no other id of it has, as far as the palette's 24 colors reach.
+
+    An id keeps the color that it had `before`, else it gets that of `color_of`, else the next one that is free.
+
+    Args:
+        ids: ids of classes or segments, the most important first: earlier ids choose first.
+        before: colors of an earlier frame.
+
+    Returns:
+        the color of each id.
     """
-    hue = (0.03 + index * 0.6180339887498949) % 1.0
-    saturation = (0.85, 0.6, 0.95)[index % 3]
-    value = (0.95, 0.8, 0.65, 1.0)[index // 3 % 4]
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    wanted = list(dict.fromkeys(ids))
+    before = before or {}
+    colors: dict[int, Color] = {}
+    taken: set[Color] = set()
+    for index in sorted(wanted, key=lambda one: one not in before):
+        preferred = before.get(index, color_of(index))
+        start = PALETTE.index(preferred)
+        free = (color for color in (*PALETTE[start:], *PALETTE[:start]) if color not in taken)
+        colors[index] = next(free, preferred)
+        taken.add(colors[index])
+    return {index: colors[index] for index in wanted}
 
 
 def draw_overlay(
@@ -41,22 +72,27 @@ def draw_overlay(
     legend: Sequence[LegendEntry],
     alpha: float = 0.55,
 ) -> Image.Image:
-    """Draws a segmentation over its image, with a legend of what is in it.
+    """Draw a segmentation over its image, with a legend of what is in it.
 
     Args:
         image: the image, any mode.
         segmentation: (H, W) integer array or tensor of ids, the image's size.
-        legend: (id, label, score or None) for each id; pixels of other ids stay unpainted, and entries that no
-            pixel has are left out. Sorted by area; more than 24 end in "and n more".
-        alpha: share of the colour in painted pixels, 0 to 1.
+        legend: (id, label, score or None) of each id; pixels of other ids stay unpainted, and entries that no pixel
+            has are left out. Sorted by area; more than 24 end in "and n more".
+        alpha: share of the color in painted pixels, 0 to 1.
 
     Returns:
-        an RGB image: `image` (made smaller above 16 million pixels) and, if anything is painted, the legend.
+        an RGB image: `image` (made smaller above 16 million pixels) and, if anything is painted, the legend. The
+        colors are those of `assign_colors`, largest segment first.
 
     Raises:
         ValueError: if sizes differ or alpha is outside [0, 1].
     """
-    return add_legend(*paint_segments(image, segmentation, legend, alpha))
+    ids = _ids_of(image, segmentation)
+    present = _present(ids, legend)
+    colors = assign_colors(index for index, _, _ in present)
+    painted, _ = paint_segments(image, ids, present, alpha, colors)
+    return add_legend(painted, present, colors)
 
 
 def paint_segments(
@@ -64,74 +100,64 @@ def paint_segments(
     segmentation: Any,
     legend: Sequence[LegendEntry],
     alpha: float = 0.55,
+    colors: Mapping[int, Color] | None = None,
 ) -> tuple[Image.Image, list[LegendEntry]]:
-    """`draw_overlay` without the legend; takes and raises the same.
+    """Paint a segmentation over its image, as `draw_overlay` does, without the legend.
+
+    Args:
+        image: the image, any mode.
+        segmentation: (H, W) integer array or tensor of ids, the image's size.
+        legend: (id, label, score or None) of each id.
+        alpha: share of the color in painted pixels, 0 to 1.
+        colors: the color of each id of the legend; `color_of` without.
 
     Returns:
         the painted RGB image, and the legend's entries that are in it, largest first.
+
+    Raises:
+        ValueError: if sizes differ or alpha is outside [0, 1].
     """
-    ids = np.asarray(segmentation.detach().cpu() if hasattr(segmentation, "detach") else segmentation)
-    if ids.shape != (image.height, image.width):
-        raise ValueError(f"segmentation has shape {ids.shape} for an image of {(image.height, image.width)}")
+    ids = _ids_of(image, segmentation)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
     image = image.convert("RGB")
-    if not legend:
-        return image, []
-    lowest, highest = min(entry[0] for entry in legend), max(entry[0] for entry in legend)
-    # Ids outside of the legend's take the first or the last place.
-    places = ids.astype(np.int64).clip(lowest - 1, highest + 1) - (lowest - 1)
-    areas = np.bincount(places.ravel(), minlength=highest - lowest + 3)
-    present = [entry for entry in legend if areas[entry[0] - lowest + 1]]
-    present.sort(key=lambda entry: -areas[entry[0] - lowest + 1])
+    present = _present(ids, legend)
     if not present:
         return image, []
-    if image.width * image.height > MAX_IMAGE_PIXELS:
+    lowest, highest = _range(legend)
+    # Ids outside of the legend's take the first or the last place.
+    places = ids.astype(np.int64).clip(lowest - 1, highest + 1) - (lowest - 1)
+    if image.width * image.height > MAX_OVERLAY_PIXELS:
         image, places = _shrink(image, places)
-    colors, known = np.zeros((len(areas), 3), dtype=np.uint8), np.zeros(len(areas), dtype=bool)
+    table, known = (
+        np.zeros((highest - lowest + 3, 3), dtype=np.uint8),
+        np.zeros(highest - lowest + 3, dtype=bool),
+    )
     for index, _, _ in present:
-        colors[index - lowest + 1], known[index - lowest + 1] = color_of(index), True
-    return _paint(image, places, colors, known, alpha), present
+        table[index - lowest + 1] = color_of(index) if colors is None else colors[index]
+        known[index - lowest + 1] = True
+    return _paint(image, places, table, known, alpha), present
 
 
-def _shrink(image: Image.Image, places: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-    factor = math.sqrt(MAX_IMAGE_PIXELS / (image.width * image.height))
-    width, height = max(1, int(image.width * factor)), max(1, int(image.height * factor))
-    return image.resize((width, height), Image.Resampling.BILINEAR), resize_labels(places, (height, width))
-
-
-def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map (H, W) brought to `size` (height, width): the nearest label above and left of each pixel."""
-    rows = np.arange(size[0]) * labels.shape[0] // size[0]
-    columns = np.arange(size[1]) * labels.shape[1] // size[1]
-    return labels[rows[:, None], columns]
-
-
-def _paint(
-    image: Image.Image, places: np.ndarray, colors: np.ndarray, known: np.ndarray, alpha: float
+def add_legend(
+    image: Image.Image, entries: Sequence[LegendEntry], colors: Mapping[int, Color] | None = None
 ) -> Image.Image:
-    """Blends in `colors` (n, 3) uint8 where `known` (n,) bool, both looked up by `places` (H, W)."""
-    inside, edges = known[places], _outlines(places)
-    blended = Image.blend(image, Image.fromarray(colors[places]), alpha)
-    blended = Image.composite(blended, image, Image.fromarray(inside))
-    dark = Image.fromarray((OUTLINE_SHADE * colors).astype(np.uint8)[places])
-    return Image.composite(dark, blended, Image.fromarray(inside & edges))
+    """Add a strip that names the colors of these ids.
 
+    Args:
+        image: an RGB image.
+        entries: (id, label, score or None), in order; more than 24 end in "and n more".
+        colors: the color of each id; `color_of` without.
 
-def _outlines(places: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels whose right or lower neighbour is another's; wider on large images."""
-    edges = np.zeros(places.shape, dtype=bool)
-    for step in range(1, 2 + max(places.shape) // 1200):
-        edges[:, :-step] |= places[:, :-step] != places[:, step:]
-        edges[:-step] |= places[:-step] != places[step:]
-    return edges
-
-
-def add_legend(image: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
-    """The image with a strip that names the colours of these ids; the image itself if there are none."""
+    Returns:
+        a new image; `image` itself if there are no entries.
+    """
     if not entries:
         return image
-    lines: list[tuple[int | None, str]] = [(index, _line(label, score)) for index, label, score in entries]
+    lines: list[tuple[Color | None, str]] = [
+        (color_of(index) if colors is None else colors[index], legend_text(label, score))
+        for index, label, score in entries
+    ]
     if len(lines) > MAX_LEGEND_ENTRIES:
         hidden = len(lines) - MAX_LEGEND_ENTRIES
         lines = [*lines[:MAX_LEGEND_ENTRIES], (None, f"and {hidden} more")]
@@ -153,21 +179,91 @@ def add_legend(image: Image.Image, entries: Sequence[LegendEntry]) -> Image.Imag
         corner, size = (image.width, 0), (image.width + width, max(image.height, height))
     canvas = Image.new("RGB", size, STRIP_COLOR)
     canvas.paste(image, (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    for place, (index, text) in enumerate(lines):
+    for place, (color, text) in enumerate(lines):
         x = corner[0] + margin + place // rows * column_width
         y = corner[1] + margin + place % rows * row_height
-        if index is not None:
-            box = (x, y + 1, x + text_size, y + 1 + text_size)
-            color = color_of(index)
-            draw.rectangle(box, fill=color, outline=tuple(round(OUTLINE_SHADE * part) for part in color))
-        color = TEXT_COLOR if index is not None else QUIET_TEXT_COLOR
-        draw.text((x + text_size + margin, y + 1 + text_size // 2), text, fill=color, font=font, anchor="lm")
+        draw_legend_line(canvas, (x, y), text, color, font)
     return canvas
 
 
-def _line(label: str, score: float | None) -> str:
+def draw_legend_line(
+    canvas: Image.Image, corner: tuple[int, int], text: str, color: Color | None, font: Any
+) -> None:
+    """Draw a line of a legend: a square in `color` (None: no square, muted text) and the text to its right.
+
+    Args:
+        canvas: what is drawn on.
+        corner: (x, y) of the upper left corner in pixels.
+        text: what the line says.
+        color: of the square.
+        font: a `PIL.ImageFont` with a `size`, which is the square's, too.
+    """
+    (x, y), size, draw = corner, round(font.size), ImageDraw.Draw(canvas)
+    if color is not None:
+        dark = tuple(round(OUTLINE_SHADE * part) for part in color)
+        draw.rectangle((x, y + 1, x + size, y + 1 + size), fill=color, outline=dark)
+    ink = MUTED_TEXT_COLOR if color is None else TEXT_COLOR
+    draw.text((x + size + round(0.6 * size), y + 1 + size // 2), text, fill=ink, font=font, anchor="lm")
+
+
+def legend_text(label: str, score: float | None, max_characters: int = MAX_LABEL_CHARACTERS) -> str:
+    """Return a legend's line of text: the label, shortened to `max_characters`, and the score if there is one."""
     label = " ".join(label.split())
-    if len(label) > MAX_LABEL_CHARACTERS:
-        label = label[: MAX_LABEL_CHARACTERS - 1].rstrip() + "…"
+    if len(label) > max_characters:
+        label = label[: max_characters - 1].rstrip() + "…"
     return label if score is None else f"{label}  {score:.2f}"
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a label map (H, W) to `size` (height, width): the nearest label above and left of each pixel."""
+    rows = np.arange(size[0]) * labels.shape[0] // size[0]
+    columns = np.arange(size[1]) * labels.shape[1] // size[1]
+    return labels[rows[:, None], columns]
+
+
+def _ids_of(image: Image.Image, segmentation: Any) -> np.ndarray:
+    ids = np.asarray(segmentation.detach().cpu() if hasattr(segmentation, "detach") else segmentation)
+    if ids.shape != (image.height, image.width):
+        raise ValueError(f"segmentation has shape {ids.shape} for an image of {(image.height, image.width)}")
+    return ids
+
+
+def _range(legend: Sequence[LegendEntry]) -> tuple[int, int]:
+    return min(entry[0] for entry in legend), max(entry[0] for entry in legend)
+
+
+def _present(ids: np.ndarray, legend: Sequence[LegendEntry]) -> list[LegendEntry]:
+    """The entries that have pixels, largest first."""
+    if not legend:
+        return []
+    lowest, highest = _range(legend)
+    places = ids.astype(np.int64).clip(lowest - 1, highest + 1) - (lowest - 1)
+    areas = np.bincount(places.ravel(), minlength=highest - lowest + 3)
+    present = [entry for entry in legend if areas[entry[0] - lowest + 1]]
+    return sorted(present, key=lambda entry: -areas[entry[0] - lowest + 1])
+
+
+def _shrink(image: Image.Image, places: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    factor = math.sqrt(MAX_OVERLAY_PIXELS / (image.width * image.height))
+    width, height = max(1, int(factor * image.width)), max(1, int(factor * image.height))
+    return image.resize((width, height), Image.Resampling.BILINEAR), resize_labels(places, (height, width))
+
+
+def _paint(
+    image: Image.Image, places: np.ndarray, colors: np.ndarray, known: np.ndarray, alpha: float
+) -> Image.Image:
+    """Blend in `colors` (n, 3) uint8 where `known` (n,) bool, both looked up by `places` (H, W)."""
+    inside, edges = known[places], _outlines(places)
+    blended = Image.blend(image, Image.fromarray(colors[places]), alpha)
+    blended = Image.composite(blended, image, Image.fromarray(inside))
+    dark = Image.fromarray((OUTLINE_SHADE * colors).astype(np.uint8)[places])
+    return Image.composite(dark, blended, Image.fromarray(inside & edges))
+
+
+def _outlines(places: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels whose right or lower neighbor is another's; wider on large images."""
+    edges = np.zeros(places.shape, dtype=bool)
+    for step in range(1, 2 + max(places.shape) // 1200):
+        edges[:, :-step] |= places[:, :-step] != places[:, step:]
+        edges[:-step] |= places[:-step] != places[step:]
+    return edges

@@ -1,4 +1,4 @@
-"""Confusion matrix scores against a slow count, reports, overlays."""
+"""Confusion matrix scores against a slow count, reports."""
 
 import json
 import math
@@ -6,14 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ita_segmentation.evaluation import (
     ConfusionMatrix,
     markdown_table,
     write_results,
 )
-from ita_segmentation.visualization import MAX_LEGEND_ENTRIES, color_of, draw_overlay
 
 IGNORE = 255
 
@@ -175,78 +173,3 @@ def test_reports_show_per_cent_and_never_a_score_that_was_not_measured(tmp_path)
 
 def test_a_table_has_one_line_a_row():
     assert markdown_table(["a", "b"], [["x", 0.5]]) == "| a | b |\n| --- | --- |\n| x | 50.00 |\n"
-
-
-# Overlays
-
-
-def test_only_ids_of_the_legend_are_painted_in_their_colour():
-    image = Image.new("RGB", (40, 30), (10, 20, 30))
-    ids = np.zeros((30, 40), int)
-    ids[:, 20:] = 7
-    overlay = np.asarray(draw_overlay(image, ids, [(7, "cat", 0.9)], alpha=1.0))
-    assert tuple(overlay[15, 5]) == (10, 20, 30)
-    assert tuple(overlay[15, 30]) == color_of(7)
-    untouched = np.asarray(draw_overlay(image, ids, [(9, "dog", None)]))
-    assert untouched.shape == (30, 40, 3)
-    assert (untouched == (10, 20, 30)).all()
-
-
-def test_the_border_between_two_segments_is_outlined_darker():
-    ids = np.repeat([[1, 2]], 10, axis=0).repeat(10, axis=1)
-    overlay = np.asarray(draw_overlay(Image.new("RGB", (20, 10)), ids, [(1, "a", None), (2, "b", None)], 1.0))
-    assert overlay[5, 9].astype(int).sum() < 0.6 * overlay[5, 5].astype(int).sum()
-
-
-def test_the_legend_does_not_cover_the_image_and_stands_beneath_wide_ones():
-    ids = np.ones((100, 100), int)
-    square = draw_overlay(Image.new("RGB", (100, 100)), ids, [(1, "wall", None)])
-    assert square.width > 150
-    wide = draw_overlay(Image.new("RGB", (400, 100)), np.ones((100, 400), int), [(1, "wall", None)])
-    assert wide.width == 400
-    assert wide.height > 110
-
-
-@pytest.mark.parametrize("size", [(1, 1), (20_000, 10), (10, 20_000), (3, 500)])
-def test_images_of_any_shape_get_a_legend_that_can_be_read(size):
-    legend = [(1, "a name " * 40, 0.5)]
-    overlay = draw_overlay(Image.new("RGB", size), np.ones(size[::-1], int), legend)
-    assert overlay.width >= size[0]
-    assert overlay.height >= size[1]
-    assert overlay.width * overlay.height < 60 * size[0] * size[1] + 2_000_000
-    strip = np.asarray(overlay)
-    assert (strip == 255).all(-1).sum() > 1000  # paper
-    assert (strip.max(-1) < 90).sum() > 50  # ink
-
-
-def test_a_huge_image_is_drawn_smaller():
-    overlay = draw_overlay(
-        Image.new("RGB", (5000, 4000)), np.ones((4000, 5000), np.uint8), [(1, "sky", None)]
-    )
-    assert overlay.width * overlay.height < 18_000_000
-
-
-def test_many_classes_end_in_and_n_more():
-    ids = np.arange(60)[None].repeat(400, 0).repeat(8, 1)
-
-    def drawn(num_classes: int) -> Image.Image:
-        legend = [(index, f"class {index:02}", None) for index in range(60)]
-        return draw_overlay(Image.new("RGB", ids.shape[::-1]), ids.clip(max=num_classes - 1), legend)
-
-    assert drawn(MAX_LEGEND_ENTRIES).width > drawn(2).width
-    assert drawn(60).width < drawn(2).width + 3 * (drawn(2).width - ids.shape[1])
-
-
-def test_colours_are_always_the_same_and_differ_between_neighbours():
-    colors = [color_of(index) for index in range(60)]
-    assert colors == [color_of(index) for index in range(60)]
-    assert len(set(colors)) == 60
-    for one, other in zip(colors, colors[1:], strict=False):
-        assert np.abs(np.subtract(one, other)).sum() > 100
-
-
-def test_an_overlay_of_another_size_or_strength_is_refused():
-    with pytest.raises(ValueError, match="shape"):
-        draw_overlay(Image.new("RGB", (4, 5)), np.zeros((4, 5), int), [])
-    with pytest.raises(ValueError, match="alpha"):
-        draw_overlay(Image.new("RGB", (1, 1)), np.zeros((1, 1), int), [], alpha=1.5)

@@ -3,7 +3,7 @@
 const part = (name) => element.querySelector(name);
 const root = part('.ita-viewer'), stage = part('.ita-stage'), tip = part('.ita-tip'), legend = part('.ita-legend');
 const layers = ['.ita-image', '.ita-colors', '.ita-marks'].map(part);
-const [image, colors, marks] = layers;
+const [base, colors, marks] = layers;
 const opacity = part('#ita-opacity');
 const OUTLINE_SHADE = 0.45, VEIL = [18, 18, 24, 190], REST_OPACITY = 55;
 
@@ -14,12 +14,12 @@ const percent = (share) => (share < 0.001 ? '< 0.1' : (100 * share).toFixed(shar
 const counted = (count, noun) => count.toLocaleString('en') + ' ' + noun + (count === 1 ? '' : 's');
 const scored = (score) => (score === null || score === undefined ? '' : score.toFixed(2));
 
-function image(address) {
+function load(uri) {
   return new Promise((resolve, reject) => {
-    const one = new Image();
-    one.onload = () => resolve(one);
-    one.onerror = () => reject(new Error('an image of the answer cannot be shown'));
-    one.src = address;
+    const image = new Image();
+    image.onload = () => resolve(image);
+    image.onerror = () => reject(new Error('an image of the answer cannot be shown'));
+    image.src = uri;
   });
 }
 
@@ -204,12 +204,12 @@ async function show() {
     root.dataset.run = value ? value.run : '';
     return;
   }
-  const [shown, idMap] = await Promise.all([image(value.image), image(value.ids)]);
+  const [shown, idMap] = await Promise.all([load(value.image), load(value.ids)]);
   if (turn !== drawn) return; // a newer answer has come
   view = value;
   isolated = hovered = null;
   for (const layer of layers) [layer.width, layer.height] = [idMap.width, idMap.height];
-  image.getContext('2d').drawImage(shown, 0, 0);
+  base.getContext('2d').drawImage(shown, 0, 0);
   ids = readIds(idMap);
   boxOf = boxes(idMap.width);
   segmentOf = new Map(view.segments.map((segment) => [segment.id, segment]));
@@ -225,7 +225,7 @@ async function show() {
   absent.querySelector('p').textContent = view.absent.join(', ') + (hidden ? ', and ' + hidden + ' more' : '');
   part('pre').textContent = view.python;
   const names = view.classes.slice(0, 8).map((entry) => entry.name).join(', ');
-  image.setAttribute('aria-label', view.name + ', segmented' + (names ? ': ' + names : ''));
+  base.setAttribute('aria-label', view.name + ', segmented' + (names ? ': ' + names : ''));
   summarize();
   paintColors();
   paintMarks();
@@ -242,20 +242,20 @@ function setOpacity() {
 // What is on the screen, with a legend beneath it.
 function overlayCanvas() {
   const entries = view.classes.filter((entry) => isolated === null || entry.class === isolated);
-  const text = Math.max(12, Math.min(26, Math.round(Math.sqrt(image.width * image.height) / 36)));
+  const text = Math.max(12, Math.min(26, Math.round(Math.sqrt(base.width * base.height) / 36)));
   const font = text + 'px system-ui, sans-serif', row = Math.round(1.6 * text), gap = Math.round(0.7 * text);
   const line = (entry) => [entry.name, scored(entry.score)].filter(Boolean).join('  ');
   const canvas = document.createElement('canvas'), context = canvas.getContext('2d');
   context.font = font;
   const widest = Math.max(...entries.map((entry) => context.measureText(line(entry)).width), 0);
-  const column = Math.min(image.width, Math.ceil(widest) + text + 3 * gap);
-  const columns = Math.max(1, Math.floor((image.width - gap) / column));
+  const column = Math.min(base.width, Math.ceil(widest) + text + 3 * gap);
+  const columns = Math.max(1, Math.floor((base.width - gap) / column));
   const rows = Math.ceil(entries.length / columns);
-  canvas.width = image.width;
-  canvas.height = image.height + (rows ? rows * row + 2 * gap : 0);
+  canvas.width = base.width;
+  canvas.height = base.height + (rows ? rows * row + 2 * gap : 0);
   context.fillStyle = '#fff';
   context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(image, 0, 0);
+  context.drawImage(base, 0, 0);
   context.globalAlpha = opacity.value / 100;
   context.drawImage(colors, 0, 0);
   context.globalAlpha = 1;
@@ -264,7 +264,7 @@ function overlayCanvas() {
   context.font = font;
   context.textBaseline = 'middle';
   entries.forEach((entry, place) => {
-    const x = gap + Math.floor(place / rows) * column, y = image.height + gap + (place % rows) * row;
+    const x = gap + Math.floor(place / rows) * column, y = base.height + gap + (place % rows) * row;
     context.fillStyle = 'rgb(' + entry.color.join(',') + ')';
     context.fillRect(x, y + (row - text) / 2, text, text);
     context.fillStyle = '#181818';
