@@ -12,20 +12,61 @@ import yaml
 from ita_segmentation.errors import ITAError, one_line
 
 
+MAX_MAPPING_CHARACTERS, MAX_MAPPING_VALUES, MAX_MAPPING_DEPTH = 1_000_000, 100_000, 50
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Reads a YAML or JSON file that holds a mapping (JSON is YAML).
+    """Read a YAML or JSON file that holds a mapping (JSON is YAML).
 
     Raises:
-        ITAError: if it cannot be read, is neither, or holds something else.
+        ITAError: It cannot be read, is neither, holds something else, or is too large, too deeply nested or
+            too large once its aliases are expanded.
     """
-    text = read_text(path)
+    return parse_mapping(read_text(path), str(path))
+
+
+def parse_mapping(text: str, source: str) -> dict[str, Any]:
+    """Parse a YAML or JSON mapping of bounded size and depth; an empty text is an empty mapping.
+
+    Args:
+        text: The YAML or JSON text.
+        source: Where it comes from, for error messages.
+
+    Raises:
+        ITAError: As for `read_mapping`.
+    """
+    if len(text) > MAX_MAPPING_CHARACTERS:
+        raise ITAError(f"{source} has more than {MAX_MAPPING_CHARACTERS:,} characters")
+    loader = yaml.SafeLoader(text)
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ITAError(f"{path} is neither YAML nor JSON: {one_line(error, 120)}") from error
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        _count_values(node, source, {}, 0)
+        content = loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ITAError(f"{source} is neither YAML nor JSON: {one_line(error, 120)}") from error
+    except RecursionError as error:
+        raise ITAError(f"{source} is too deeply nested") from error
+    finally:
+        loader.dispose()
     if not isinstance(content, dict):
-        raise ITAError(f"{path} must hold arguments and their values")
+        raise ITAError(f"{source} must be a mapping of names to values, not a {type(content).__name__}")
     return content
+
+
+def _count_values(node: yaml.Node, source: str, counted: dict[int, int], depth: int) -> int:
+    """Count the values below a YAML node with every alias expanded. Raises ITAError beyond the limits."""
+    if depth > MAX_MAPPING_DEPTH:
+        raise ITAError(f"{source} is too deeply nested (more than {MAX_MAPPING_DEPTH} levels)")
+    if id(node) not in counted:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        counted[id(node)] = 1 + sum(_count_values(part, source, counted, depth + 1) for part in parts)
+    if counted[id(node)] > MAX_MAPPING_VALUES:
+        raise ITAError(f"{source} has more than {MAX_MAPPING_VALUES:,} values")
+    return counted[id(node)]
 
 
 def read_text(path: Path) -> str:

@@ -196,6 +196,9 @@ class SetCriterion:
         config: has class_weight, mask_weight, dice_weight, no_object_weight, train_num_points (points per
             mask), oversample_ratio (candidates per uncertain point) and importance_sample_ratio (the share
             of points chosen by uncertainty; the rest are random).
+
+    Attributes:
+        matches: What the last call matched; None before the first one.
     """
 
     def __init__(self, config) -> None:
@@ -206,6 +209,21 @@ class SetCriterion:
         self.num_points = int(config.train_num_points)
         self.num_candidates = int(self.num_points * config.oversample_ratio)
         self.num_uncertain = int(self.num_points * config.importance_sample_ratio)
+        self.matches: Matches | None = None
+        self._step_mask_counts: list[list[int]] = []
+
+    def begin_step(self, mask_counts: list[list[int]]) -> None:
+        """Normalize the next calls over all batches of an optimizer step, for gradient accumulation.
+
+        A loss is a sum over masks (or queries) divided by their number. With the number in all batches of the
+        step, k batches of b images give the loss and the gradients of one batch of k * b images, provided that
+        the caller divides each batch's loss by k.
+
+        Args:
+            mask_counts: Number of masks of each image, one list per batch. With fewer than two batches every call
+                is normalized by its own batch, as without this method.
+        """
+        self._step_mask_counts = mask_counts if len(mask_counts) > 1 else []
 
     def __call__(
         self,
@@ -243,8 +261,8 @@ class SetCriterion:
         with torch.autocast(device_type=device.type, enabled=False):
             mask_labels = [masks.to(device) for masks in mask_labels]
             class_labels = [labels.to(device=device, dtype=torch.int64) for labels in class_labels]
-            matches = self.match(class_logits, mask_logits, mask_labels, class_labels)
-            num_masks, class_mass = self.normalisers(class_logits[-1], class_labels, matches)
+            matches = self.matches = self.match(class_logits, mask_logits, mask_labels, class_labels)
+            num_masks, class_mass = self.normalizers(class_logits[-1], class_labels)
             weighted = {
                 "ce": self.class_weight * self.class_losses(class_logits, class_labels, matches) / class_mass
             }
@@ -265,24 +283,26 @@ class SetCriterion:
             for part, losses in weighted.items()
         }
 
-    def normalisers(
-        self, class_logits: Tensor, class_labels: list[Tensor], matches: Matches
-    ) -> tuple[Tensor, Tensor]:
-        """What losses are divided by, averaged over processes: two float32 scalars.
+    def normalizers(self, class_logits: Tensor, class_labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute what losses are divided by, averaged over processes: two float32 scalars.
 
         Returns:
-            The number of ground-truth masks, at least 1; the weight of all queries in the class loss.
+            The number of ground-truth masks, at least 1, and the weight of all queries in the class loss: of this
+            batch, or the means over the batches of the step (see `begin_step`).
         """
-        num_masks = sum(map(len, class_labels))
-        num_matched = sum(matches.sizes)
-        num_void = class_logits.shape[0] * class_logits.shape[1] - num_matched
+        batches = self._step_mask_counts or [list(map(len, class_labels))]
+        counts = [count for batch in batches for count in batch]
+        num_queries = class_logits.shape[1]
+        num_matched = sum(min(num_queries, count) for count in counts)
+        num_void = len(counts) * num_queries - num_matched
         totals = torch.tensor(
-            [num_masks, num_matched + self.no_object_weight * num_void],
+            [sum(counts), num_matched + self.no_object_weight * num_void],
             dtype=torch.float32,
             device=class_logits.device,
         )
-        num_masks_mean, class_mass = mean_over_processes(totals)
-        return num_masks_mean.clamp(min=1.0), class_mass.clamp(min=torch.finfo(torch.float32).tiny)
+        num_masks, class_mass = mean_over_processes(totals)
+        class_mass = class_mass.clamp(min=torch.finfo(torch.float32).tiny)
+        return num_masks.clamp(min=1.0) / len(batches), class_mass / len(batches)
 
     @torch.no_grad()
     def match(

@@ -117,7 +117,11 @@ class ConfigArgumentParser(HfArgumentParser):
 
     def _arguments_of(self, path: Path) -> list[str]:
         """Read the file's content as command-line arguments, so that it is checked like them."""
-        actions = {action.dest: action for action in self._actions if action.option_strings}
+        actions = {
+            option.lstrip("-").replace("-", "_"): action
+            for action in self._actions
+            for option in action.option_strings
+        }
         arguments: list[str] = []
         for key, value in read_mapping(path).items():
             action = actions.get(str(key).replace("-", "_"))
@@ -136,7 +140,7 @@ def _as_arguments(path: Path, action: argparse.Action, value: Any) -> list[str]:
             raise UsageError(f"{path}: {action.dest!r} must be true or false, got {value!r}")
         if value:
             return [option]
-        return [action.option_strings[1]] if len(action.option_strings) > 1 else []
+        return [action.option_strings[1]] if isinstance(action, argparse.BooleanOptionalAction) else []
     if isinstance(value, dict):
         return [f"{option}={json.dumps(value)}"]
     several = action.nargs in ("+", "*")

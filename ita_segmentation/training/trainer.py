@@ -28,7 +28,6 @@ from ita_segmentation.evaluation.metrics.semantic import ConfusionMatrix
 from ita_segmentation.training import checkpoints
 from ita_segmentation.training.arguments import ITATrainingArguments
 from ita_segmentation.training.clip_tuning import NORMS, merge_adapters
-from ita_segmentation.training.criterion import StepCriterion
 from ita_segmentation.training.ema import WeightAverage
 from ita_segmentation.training.metrics import RunNumbers
 from ita_segmentation.training.non_finite import STEPS_BETWEEN_CHECKS, BatchWatch, write_nan_batch
@@ -92,7 +91,6 @@ class ITATrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         model: Any = kwargs["model"]
-        model.criterion = StepCriterion(model.config)
         learning = trainable(model)
         # Each process reads the frozen weights from the same file: they need not be sent to each other.
         model._ddp_params_and_buffers_to_ignore = [
@@ -294,7 +292,7 @@ class ITATrainer(Trainer):
             with self.accelerator.autocast():
                 batches = [self.kept.complete(batch) for batch in batches]
         counts = [[len(labels) for labels in batch["class_labels"]] for batch in batches]
-        self.network.criterion.mask_counts = counts
+        self.network.criterion.begin_step(counts)
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from helpers.tiny_checkpoint import tiny_config
-from ita_segmentation.training.criterion import StepCriterion
 from ita_segmentation.training.ema import WeightAverage, decay_after
 from ita_segmentation.training.metrics import count_dominant_classes, count_text_queries
 from ita_segmentation.training.non_finite import BatchWatch
@@ -25,9 +24,7 @@ def same_points(num_masks: int, count: int, device: torch.device | str) -> torch
 
 def make_model(**changes) -> ITAForOpenVocabSegmentation:
     torch.manual_seed(0)
-    model = ITAForOpenVocabSegmentation(tiny_config(train_num_points=POINTS, **changes)).train()
-    model.criterion = StepCriterion(model.config)
-    return model
+    return ITAForOpenVocabSegmentation(tiny_config(train_num_points=POINTS, **changes)).train()
 
 
 def make_batch(counts: tuple[int, ...]) -> dict:
@@ -115,7 +112,7 @@ def test_accumulated_batches_give_the_gradients_of_one_large_batch(monkeypatch):
     loss.backward()
 
     parts = make_model()
-    parts.criterion.mask_counts = [[3, 1], [0, 2]]
+    parts.criterion.begin_step([[3, 1], [0, 2]])
     total = 0.0
     for images in (slice(0, 2), slice(2, 4)):
         part = parts(**{name: values[images] for name, values in batch.items()}).loss / 2
