@@ -51,7 +51,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-hub: $(STAMP)
-	ITA_HUB_TESTS=1 $(BIN)/python -m pytest -q -rA tests/test_hub_environment.py
+	$(BIN)/python -m pytest -q -rA -m hub
 
 test-slow: $(STAMP)
 	ITA_SLOW_TESTS=1 $(BIN)/python -m pytest -q -rA -s tests/test_training_kills.py tests/test_app_load.py

@@ -1,8 +1,13 @@
 """Configuration of ITA, image-text aggregation for open-vocabulary segmentation (Cheng et al., Neurocomputing 2025)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    # transformers keeps one class of configuration for each version of the code that this file imports, and finds the
+    # model's class by it. Without this import, two checkpoints with different code would share the model's class.
+    from .modeling_ita import ITAForOpenVocabSegmentation  # noqa: F401
 
 VILD_TEMPLATES: tuple[str, ...] = (
     "a photo of a {}.",

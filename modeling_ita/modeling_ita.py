@@ -31,7 +31,7 @@ from .batching import (
     scatter,
     valid_pixels,
 )
-from .checkpoint_code import SavesItsCode
+from .checkpoint_code import RemoteCodeMixin
 from .classification import Opinions, masks_on_dense_feature
 from .clip_backbone import ClipBackbone, ImageFeatures, resolve_clip_config
 from .configuration_ita import ITAConfig, check_shortlist, check_weight
@@ -44,7 +44,7 @@ from .text import VocabularyEncoder
 from .vocabulary import TextClassifier, Vocabulary, WordTensors, normalize_vocabulary, vocabularies_of_batch
 
 
-class ITAForOpenVocabSegmentation(SavesItsCode, PreTrainedModel):
+class ITAForOpenVocabSegmentation(RemoteCodeMixin, PreTrainedModel):
     """Open-vocabulary segmentation by image-text aggregation.
 
     Example:

@@ -1,8 +1,8 @@
-"""What a stranger does with a checkpoint, run in an environment without this package: see test_hub_environment.py.
+"""Use a checkpoint as its users do, in an environment without this package: see test_hub_environment.py.
 
     python hub_environment_script.py CHECKPOINT IMAGE OUTPUT
 
-Loads the checkpoint by every Auto class and both pipelines, saves it again and loads that; writes what came out to
+Loads the checkpoint by every Auto class and both pipelines, saves it again and loads that; writes the results to
 OUTPUT, so that environments can be compared.
 """
 
@@ -25,7 +25,7 @@ from transformers import (
     pipeline,
 )
 
-WORDS = ["water", ["teddy bear", "teddy"], "concrete"]
+VOCABULARY = ["water", ["teddy bear", "teddy"], "concrete"]
 EVERYTHING = {"threshold": 0.0, "mask_threshold": 0.0, "overlap_mask_area_threshold": 0.0}
 AUTO_MODELS = (
     AutoModel,
@@ -37,10 +37,10 @@ AUTO_MODELS = (
 
 @torch.no_grad()
 def outputs_of(model, processor, image) -> dict[str, torch.Tensor]:
-    """All tensors of an answer, read out in each way."""
+    """Outputs and semantic maps, with the checkpoint's own vocabulary and another one."""
     answers = {}
-    for name, words in (("own", None), ("typed", WORDS)):
-        outputs = model(**processor(images=image, return_tensors="pt"), vocabulary=words)
+    for name, classes in (("own", None), ("typed", VOCABULARY)):
+        outputs = model(**processor(images=image, return_tensors="pt"), vocabulary=classes)
         size = [image.size[::-1]]
         answers[f"{name} classes"] = outputs.class_queries_logits
         answers[f"{name} masks"] = outputs.masks_queries_logits

@@ -1,6 +1,6 @@
-"""A checkpoint where this repository is not: an environment with five packages, on three versions of transformers.
+"""A checkpoint in an environment with five packages and without this repository, on three versions of transformers.
 
-Builds `outputs/hub-env` (some 5 GB, minutes) unless it is there, so it runs on request only: `make test-hub`.
+Builds `outputs/hub-env` (some 5 GB, minutes) unless it is there; `make test-hub` runs it.
 """
 
 import json
@@ -26,10 +26,7 @@ PINNED = ("timm", "numpy")  # not asked for, but numbers are compared to the bit
 MAJOR, MINOR = (int(part) for part in version("transformers").split(".")[:2])
 VERSIONS = [f"{MAJOR}.{MINOR - below}" for below in range(3)]
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("ITA_HUB_TESTS") != "1",
-    reason="builds an environment of some 5 GB: set ITA_HUB_TESTS=1, or run `make test-hub`",
-)
+pytestmark = pytest.mark.hub
 
 
 def pip(*arguments: str) -> None:
@@ -92,7 +89,7 @@ def expected(checkpoint, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("release", VERSIONS)
-def test_a_stranger_gets_the_same_bits(release, environment, checkpoint, expected, tmp_path):
+def test_the_checkpoint_computes_the_same_bits(release, environment, checkpoint, expected, tmp_path):
     pip(f"transformers=={release}.*")
     output = tmp_path / "answers.pt"
     facts = run([str(environment), "-I", str(SCRIPT), str(checkpoint), str(IMAGE), str(output)], tmp_path)
@@ -107,7 +104,7 @@ def test_a_stranger_gets_the_same_bits(release, environment, checkpoint, expecte
 
 
 @pytest.mark.parametrize("release", VERSIONS)
-def test_the_handler_answers_there(release, environment, checkpoint, tmp_path):
+def test_the_handler_answers(release, environment, checkpoint, tmp_path):
     pip(f"transformers=={release}.*")
     script = tmp_path / "ask.py"
     script.write_text(
