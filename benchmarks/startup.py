@@ -56,7 +56,7 @@ if sys.argv[2] == "made-up":
     model.clip_backbone.encode_tokens = lambda tokens: torch.randn(len(tokens), width)
     model.clip_backbone.tokenize = lambda prompts: (torch.zeros(len(prompts), 1, dtype=torch.int64), 0)
 start = time.perf_counter()
-model.text_classifier(vocabulary)
+model.encode_vocabulary(vocabulary)
 print(json.dumps({"text": time.perf_counter() - start, "encoded": model.vocabulary_encoder.names_encoded}))
 """
 

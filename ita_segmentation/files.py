@@ -11,7 +11,6 @@ import yaml
 
 from ita_segmentation.errors import ITAError, one_line
 
-
 MAX_MAPPING_CHARACTERS, MAX_MAPPING_VALUES, MAX_MAPPING_DEPTH = 1_000_000, 100_000, 50
 
 

@@ -13,11 +13,16 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .classification import TextEmbeddings
 from .configuration_ita import ITAConfig
 from .image_processing_ita import ITAImageProcessor
-from .modeling_ita import ITAForOpenVocabSegmentation, ITAForOpenVocabSegmentationOutput
+from .modeling_ita import (
+    ITAForOpenVocabSegmentation,
+    ITAForOpenVocabSegmentationOutput,
+    ITAPreTrainedModel,
+)
 from .pipeline_ita import ITAZeroShotImageSegmentationPipeline
-from .vocabulary import Vocabulary, normalize_vocabulary, parse_classes
+from .vocabulary import Vocabulary, normal_form, normalize_vocabulary, parse_classes
 
 AutoConfig.register(ITAConfig.model_type, ITAConfig, exist_ok=True)
 AutoImageProcessor.register(
@@ -42,7 +47,10 @@ __all__ = [
     "ITAForOpenVocabSegmentation",
     "ITAForOpenVocabSegmentationOutput",
     "ITAImageProcessor",
+    "ITAPreTrainedModel",
+    "TextEmbeddings",
     "Vocabulary",
+    "normal_form",
     "normalize_vocabulary",
     "parse_classes",
 ]

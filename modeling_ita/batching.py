@@ -1,32 +1,79 @@
-"""Batches of images that differ in size or vocabulary: cut into groups that do not, and put together again.
+"""Batches of images that differ in size or vocabulary: cut into groups that do not, and merged again.
 
 Each group goes through the network by itself, cropped to its own size rounded up to a multiple of 32, so what a batch
 was padded to changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .vocabulary import WordTensors
+from .image_text_aggregation import QueryPrediction
+from .set_criterion import Matches
+from .vocabulary import Vocabulary
 
 SIZE_DIVISOR = 32
 """The image tower's largest stride: images are padded to multiples of it."""
 
-NO_MASK = -100.0
+MASK_STRIDE = 4
+"""Network pixels in a row of one mask logit."""
+
+PADDED_MASK_LOGIT = -100.0
 """The mask logit of pixels and queries that a batch was padded with."""
 
 
-def round_up(size: int) -> int:
-    return -(-size // SIZE_DIVISOR) * SIZE_DIVISOR
+@dataclass
+class Group:
+    """Images of a batch that go through the network together.
+
+    Attributes:
+        indices: their places in the batch.
+        pixel_values: (b, 3, H, W), H and W multiples of 32, zero in the padding.
+        valid: (b, H, W) bool, pixels that are not padding; None where all are.
+        sizes: each image's own height and width.
+        vocabulary: of all of them.
+        dominant_categories: for each image the names given from outside, all of one number; None to select them.
+    """
+
+    indices: list[int]
+    pixel_values: Tensor
+    valid: Tensor | None
+    sizes: list[tuple[int, int]]
+    vocabulary: Vocabulary
+    dominant_categories: list[list[str]] | None
 
 
-def image_sizes_of(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[int, int]]:
-    """Each image's height and width without padding."""
+def check_images(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[int, int]]:
+    """Check images, and find each one's height and width without padding.
+
+    Args:
+        pixel_values: (B, 3, H, W) float.
+        pixel_mask: (B, H, W), 1 for pixels and 0 for padding; None if nothing is padded.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, no image, an image without a pixel, values that are NaN or infinite, or
+            padding that is not at the bottom and on the right.
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        raise ValueError(f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}")
+    if not pixel_values.is_floating_point() or 0 in pixel_values.shape:
+        raise ValueError(
+            f"pixel_values must be floats of at least one image with pixels, got {pixel_values.dtype} of shape "
+            f"{tuple(pixel_values.shape)}"
+        )
+    batch, _, height, width = pixel_values.shape
+    if pixel_mask is not None and pixel_mask.shape != (batch, height, width):
+        raise ValueError(f"pixel_mask must be {(batch, height, width)}, got {tuple(pixel_mask.shape)}")
+    if torch.compiler.is_compiling():
+        return [(height, width)] * batch
+    # On an accelerator this would wait for the device; there, post-processing names results that are not finite.
+    if pixel_values.device.type == "cpu" and not bool(pixel_values.isfinite().all()):
+        raise ValueError("pixel_values has values that are NaN or infinite")
     if pixel_mask is None:
-        return [tuple(pixel_values.shape[-2:])] * len(pixel_values)  # type: ignore[list-item]
+        return [(height, width)] * batch
     mask = pixel_mask.bool()
     heights, widths = (mask.any(dim=dim).sum(dim=1) for dim in (2, 1))
     # All that is asked of the mask crosses to the host at once, before the network has any work waiting.
@@ -41,29 +88,12 @@ def image_sizes_of(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tupl
     return sizes
 
 
-def crop(pixel_values: Tensor, sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tensor:
-    """Images cut (or padded) to one padded size, zero outside of each one's own."""
-    height, width = padded
-    pixels = pixel_values[:, :, :height, :width]
-    pixels = F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))
-    valid = valid_pixels(sizes, padded, pixels.device)
-    return pixels if valid is None else pixels.masked_fill(~valid[:, None], 0)
+def check_dominant_categories(names: Sequence | None, batch: int) -> list[list[str]] | None:
+    """Give each image the dominant categories that come from outside: one list of names for all, or one per image.
 
-
-def valid_pixels(
-    sizes: list[tuple[int, int]], padded: tuple[int, int], device: torch.device
-) -> Tensor | None:
-    """(B, H, W) bool, where images of these sizes lie in the padded one; None if all fill it."""
-    if all(size == padded for size in sizes):
-        return None
-    own = torch.tensor(sizes, device=device)
-    rows = torch.arange(padded[0], device=device)[None] < own[:, :1]
-    columns = torch.arange(padded[1], device=device)[None] < own[:, 1:]
-    return rows[:, :, None] & columns[:, None]
-
-
-def dominant_of_batch(names: Sequence | None, batch: int) -> list[list[str]] | None:
-    """Dominant categories from outside, a list of names per image."""
+    Raises:
+        ValueError: not a list of names, or not as many lists as images.
+    """
     if names is None:
         return None
     rows = [list(names)] * batch if all(isinstance(name, str) for name in names) else names
@@ -77,133 +107,271 @@ def dominant_of_batch(names: Sequence | None, batch: int) -> list[list[str]] | N
     return [list(row) for row in rows]
 
 
+def group_images(
+    pixel_values: Tensor,
+    pixel_mask: Tensor | None,
+    sizes: list[tuple[int, int]],
+    vocabularies: list[Vocabulary],
+    dominant_categories: list[list[str]] | None,
+) -> list[Group]:
+    """Group images whose padded size, vocabulary and number of given dominant categories are the same.
+
+    A graph that is being traced gets one group of the whole batch, whose padding is masked.
+    """
+    if torch.compiler.is_compiling():
+        valid = None if pixel_mask is None else pixel_mask.bool()
+        padding = (0, -pixel_values.shape[-1] % SIZE_DIVISOR, 0, -pixel_values.shape[-2] % SIZE_DIVISOR)
+        if any(padding):
+            valid = torch.ones_like(pixel_values[:, 0], dtype=torch.bool) if valid is None else valid
+            pixel_values, valid = F.pad(pixel_values, padding), F.pad(valid, padding)
+        if valid is not None:
+            pixel_values = pixel_values.masked_fill(~valid[:, None], 0)
+        indices = list(range(len(vocabularies)))
+        return [Group(indices, pixel_values, valid, sizes, vocabularies[0], dominant_categories)]
+    members: dict[tuple, list[int]] = {}
+    for index, (size, vocabulary) in enumerate(zip(sizes, vocabularies, strict=True)):
+        given = None if dominant_categories is None else len(dominant_categories[index])
+        members.setdefault((padded_size(size), vocabulary.key, given), []).append(index)
+    groups = []
+    for (padded, _, _), indices in members.items():
+        own = [sizes[index] for index in indices]
+        valid = valid_pixels(own, padded, pixel_values.device)
+        pixels = pixel_values if len(indices) == len(sizes) else pixel_values[indices]
+        given = None if dominant_categories is None else [dominant_categories[index] for index in indices]
+        groups.append(
+            Group(indices, crop(pixels, padded, valid), valid, own, vocabularies[indices[0]], given)
+        )
+    return groups
+
+
+def padded_size(size: Sequence[int]) -> tuple[int, int]:
+    """Round height and width up to multiples of 32."""
+    height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
+    return height, width
+
+
+def crop(pixel_values: Tensor, padded: tuple[int, int], valid: Tensor | None) -> Tensor:
+    """Cut (or pad) images to one padded size, zero where they are not valid."""
+    height, width = padded
+    pixels = pixel_values[:, :, :height, :width]
+    pixels = F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))
+    return pixels if valid is None else pixels.masked_fill(~valid[:, None], 0)
+
+
+def valid_pixels(
+    sizes: list[tuple[int, int]], padded: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """Mark where images of these sizes lie in the padded one, (B, H, W) bool; None if all fill it."""
+    if all(size == padded for size in sizes):
+        return None
+    own = torch.tensor(sizes, device=device)
+    rows = torch.arange(padded[0], device=device)[None] < own[:, :1]
+    columns = torch.arange(padded[1], device=device)[None] < own[:, 1:]
+    return rows[:, :, None] & columns[:, None]
+
+
+@dataclass
+class SegmentOutput:
+    """What the network makes of images of one size with one vocabulary, or, merged, of a batch.
+
+    Attributes:
+        class_logits: of the decoder, (B, Q, K + 1) of each prediction, the last one last.
+        log_probs: (B, Q, K + 1) of the ensemble; None in training.
+        predictions: of the decoder, the last one last.
+        mask_features: (B, C_mask, H / 4, W / 4).
+        dominant: (B, k) int64, indices of the selected candidate names; None if there was no selection.
+        features: of the image tower, at strides 4, 8, 16, 32.
+        enhanced: of the pixel decoder, at strides 32, 16, 8.
+        hidden_states: of the decoder.
+        attentions: of the decoder, if asked for.
+    """
+
+    class_logits: list[Tensor]
+    log_probs: Tensor | None
+    predictions: list[QueryPrediction]
+    mask_features: Tensor
+    dominant: Tensor | None
+    features: tuple[Tensor, ...]
+    enhanced: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
+    attentions: tuple[Tensor, ...]
+
+
+@dataclass
+class MergedOutput:
+    """The groups' outputs merged to a batch; attributes as of `SegmentOutput`, states empty unless asked for."""
+
+    class_logits: list[Tensor]
+    mask_logits: list[Tensor]
+    log_probs: Tensor | None
+    features: tuple[Tensor, ...]
+    enhanced: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
+    attentions: tuple[Tensor, ...]
+
+
+def merge(
+    parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, int], with_states: bool
+) -> MergedOutput:
+    """Merge the groups' outputs to a batch of images padded to `padded`, in the batch's order."""
+    log_probs = [part.log_probs for part in parts if part.log_probs is not None]
+
+    def states(of_parts: list[tuple[Tensor, ...]], wanted: bool = with_states) -> tuple[Tensor, ...]:
+        return tuple(_merge_states(one, groups) for one in zip(*of_parts, strict=True)) if wanted else ()
+
+    return MergedOutput(
+        class_logits=[
+            _merge_classes(one, groups) for one in zip(*(part.class_logits for part in parts), strict=True)
+        ],
+        mask_logits=[
+            _merge_masks([prediction.mask_logits for prediction in one], groups, padded)
+            for one in zip(*(part.predictions for part in parts), strict=True)
+        ],
+        log_probs=_merge_classes(log_probs, groups) if log_probs else None,
+        features=states([part.features for part in parts]),
+        enhanced=states([part.enhanced for part in parts]),
+        hidden_states=states([part.hidden_states for part in parts]),
+        attentions=states([part.attentions for part in parts], wanted=True),
+    )
+
+
+def _merge_classes(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
+    """Merge (b, q, k + 1) to (B, Q, K + 1), padded with classes that are impossible and queries that are void."""
+    if len(parts) == 1:
+        return parts[0]
+    queries, classes = (max(part.shape[dim] for part in parts) for dim in (1, 2))
+    merged = parts[0].new_full((sum(map(len, parts)), queries, classes), float("-inf"))
+    merged[..., -1] = 0
+    for part, group in zip(parts, groups, strict=True):
+        rows = F.pad(part[..., :-1], (0, classes - part.shape[-1]), value=float("-inf"))
+        merged[group.indices, : part.shape[1]] = torch.cat([rows, part[..., -1:]], dim=-1)
+    return merged
+
+
+def _merge_masks(parts: Sequence[Tensor], groups: list[Group], padded: tuple[int, int]) -> Tensor:
+    """Merge (b, q, h, w) to (B, Q, H / 4, W / 4), padded with pixels and queries that belong to no mask."""
+    height, width = padded[0] // MASK_STRIDE, padded[1] // MASK_STRIDE
+    if len(parts) == 1 and parts[0].shape[-2:] == (height, width):
+        return parts[0]
+    queries = max(part.shape[1] for part in parts)
+    merged = parts[0].new_full((sum(map(len, parts)), queries, height, width), PADDED_MASK_LOGIT)
+    for part, group in zip(parts, groups, strict=True):
+        merged[group.indices, : part.shape[1], : part.shape[2], : part.shape[3]] = part
+    return merged
+
+
+def _merge_states(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
+    """Merge hidden states or attentions (b, ...) to (B, ...), zero where a group has none."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    merged = parts[0].new_zeros(sum(map(len, parts)), *shape)
+    for part, group in zip(parts, groups, strict=True):
+        merged[(group.indices, *map(slice, part.shape[1:]))] = part
+    return merged
+
+
 class DominantNames:
-    """A group's dominant names, which stay indices on the device until they are read.
+    """A group's dominant categories, which stay indices on the device until they are read.
 
     The copy to the host is queued behind the network and waited for in `read`, when all groups are queued.
 
     Args:
-        given: the names, if they came from outside. nearest: (B, k) int64, indices into `candidates`, if they did not.
+        group: has the names, if they came from outside.
+        selected: (b, k) int64, indices into the vocabulary's candidate names, if they did not.
     """
 
-    def __init__(
-        self, given: list[list[str]] | None, nearest: Tensor | None, candidates: list[str], batch: int
-    ):
-        self.given = given if given is not None else [[] for _ in range(batch)]
-        self.candidates = candidates
-        self.nearest, self.copied = nearest, None
-        if nearest is not None and nearest.is_cuda:
-            self.nearest = nearest.to("cpu", non_blocking=True)  # into pinned memory
+    def __init__(self, group: Group, selected: Tensor | None):
+        self.group = group
+        self.selected, self.copied = selected, None
+        if selected is not None and selected.is_cuda:
+            self.selected = selected.to("cpu", non_blocking=True)  # into pinned memory
             self.copied = torch.cuda.Event()
             self.copied.record()
 
     def read(self) -> list[list[str]]:
-        """For each image its names, nearest first."""
-        if self.nearest is None:
-            return self.given
+        """Give each image's names, nearest first."""
+        if self.selected is None:
+            return self.group.dominant_categories or [[] for _ in self.group.indices]
         if self.copied is not None:
             self.copied.synchronize()
-        return [[self.candidates[index] for index in row] for row in self.nearest.tolist()]
+        candidates = self.group.vocabulary.candidate_names
+        return [[candidates[index] for index in row] for row in self.selected.tolist()]
 
 
-def channels_last(pixel_values: Tensor) -> Tensor:
-    """Images in the layout that convolutions of an accelerator are fastest in; as they are on a CPU."""
-    if pixel_values.device.type == "cpu":
-        return pixel_values
-    return pixel_values.contiguous(memory_format=torch.channels_last)
-
-
-def mark_sizes(pixel_values: Tensor, valid: Tensor | None, words: WordTensors) -> Tensor:
-    """Tells the compiler what varies from call to call, and gives the valid pixels, also where all are valid.
-
-    A vocabulary's length varies; and so that images with and without padding share a graph, `valid` is a tensor.
-    """
-    for tensor in (words.templated, words.class_of_name, words.candidates, words.seen, words.repeats):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    if valid is None:
-        batch, _, height, width = pixel_values.shape
-        valid = torch.ones(batch, height, width, dtype=torch.bool, device=pixel_values.device)
-    return valid
-
-
-def scatter(parts: list[list], members: list[list[int]]) -> list:
-    """Items of groups -> items in the batch's order."""
+def dominant_names(parts: list[DominantNames], groups: list[Group]) -> list[list[str]] | None:
+    """Give each image of the batch its dominant categories; None in a graph that is being traced."""
+    if torch.compiler.is_compiling():
+        return None
     placed = {
-        index: item
-        for part, group in zip(parts, members, strict=True)
-        for index, item in zip(group, part, strict=True)
+        index: names
+        for part, group in zip(parts, groups, strict=True)
+        for index, names in zip(group.indices, part.read(), strict=True)
     }
     return [placed[index] for index in sorted(placed)]
 
 
-def merge_classes(parts: list[Tensor], members: list[list[int]]) -> Tensor:
-    """Groups' (b, q, k + 1) -> (B, Q, K + 1), padded with classes that are impossible and queries that are void."""
-    if len(parts) == 1:
-        return parts[0]
-    queries, classes = (max(part.shape[dim] for part in parts) for dim in (1, 2))
-    merged = parts[0].new_full((sum(map(len, members)), queries, classes), float("-inf"))
-    merged[..., -1] = 0
-    for part, group in zip(parts, members, strict=True):
-        rows = F.pad(part[..., :-1], (0, classes - part.shape[-1]), value=float("-inf"))
-        rows = torch.cat([rows, part[..., -1:]], dim=-1)
-        merged[group, : part.shape[1]] = rows
-    return merged
+def matched_mask_logits(
+    parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, int]
+) -> Callable[[Matches], Tensor]:
+    """Give a function that computes the mask logits of matched queries again, in float32, for the loss.
 
-
-def merge_masks(parts: list[Tensor], members: list[list[int]], canvas: tuple[int, int]) -> Tensor:
-    """Groups' (b, q, h, w) -> (B, Q, H / 4, W / 4), padded with pixels and queries that are no mask."""
-    height, width = canvas[0] // 4, canvas[1] // 4
-    if len(parts) == 1 and parts[0].shape[-2:] == (height, width):
-        return parts[0]
-    queries = max(part.shape[1] for part in parts)
-    merged = parts[0].new_full((sum(map(len, members)), queries, height, width), NO_MASK)
-    for part, group in zip(parts, members, strict=True):
-        merged[group, : part.shape[1], : part.shape[2], : part.shape[3]] = part
-    return merged
-
-
-def remake_masks(
-    factors: list[tuple[list[Tensor], Tensor]],
-    members: list[list[int]],
-    queries: list[Tensor],
-    canvas: tuple[int, int],
-) -> Tensor:
-    """Some of the mask logits that `merge_masks` gives, made anew in float32: only they take part in a gradient.
+    Gradients then flow through the few masks that are matched, not through all.
 
     Args:
-        factors: each group's mask embeddings (b, q, C), one of each of L predictions, and mask features (b, C, h, w).
-        queries: of each image int64 (L, m); q and above are those that `merge_masks` added.
+        parts: of the groups; their mask embeddings and mask features.
+        groups: in the same order.
+        padded: height and width of the padded batch.
 
-    Returns: (L, M, H / 4, W / 4), the images' masks one after the other.
+    Returns:
+        `Matches` -> (L, M, H / 4, W / 4), the images' masks one after the other, as `merge` would give them.
     """
-    height, width = canvas[0] // 4, canvas[1] // 4
-    masks: dict[int, Tensor] = {}
-    for (embeddings, features), group in zip(factors, members, strict=True):
-        by_image = torch.stack(embeddings, dim=1).unbind()
-        for own, feature, index in zip(by_image, features.unbind(), group, strict=True):
-            rows = queries[index].clamp(max=own.shape[1] - 1)[..., None].expand(-1, -1, own.shape[2])
-            with torch.autocast(own.device.type, enabled=False):
-                logits = torch.einsum("lmc,chw->lmhw", own.gather(1, rows).float(), feature.float())
-            added = queries[index] >= own.shape[1]
-            logits = logits.masked_fill(added[..., None, None], NO_MASK)
-            padding = (0, width - logits.shape[-1], 0, height - logits.shape[-2])
-            masks[index] = F.pad(logits, padding, value=NO_MASK)
-    return torch.cat([masks[index] for index in sorted(masks)], dim=1)
+    height, width = padded[0] // MASK_STRIDE, padded[1] // MASK_STRIDE
+
+    def compute(matches: Matches) -> Tensor:
+        masks: dict[int, Tensor] = {}
+        for part, group in zip(parts, groups, strict=True):
+            by_image = torch.stack(
+                [prediction.mask_embeds for prediction in part.predictions], dim=1
+            ).unbind()
+            for own, feature, index in zip(by_image, part.mask_features.unbind(), group.indices, strict=True):
+                queries = matches.of(index)[0]
+                rows = queries.clamp(max=own.shape[1] - 1)[..., None].expand(-1, -1, own.shape[2])
+                with torch.autocast(own.device.type, enabled=False):
+                    logits = torch.einsum("lmc,chw->lmhw", own.gather(1, rows).float(), feature.float())
+                is_padding = queries >= own.shape[1]
+                logits = logits.masked_fill(is_padding[..., None, None], PADDED_MASK_LOGIT)
+                margin = (0, width - logits.shape[-1], 0, height - logits.shape[-2])
+                masks[index] = F.pad(logits, margin, value=PADDED_MASK_LOGIT)
+        return torch.cat([masks[index] for index in sorted(masks)], dim=1)
+
+    return compute
 
 
 def check_labels(
-    mask_labels: list[Tensor],
-    class_labels: list[Tensor],
+    mask_labels: list[Tensor] | None,
+    class_labels: list[Tensor] | None,
     sizes: list[tuple[int, int]],
     padded: tuple[int, int],
     num_classes: list[int],
 ) -> None:
-    """Checks ground truth against images and vocabularies.
+    """Check ground truth against images and vocabularies.
+
+    Args:
+        mask_labels: for each image (n, H, W).
+        class_labels: for each image (n,) int64.
+        sizes: each image's own height and width.
+        padded: height and width of the batch.
+        num_classes: of each image's vocabulary.
 
     Raises:
-        ValueError: not as many labels as images, masks of neither the image's own nor the padded size, not as many
-            classes as masks, or a class that the vocabulary does not have.
+        ValueError: one of the two is missing, there are not as many labels as images, masks are of neither the image's
+            own nor the padded size, not as many classes as masks, or a class that the vocabulary does not have.
     """
+    if mask_labels is None and class_labels is None:
+        return
+    if mask_labels is None or class_labels is None:
+        raise ValueError("losses need both mask_labels and class_labels")
     if not len(mask_labels) == len(class_labels) == len(sizes):
         raise ValueError(
             f"labels for {len(mask_labels)} and {len(class_labels)} images, but there are {len(sizes)}"
@@ -224,6 +392,9 @@ def check_labels(
         )
 
 
-def pad_labels(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Masks (n, H, W) padded to the canvas, so that they and the mask logits cover the same area."""
-    return F.pad(masks, (0, canvas[1] - masks.shape[-1], 0, canvas[0] - masks.shape[-2]))
+def pad_labels(mask_labels: list[Tensor], padded: tuple[int, int]) -> list[Tensor]:
+    """Pad masks (n, H, W) of each image, so that they and the mask logits cover the same area."""
+    return [
+        F.pad(masks, (0, padded[1] - masks.shape[-1], 0, padded[0] - masks.shape[-2]))
+        for masks in mask_labels
+    ]

@@ -1,130 +1,117 @@
-"""Classification at inference: the decoder's opinion and the frozen CLIP's, in a geometric ensemble.
+"""Open-vocabulary classification: class logits, mask pooling on the CLIP feature, and the ensemble of both.
 
-In-vocabulary probabilities come from the decoder, which was trained on seen classes; out-of-vocabulary ones from
-CLIP's dense feature pooled over each mask, which knows every class (FC-CLIP, arXiv 2308.02487, section 3.3).
+In-vocabulary logits come from the decoder, which was trained on seen classes; out-of-vocabulary logits from CLIP's
+dense feature pooled over each mask, which knows every class (FC-CLIP, arXiv 2308.02487, section 3.3).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .vocabulary import TextClassifier, Vocabulary, WordTensors
+from .ops import valid_cells
 
 IMPOSSIBLE = -1e4
 """A logit whose probability is zero in float32."""
 
 
-def masks_on_dense_feature(mask_logits: Tensor, dense: Tensor, upsample: int, valid: Tensor | None) -> Tensor:
-    """Which cells of the dense feature each mask covers.
+@dataclass
+class TextEmbeddings:
+    """A vocabulary as the network takes it: tensors alone, so that it can be an input of a compiled graph.
 
-    Logits are resized first and thresholded second.
+    K classes, N names (a class has one or more), M candidate names, D CLIP's embedding width.
+
+    Attributes:
+        prompt_embeds: (N, D), a unit row per name, the mean over the prompt templates.
+        class_of_name: (N,) int64, the class of each name; increasing.
+        name_embeds: (M, D), unit embeddings of the candidate names without a template; what dominant categories are
+            selected from.
+        is_seen: (K,) bool, classes that share a name with the training vocabulary.
+        is_duplicate: (K,) bool, classes that stand in the vocabulary once more.
+    """
+
+    prompt_embeds: Tensor
+    class_of_name: Tensor
+    name_embeds: Tensor
+    is_seen: Tensor
+    is_duplicate: Tensor
+
+
+def class_logits(embeds: Tensor, text: TextEmbeddings, void_embed: Tensor, scale: Tensor) -> Tensor:
+    """Compare embeddings with a vocabulary: scaled cosine, the maximum over a class's names; void last.
 
     Args:
-        mask_logits: (B, Q, H / 4, W / 4). dense: (B, C, h, w).
-        upsample: the finer grid is (h upsample, w upsample); 1 is the published form.
-        valid: (B, H, W) bool, pixels that are no padding, or None.
+        embeds: (B, Q, D), of any length.
+        text: K classes.
+        void_embed: (1, D), of any length.
+        scale: the logit scale, a scalar.
 
-    Returns: (B, Q, h upsample, w upsample) bool.
+    Returns:
+        (B, Q, K + 1).
     """
-    size = (dense.shape[-2] * upsample, dense.shape[-1] * upsample)
+    scaled = scale * F.normalize(embeds, dim=-1)
+    void_logit = scaled @ F.normalize(void_embed.to(embeds.dtype), dim=-1).T
+    classes = names = scaled @ text.prompt_embeds.to(embeds.dtype).T
+    num_classes = text.is_seen.shape[0]
+    # An exported graph is to serve vocabularies with synonyms, whether the one at hand has any or not.
+    if torch.compiler.is_exporting() or len(text.class_of_name) > num_classes:
+        index = text.class_of_name.expand_as(names)
+        classes = names.new_full((*names.shape[:-1], num_classes), float("-inf"))
+        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
+    return torch.cat([classes, void_logit], dim=-1)
+
+
+def masks_on_grid(mask_logits: Tensor, size: tuple[int, int], valid: Tensor | None) -> Tensor:
+    """Find the cells of the dense CLIP feature that each mask covers: resize the logits first, threshold second.
+
+    Args:
+        mask_logits: (B, Q, H / 4, W / 4).
+        size: (h, w) of the grid.
+        valid: (B, H, W) bool, pixels that are not padding; None where all are.
+
+    Returns:
+        (B, Q, h, w) bool.
+    """
     masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False) > 0
-    if valid is None:
-        return masks
-    cells = F.max_pool2d(valid[:, None].float(), (valid.shape[-2] // size[0], valid.shape[-1] // size[1])) > 0
-    return masks & cells
+    return masks if valid is None else masks & valid_cells(valid, size)[:, None]
 
 
-def ensemble_log_probabilities(
+def ensemble_log_probs(
     in_vocab_logits: Tensor,
     out_vocab_logits: Tensor,
-    seen: Tensor,
-    repeats: Tensor,
+    text: TextEmbeddings,
     alpha: float,
     beta: float,
-    counts: Tensor | None = None,
+    has_pixels: Tensor | None = None,
 ) -> Tensor:
-    """Log of the final class probabilities.
+    """Combine the decoder's and CLIP's class logits to the final log-probabilities.
 
-    `p_in^(1 - w) p_out^w` in log space, with w = alpha for classes seen in training and beta for others; softmax over
-    the classes; times one minus the decoder's void probability, which comes last itself.
+    Softmax of each without void; the geometric mean `p_in^(1 - w) p_out^w` in log space, w being alpha for classes
+    seen in training and beta for others; softmax over the classes; times `1 - p_void`, where `p_void` is the last
+    entry of the softmax of the in-vocabulary logits and comes last itself.
 
     Args:
-        in_vocab_logits, out_vocab_logits: (B, Q, K + 1), void last.
-        seen: (K,) bool.
-        repeats: (K,) bool, classes that stand in the vocabulary once more; all their probability goes to the first.
-        counts: (B, Q) bool, masks for which CLIP's opinion counts; None where it does for all.
+        in_vocab_logits: (B, Q, K + 1), of the decoder, void last.
+        out_vocab_logits: (B, Q, K + 1), of CLIP's pooled feature, void last.
+        text: says which classes were seen, and which are duplicates, whose probability goes to the first.
+        alpha: weight of the out-of-vocabulary logits for seen classes, 0..1.
+        beta: the same for unseen classes.
+        has_pixels: (B, Q) bool, masks whose out-of-vocabulary logits count; None where all do.
 
-    Returns: (B, Q, K + 1) float32.
+    Returns:
+        (B, Q, K + 1) float32.
     """
     void_logit = in_vocab_logits[..., -1:].float()
-    in_vocab_logits = in_vocab_logits[..., :-1].float().masked_fill(repeats, IMPOSSIBLE)
-    out_vocab_logits = out_vocab_logits[..., :-1].float().masked_fill(repeats, IMPOSSIBLE)
-    log_in = in_vocab_logits.log_softmax(dim=-1)
-    log_out = out_vocab_logits.log_softmax(dim=-1)
-    weight = torch.where(seen, alpha, beta).to(log_in)
-    if counts is not None:
-        weight = weight * counts[..., None]
-    log_classes = ((1 - weight) * log_in + weight * log_out).log_softmax(dim=-1)
+    in_vocab_logits = in_vocab_logits[..., :-1].float().masked_fill(text.is_duplicate, IMPOSSIBLE)
+    out_vocab_logits = out_vocab_logits[..., :-1].float().masked_fill(text.is_duplicate, IMPOSSIBLE)
+    log_p_in = in_vocab_logits.log_softmax(dim=-1)
+    log_p_out = out_vocab_logits.log_softmax(dim=-1)
+    weight = torch.where(text.is_seen, alpha, beta).to(log_p_in)
+    if has_pixels is not None:
+        weight = weight * has_pixels[..., None]
+    log_classes = ((1 - weight) * log_p_in + weight * log_p_out).log_softmax(dim=-1)
+    # log(1 - p_void) and log p_void, by sums of exponentials: the power form can reach log 0.
     any_class = in_vocab_logits.logsumexp(dim=-1, keepdim=True)
     total = torch.logaddexp(any_class, void_logit)
     return torch.cat([log_classes + any_class - total, void_logit - total], dim=-1)
-
-
-@dataclass
-class Opinions:
-    """What the decoder and CLIP each make of the queries, before a vocabulary is known.
-
-    Attributes:
-        in_vocab, out_vocab: (B, Q, D), the decoder's class embeddings and CLIP's of the masks, any length.
-        counts: (B, Q) bool, masks for which CLIP's opinion counts; None where it does for all.
-        void: (1, D), the void embedding.
-        scales: logit scales of the decoder and of CLIP. weights: alpha and beta of the ensemble.
-    """
-
-    in_vocab: Tensor
-    out_vocab: Tensor
-    counts: Tensor | None
-    void: Tensor
-    scales: tuple[Tensor, Tensor]
-    weights: tuple[float, float]
-
-    def classify(self, words: WordTensors) -> Tensor:
-        """Log of the final class probabilities, (B, Q, K + 1) float32, void last."""
-        in_scale, out_scale = self.scales
-        return ensemble_log_probabilities(
-            words.logits(self.in_vocab, self.void, in_scale),
-            words.logits(self.out_vocab, self.void, out_scale),
-            words.seen,
-            words.repeats,
-            *self.weights,
-            counts=self.counts,
-        )
-
-    def classify_shortlists(
-        self,
-        classifier: TextClassifier,
-        train_vocabulary: Vocabulary | None,
-        shortlists: list[list[int]],
-    ) -> Tensor:
-        """As `classify`, but classes that are not on an image's list get -inf, as if its vocabulary had no others.
-
-        train_vocabulary: the classes that were seen in training. shortlists: for each image the classes that it can
-        have at all, as increasing indices.
-        """
-        batch, queries = self.in_vocab.shape[:2]
-        result = self.in_vocab.new_full(
-            (batch, queries, classifier.num_classes + 1), float("-inf"), dtype=torch.float32
-        )
-        for image, classes in enumerate(shortlists):
-            one = slice(image, image + 1)
-            columns = torch.tensor([*classes, classifier.num_classes], device=result.device)
-            own = replace(
-                self,
-                in_vocab=self.in_vocab[one],
-                out_vocab=self.out_vocab[one],
-                counts=None if self.counts is None else self.counts[one],
-            )
-            result[one, :, columns] = own.classify(classifier.shortlist(classes).tensors(train_vocabulary))
-        return result

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.image_transforms import to_pil_image
 
-from .image_text_aggregation import mask_means
+from .ops import mask_mean, valid_cells
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,7 +47,9 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
 
         config = get_model_config(name) if ":" not in name else None
         if config is None:
-            close = [known for known in list_models() if known.split("_")[0] == name.split("_", maxsplit=1)[0]][:8]
+            close = [
+                known for known in list_models() if known.split("_")[0] == name.split("_", maxsplit=1)[0]
+            ][:8]
             hint = f"; did you mean one of {', '.join(close)}?" if close else ""
             raise ValueError(f"open_clip knows no CLIP named {name!r}{hint}")
     config = copy.deepcopy(config)
@@ -194,7 +196,7 @@ class ClipBackbone(nn.Module):
         """
         if self.is_resnet:
             return self._attention_pool(dense, masks)
-        pooled = mask_means(dense, masks).to(dense.dtype)
+        pooled = mask_mean(dense, masks).to(dense.dtype)
         batch, queries, channels = pooled.shape
         visual = self.clip.visual
         embeddings = visual.head(visual.trunk.forward_head(pooled.reshape(batch * queries, channels, 1, 1)))
@@ -222,6 +224,21 @@ class ClipBackbone(nn.Module):
             queries, heads(pool.k_proj(keys)), heads(pool.v_proj(keys)), attn_mask=allowed[:, None]
         )
         return pool.c_proj(attended.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def embed_images(self, dense: Tensor, valid: Tensor | None) -> Tensor:
+        """CLIP embeddings of whole images, from the mean of the dense feature over the valid area.
+
+        Args:
+            dense: (B, C, H / 32, W / 32).
+            valid: (B, H, W) bool, pixels that are not padding; None where all are.
+
+        Returns:
+            (B, D), not normalized.
+        """
+        everywhere = torch.ones_like(dense[:, 0], dtype=torch.bool)
+        masks = everywhere if valid is None else valid_cells(valid, dense.shape[-2:])
+        return self.pool_masks(dense, masks[:, None])[:, 0]
 
     def embed_thumbnail(self, pixel_values: Tensor) -> Tensor:
         """CLIP embedding of a whole image by a second pass, as the published ITA does it.

@@ -1,8 +1,11 @@
 """Configuration of ITA, image-text aggregation for open-vocabulary segmentation (Cheng et al., Neurocomputing 2025)."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
+
+from .vocabulary import check_templates, normalize_vocabulary
 
 if TYPE_CHECKING:
     # transformers keeps one class of configuration for each version of the code that this file imports, and finds the
@@ -29,6 +32,31 @@ VILD_TEMPLATES: tuple[str, ...] = (
 
 DOMINANT_CATEGORY_SOURCES = ("features", "thumbnail")
 
+INTEGER_RANGES = {
+    "hidden_dim": (32, 8192),
+    "mask_dim": (1, 8192),
+    "num_learned_queries": (0, 100_000),
+    "num_dominant_categories": (0, 100_000),
+    "num_attention_heads": (1, 1024),
+    "encoder_layers": (0, 256),
+    "encoder_ffn_dim": (1, 65_536),
+    "encoder_points": (1, 256),
+    "decoder_layers": (0, 256),
+    "decoder_ffn_dim": (1, 65_536),
+    "dense_upsample": (1, 32),
+    "train_num_points": (1, 10_000_000),
+}
+NUMBER_RANGES = {
+    "ensemble_alpha": (0, 1),
+    "ensemble_beta": (0, 1),
+    "class_weight": (0, math.inf),
+    "mask_weight": (0, math.inf),
+    "dice_weight": (0, math.inf),
+    "no_object_weight": (0, math.inf),
+    "oversample_ratio": (1, 1000),
+    "importance_sample_ratio": (0, 1),
+}
+
 
 class ITAConfig(PreTrainedConfig):
     r"""Everything that defines an `ITAForOpenVocabSegmentation`.
@@ -43,38 +71,54 @@ class ITAConfig(PreTrainedConfig):
             `text_cfg`), which takes precedence over the name. The model fills it in, so that a saved checkpoint
             rebuilds its towers without looking anything up.
         vocabulary (`list`, *optional*): the checkpoint's own classes, each a name or a list of synonyms. Without it,
-            the names in `id2label` are the classes.
+            the names in `id2label` are the classes. Whichever of the two is set later holds.
         train_vocabulary (`list`, *optional*): the classes whose masks were seen in training, in the same form.
-        stuff_names (`list[str]`): names of amorphous classes; a class with one of them is stuff, any other a thing.
+        stuff_names (`list[str]`, *optional*): names of amorphous classes; a class with one of them is stuff, any other
+            a thing.
+        domain (`str`, *optional*): what the checkpoint was trained on, in a few words such as "photographs".
         templates (`list[str]`): prompt templates, each with one `{}`.
-        hidden_dim, mask_dim (`int`): widths of the decoder and of the mask features.
+        hidden_dim (`int`): width of the pixel decoder and of the decoder, a multiple of 32; also `hidden_size`.
+        mask_dim (`int`): channels of the mask features.
         num_learned_queries (`int`): learned queries, beside the text queries.
         num_dominant_categories (`int`): k, the number of text queries; 0 switches dominant category unearthing off.
         dominant_category_source (`str`): where the image's embedding comes from, `"features"` (the dense features
             already computed) or `"thumbnail"` (a second pass of CLIP over the whole image, as published).
-        class_shortlist (`int`, *optional*): at inference, classify only among the classes that have one of this many
-            names nearest to the image. Faster with thousands of classes, and not exact: a class that is not on an
-            image's list cannot be found. None keeps all classes.
         decoder_self_attention (`bool`): self-attention between queries in each decoder layer (FC-CLIP).
-        encoder_layers, encoder_ffn_dim, encoder_points (`int`): detail enhancement, deformable attention layers.
-        decoder_layers, decoder_ffn_dim (`int`): image-text aggregation decoder.
         num_attention_heads (`int`): heads of every attention.
-        ensemble_alpha, ensemble_beta (`float`): weight of CLIP's own opinion for classes seen in training and others.
-        ensemble_on_valid_mask (`bool`): leave CLIP's opinion out for a mask without a positive pixel at the dense
+        encoder_layers (`int`): deformable attention layers of detail enhancement.
+        encoder_ffn_dim (`int`): width of their feed-forward networks.
+        encoder_points (`int`): sampled points per head and level.
+        decoder_layers (`int`): layers of the image-text aggregation decoder; also `num_hidden_layers`.
+        decoder_ffn_dim (`int`): width of their feed-forward networks.
+        ensemble_alpha (`float`): weight of CLIP's class logits for classes seen in training, 0..1.
+        ensemble_beta (`float`): weight of CLIP's class logits for other classes, 0..1.
+        ensemble_on_valid_mask (`bool`): leave CLIP's class logits out for a mask without a positive pixel at the dense
             feature's size (FC-CLIP's ResNet configurations).
         dense_upsample (`int`): factor by which the dense CLIP feature is upsampled before masks are thresholded for
             pooling; 1 is the published form, more lets small masks keep a cell.
-        class_weight, mask_weight, dice_weight, no_object_weight (`float`): matching and losses.
-        train_num_points (`int`), oversample_ratio, importance_sample_ratio (`float`): point-sampled mask losses.
+        class_weight (`float`): weight of the classification loss and matching cost.
+        mask_weight (`float`): weight of the binary cross-entropy of masks.
+        dice_weight (`float`): weight of the dice loss of masks.
+        no_object_weight (`float`): weight of void in the classification loss.
+        train_num_points (`int`): points at which masks are read in the losses.
+        oversample_ratio (`float`): candidates per uncertain point.
+        importance_sample_ratio (`float`): share of the points chosen by uncertainty.
+
+    Raises:
+        ValueError: a field of the wrong type or outside its range, or fields that do not go together.
     """
 
     model_type = "ita"
+    attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}
     keys_to_ignore_at_inference = [
         "loss_dict",
         "dominant_categories",
         "image_sizes",
         "stuff_ids",
         "vocabulary",
+        "encoder_hidden_states",
+        "pixel_decoder_hidden_states",
+        "transformer_decoder_hidden_states",
     ]
 
     clip_model_name: str = "convnext_large_d_320"
@@ -82,13 +126,13 @@ class ITAConfig(PreTrainedConfig):
     vocabulary: list[str | list[str]] | None = None
     train_vocabulary: list[str | list[str]] | None = None
     stuff_names: list[str] | None = None
+    domain: str | None = None
     templates: list[str] | tuple[str, ...] = VILD_TEMPLATES
     hidden_dim: int = 256
     mask_dim: int = 256
     num_learned_queries: int = 180
     num_dominant_categories: int = 20
     dominant_category_source: str = "features"
-    class_shortlist: int | None = None
     decoder_self_attention: bool = False
     num_attention_heads: int = 8
     encoder_layers: int = 6
@@ -109,70 +153,109 @@ class ITAConfig(PreTrainedConfig):
     importance_sample_ratio: float | int = 0.75
 
     def __post_init__(self, **kwargs):
+        self._check_fields()
+        num_labels = kwargs.get("num_labels")
+        if self.id2label is not None:
+            self.id2label = _checked_labels(self.id2label)
+        if num_labels is not None and self.vocabulary is not None and num_labels != len(self.vocabulary):
+            super().__setattr__("vocabulary", None)
+            super().__setattr__("id2label", None)
         if self.vocabulary is not None:
             self._label_by_vocabulary()
-        elif self.id2label is not None and self.label2id is None:
-            self.label2id = {label: int(index) for index, label in self.id2label.items()}
-        check_weight("ensemble_alpha", self.ensemble_alpha)
-        check_weight("ensemble_beta", self.ensemble_beta)
+        elif self.id2label is not None:
+            super().__setattr__("label2id", {label: index for index, label in self.id2label.items()})
         self.stuff_names = list(self.stuff_names or [])
         self.templates = list(self.templates)
+        super().__post_init__(**kwargs)
+
+    def _check_fields(self) -> None:
+        """Check types and ranges before anything is computed of them."""
+        for name, (least, most) in INTEGER_RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+        for name, (least, most) in NUMBER_RANGES.items():
+            check_number(name, getattr(self, name), least, most)
+        for name in ("vocabulary", "train_vocabulary"):
+            if getattr(self, name):
+                normalize_vocabulary(getattr(self, name))
+        if not isinstance(self.stuff_names, list | tuple | None) or not all(
+            isinstance(name, str) for name in self.stuff_names or ()
+        ):
+            raise ValueError(f"stuff_names must be a list of names, got {self.stuff_names!r}")
+        check_templates(self.templates)
+        if self.clip_model_config is not None and not isinstance(self.clip_model_config, dict):
+            raise ValueError(f"clip_model_config must be a mapping, got {self.clip_model_config!r}")
         if self.dominant_category_source not in DOMINANT_CATEGORY_SOURCES:
             raise ValueError(
                 f"dominant_category_source must be one of {DOMINANT_CATEGORY_SOURCES}, "
                 f"got {self.dominant_category_source!r}"
             )
-        check_shortlist(self.class_shortlist)
         if self.hidden_dim % self.num_attention_heads or self.hidden_dim % 32:
             raise ValueError(
                 f"hidden_dim ({self.hidden_dim}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads}) and of the 32 groups of its normalisation"
+                f"({self.num_attention_heads}) and of the 32 groups of its normalization"
             )
         if self.num_learned_queries + self.num_dominant_categories < 1:
             raise ValueError("a model needs at least one query: learned queries or dominant categories")
-        if self.dense_upsample < 1 or 32 % self.dense_upsample:
+        if 32 % self.dense_upsample:
             raise ValueError(
                 f"dense_upsample must divide the dense feature's stride 32, got {self.dense_upsample}"
             )
-        super().__post_init__(**kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Keeps labels and vocabulary one: whichever is set later is the checkpoint's own vocabulary."""
+        """Keep labels and vocabulary one: whichever is set later is the checkpoint's own vocabulary."""
+        if key == "id2label" and value is not None:
+            value = _checked_labels(value)
         super().__setattr__(key, value)
         if not self.__dict__.get("_post_init_done") or value is None:
             return
         if key == "vocabulary":
             self._label_by_vocabulary()
         elif key == "id2label" and self.vocabulary is not None:
-            labels = [label for _, label in sorted((int(index), label) for index, label in value.items())]
-            if labels != [primary_name(entry) for entry in self.vocabulary]:
+            if list(value.values()) != [synonyms[0] for synonyms in normalize_vocabulary(self.vocabulary)]:
                 super().__setattr__("vocabulary", None)
 
     def _label_by_vocabulary(self) -> None:
-        labels = {index: primary_name(entry) for index, entry in enumerate(self.vocabulary or [])}
+        labels = dict(enumerate(synonyms[0] for synonyms in normalize_vocabulary(self.vocabulary or [])))
         super().__setattr__("id2label", labels)
         super().__setattr__("label2id", {label: index for index, label in labels.items()})
 
-
-def primary_name(entry: str | list[str]) -> str:
-    """The first name of a class, given as a name, comma-separated names or a list of names."""
-    if not entry:
-        raise ValueError("a class of the vocabulary has no name")
-    name = entry if isinstance(entry, str) else entry[0]
-    return name.split(",")[0].strip()
-
-
-def check_shortlist(names: int | None) -> int | None:
-    """A length of the shortlist. Raises ValueError unless it is positive or None."""
-    if names is not None and names < 1:
-        raise ValueError(f"class_shortlist must be at least 1, or None for all classes, got {names}")
-    return names
+    @property
+    def own_classes(self) -> list[Any] | None:
+        """The checkpoint's own classes: `vocabulary`, or else the names in `id2label`; None if there are none."""
+        if self.vocabulary is not None:
+            return self.vocabulary
+        labels = self.id2label or {}
+        if all(label == f"LABEL_{index}" for index, label in labels.items()):
+            return None
+        return list(labels.values())
 
 
-def check_weight(name: str, value: float) -> float:
-    """An ensemble weight. Raises ValueError unless it is in 0..1."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+def _checked_labels(id2label: Any) -> dict[int, str]:
+    """Give labels in the order of their indices, which JSON turns into strings.
+
+    Raises:
+        ValueError: not a mapping from integers to strings.
+    """
+    try:
+        labels = {int(index): label for index, label in id2label.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"id2label must map integers to names, got {id2label!r:.100}") from error
+    if not all(isinstance(label, str) for label in labels.values()):
+        raise ValueError(f"id2label must map integers to names, got {id2label!r:.100}")
+    return dict(sorted(labels.items()))
+
+
+def check_number(name: str, value: float, least: float, most: float) -> float:
+    """Check that a number is finite and within a range.
+
+    Raises:
+        ValueError: it is not.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not least <= value <= most:
+        raise ValueError(f"{name} must be a number from {least} to {most}, got {value!r}")
     return value
 
 

@@ -1,8 +1,8 @@
-"""ITA, image-text aggregation: the progressive feature decoder.
+"""ITA, image-text aggregation: the progressive feature decoder (ITA, section 3.4).
 
-Text queries and learned queries read the enhanced features level by level, coarse to fine and round again, each
-layer looking only where the prediction before it saw the query's object (masked attention, Mask2Former,
-arXiv 2112.01527). There is no self-attention between queries in ITA (section 3.4); FC-CLIP has it.
+Text queries and learned queries read the enhanced features level by level, coarse to fine and round again. Each layer
+looks only where the prediction before it saw the query's object (masked attention, Mask2Former, arXiv 2112.01527).
+There is no self-attention between queries in ITA; FC-CLIP has it.
 """
 
 from dataclasses import dataclass
@@ -12,25 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .detail_enhancement import sine_positions
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
-
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int):
-        super().__init__()
-        dims = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+from .ops import MLP, mask_mean, sine_position_embedding, valid_cells
 
 
 class Attention(nn.Module):
-    """Multi-head attention with an optional mask, through `scaled_dot_product_attention`."""
+    """Multi-head attention with an optional mask.
+
+    Args:
+        channels: C.
+        heads: attention heads.
+    """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -42,24 +33,51 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialize weights by Xavier's rule, biases by zero."""
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """query: (B, Q, C), key and value: (B, S, C), allowed: (B, Q, S) bool. Returns (B, Q, C)."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None, eager: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            query: (B, Q, C).
+            key: (B, S, C).
+            value: (B, S, C).
+            allowed: (B, Q, S) bool, where each query may look; None for everywhere.
+            eager: compute the attention weights, in the place of `scaled_dot_product_attention`.
+
+        Returns:
+            (B, Q, C), and with `eager` the attention weights (B, heads, Q, S).
+        """
         q, k, v = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         mask = None if allowed is None else allowed[:, None]
-        return self.out_proj(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        )
+        weights = None
+        if eager:
+            logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            logits = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
+            weights = logits.softmax(dim=-1)
+            attended = weights @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Masked cross-attention, optionally self-attention, feed-forward; residual and norm after each (post-norm)."""
+    """Masked cross-attention, optionally self-attention, feed-forward; residual and norm after each (post-norm).
+
+    Args:
+        channels: C.
+        heads: attention heads.
+        ffn_dim: width of the feed-forward network.
+        self_attention: whether queries attend to each other (FC-CLIP).
+    """
 
     def __init__(self, channels: int, heads: int, ffn_dim: int, self_attention: bool):
         super().__init__()
@@ -72,34 +90,66 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.ffn_norm = nn.LayerNorm(channels)
 
     def forward(
-        self, x: Tensor, query_positions: Tensor, key: Tensor, value: Tensor, allowed: Tensor
-    ) -> Tensor:
-        """x: (B, Q, C), query_positions: (Q, C), key and value: (B, S, C), allowed: (B, Q, S). Returns (B, Q, C)."""
-        x = self.cross_attention_norm(x + self.cross_attention(x + query_positions, key, value, allowed))
+        self,
+        x: Tensor,
+        query_positions: Tensor,
+        key: Tensor,
+        value: Tensor,
+        allowed: Tensor,
+        eager: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Update the queries.
+
+        Args:
+            x: (B, Q, C), queries.
+            query_positions: (Q, C), added to the queries inside attention.
+            key: (B, S, C).
+            value: (B, S, C).
+            allowed: (B, Q, S) bool, where each query may look.
+            eager: also give attention weights.
+
+        Returns:
+            (B, Q, C), and with `eager` the weights of cross-attention (B, heads, Q, S) and, where there is any, of
+            self-attention (B, heads, Q, Q); otherwise no weights.
+        """
+        attended, *weights = self.cross_attention(x + query_positions, key, value, allowed, eager)
+        x = self.cross_attention_norm(x + attended)
         if self.self_attention is not None and self.self_attention_norm is not None:
             placed = x + query_positions
-            x = self.self_attention_norm(x + self.self_attention(placed, placed, x))
-        return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x), inplace=True)))
+            attended, own_weights = self.self_attention(placed, placed, x, eager=eager)
+            x = self.self_attention_norm(x + attended)
+            weights.append(own_weights)
+        x = self.ffn_norm(x + self.linear2(F.relu(self.linear1(x), inplace=True)))
+        return x, tuple(weights) if eager else ()
 
 
 @dataclass
-class Prediction:
-    """Class embeddings (B, Q, D), not normalised, and mask logits (B, Q, H / 4, W / 4).
+class QueryPrediction:
+    """What the queries say at one depth of the decoder.
 
-    Mask logits are the products of mask embeddings (B, Q, C_mask) and mask features.
+    Attributes:
+        class_embeds: (B, Q, D), not normalized.
+        mask_logits: (B, Q, H / 4, W / 4), the products of mask embeddings and mask features.
+        mask_embeds: (B, Q, C_mask).
     """
 
-    class_embeddings: Tensor
+    class_embeds: Tensor
     mask_logits: Tensor
-    mask_embeddings: Tensor
+    mask_embeds: Tensor
 
 
 class ImageTextAggregation(nn.Module):
     """The decoder.
 
     Args:
-        hidden_dim: C. mask_dim: channels of the mask features. embed_dim: D, CLIP's width.
-        num_text_queries: k. num_learned_queries: L. layers, heads, ffn_dim: as in the paper 9, 8, 2048.
+        hidden_dim: C.
+        mask_dim: channels of the mask features.
+        embed_dim: D, CLIP's embedding width.
+        num_text_queries: k.
+        num_learned_queries: L.
+        layers: 9 in the paper.
+        heads: attention heads, 8 in the paper.
+        ffn_dim: width of the feed-forward networks, 2048 in the paper.
         self_attention: between queries, in each layer (FC-CLIP).
     """
 
@@ -133,6 +183,7 @@ class ImageTextAggregation(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialize queries by a normal distribution, the logit scale by log(1 / 0.07)."""
         for parameter in (self.learned_queries, self.query_positions, self.level_embedding):
             nn.init.normal_(parameter)
         nn.init.constant_(self.logit_scale, 2.6592600369327779)  # log(1 / 0.07)
@@ -152,16 +203,21 @@ class ImageTextAggregation(nn.Module):
         levels: list[Tensor],
         valid: Tensor | None = None,
         every_layer: bool = False,
-    ) -> list[Prediction]:
-        """Decodes.
+        eager: bool = False,
+    ) -> tuple[list[QueryPrediction], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Decode.
 
         Args:
-            text_queries: (B, k', C) with k' <= k, or None.
-            mask_features: (B, C_mask, H / 4, W / 4). levels: F1, F2, F3, (B, C, H_l, W_l).
-            valid: (B, H, W) bool, pixels that are no padding; None where all are.
-            every_layer: give the prediction before the first layer and after each (for training), not only the last.
+            text_queries: (B, k', C) with k' <= k; None for no text queries.
+            mask_features: (B, C_mask, H / 4, W / 4).
+            levels: F1, F2, F3, (B, C, H_l, W_l) at strides 32, 16, 8.
+            valid: (B, H, W) bool, pixels that are not padding; None where all are.
+            every_layer: predict before the first layer and after each (for training), not only after the last.
+            eager: compute attention weights.
 
-        Returns: predictions, the last one last; Q = k' + L.
+        Returns:
+            Predictions, the last one last, of Q = k' + L queries; the hidden states before the first layer and after
+            each, (B, Q, C); with `eager` the attention weights of all layers.
         """
         batch = mask_features.shape[0]
         queries = self.learned_queries.expand(batch, -1, -1)
@@ -174,7 +230,7 @@ class ImageTextAggregation(nn.Module):
             level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(levels)
         ]
         keys = [
-            value + sine_positions(level.shape[-2], level.shape[-1], value.shape[-1], like=value).flatten(1).T
+            value + sine_position_embedding(*level.shape[-2:], value.shape[-1], like=value).flatten(1).T
             for value, level in zip(values, levels, strict=True)
         ]
         # Mask logits are linear in the mask features, so the features are resized to a level, once, not the logits.
@@ -186,54 +242,38 @@ class ImageTextAggregation(nn.Module):
         level_valid = [
             None if valid is None else valid_cells(valid, size).flatten(1)[:, None] for size in sizes
         ]
-        pixel_valid = None if valid is None else valid_cells(valid, mask_features.shape[-2:])
+        mask_valid = None if valid is None else valid_cells(valid, mask_features.shape[-2:])
 
-        predictions = []
+        predictions, hidden_states, attentions = [], [queries], []
         for index, layer in enumerate(self.layers):
             normed = self.norm(queries)
-            mask_embeddings = self.mask_embedding(normed)
+            mask_embeds = self.mask_embedding(normed)
             if every_layer:
-                predictions.append(self._predict(normed, mask_embeddings, mask_features, pixel_valid))
+                predictions.append(self._predict(normed, mask_embeds, mask_features, mask_valid))
             level = index % self.num_levels
-            allowed = self._attention_mask(mask_embeddings, level_features[level], level_valid[level])
-            queries = layer(queries, positions, keys[level], values[level], allowed)
+            allowed = self._attention_mask(mask_embeds, level_features[level], level_valid[level])
+            queries, weights = layer(queries, positions, keys[level], values[level], allowed, eager)
+            hidden_states.append(queries)
+            attentions += weights
         normed = self.norm(queries)
-        predictions.append(self._predict(normed, self.mask_embedding(normed), mask_features, pixel_valid))
-        return predictions
+        predictions.append(self._predict(normed, self.mask_embedding(normed), mask_features, mask_valid))
+        return predictions, tuple(hidden_states), tuple(attentions)
 
     @staticmethod
     @torch.no_grad()
-    def _attention_mask(mask_embeddings: Tensor, features: Tensor, valid: Tensor | None) -> Tensor:
-        """Where each query may look, (B, Q, S) bool: its mask at the level's size; everywhere if that is nowhere."""
-        allowed = (mask_embeddings.detach() @ features) >= 0  # where the sigmoid is at least one half
+    def _attention_mask(mask_embeds: Tensor, features: Tensor, valid: Tensor | None) -> Tensor:
+        """Say where each query may look, (B, Q, S) bool: its mask at the level's size; everywhere if that is empty."""
+        allowed = (mask_embeds.detach() @ features) >= 0  # where the sigmoid is at least one half
         if valid is not None:
             allowed = allowed & valid
-        nowhere = ~allowed.any(dim=-1, keepdim=True)
-        return allowed | (nowhere if valid is None else nowhere & valid)
+        is_empty = ~allowed.any(dim=-1, keepdim=True)
+        return allowed | (is_empty if valid is None else is_empty & valid)
 
     def _predict(
-        self, normed: Tensor, mask_embeddings: Tensor, mask_features: Tensor, valid: Tensor | None
-    ) -> Prediction:
-        mask_logits = (mask_embeddings @ mask_features.flatten(2)).unflatten(-1, mask_features.shape[-2:])
+        self, normed: Tensor, mask_embeds: Tensor, mask_features: Tensor, valid: Tensor | None
+    ) -> QueryPrediction:
+        mask_logits = (mask_embeds @ mask_features.flatten(2)).unflatten(-1, mask_features.shape[-2:])
         inside = (mask_logits.detach() > 0) if valid is None else (mask_logits.detach() > 0) & valid[:, None]
-        pooled = mask_means(mask_features, inside).to(normed.dtype)
-        class_embeddings = self.class_embedding(normed + self.pooled_projection(pooled))
-        return Prediction(class_embeddings, mask_logits, mask_embeddings)
-
-
-def mask_means(features: Tensor, masks: Tensor) -> Tensor:
-    """Mean of features (B, C, h, w) inside masks (B, Q, h, w) bool, zero for an empty one: (B, Q, C) float32.
-
-    In float32 whatever surrounds it: half precision can hold neither the sum over a large mask nor its area.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        weights = masks.flatten(2).float()
-        # An epsilon would do as well, but ONNX's optimiser drops its addition.
-        areas = weights.sum(dim=-1, keepdim=True).clamp(min=1)
-        return weights @ features.float().flatten(2).transpose(1, 2) / areas
-
-
-def valid_cells(valid: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """Which cells of a (h, w) grid hold at least one valid pixel, (B, h, w) bool, from (B, H, W) bool."""
-    height, width = valid.shape[-2:]
-    return F.max_pool2d(valid[:, None].float(), (height // size[0], width // size[1]))[:, 0] > 0
+        pooled = mask_mean(mask_features, inside).to(normed.dtype)
+        class_embeds = self.class_embedding(normed + self.pooled_projection(pooled))
+        return QueryPrediction(class_embeds, mask_logits, mask_embeds)

@@ -2,49 +2,148 @@
 
 One frozen CLIP; dominant category unearthing turns the image's nearest category names into queries; detail
 enhancement gives multi-scale features; the image-text aggregation decoder makes masks and classes in a single stage.
+`ITAForOpenVocabSegmentation.segment` is the paper in order.
 
-Symbols in shapes: B images, Q queries, K classes, N names (a class has one or more), D CLIP's embedding width,
-C the decoder's width, k text queries.
+Symbols in shapes: B images, Q queries, K classes, N names (a class has one or more), M candidate names, D CLIP's
+embedding width, C the decoder's width, k text queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .batching import (
     DominantNames,
-    channels_last,
+    Group,
+    SegmentOutput,
+    check_dominant_categories,
+    check_images,
     check_labels,
-    crop,
-    dominant_of_batch,
-    image_sizes_of,
-    mark_sizes,
-    merge_classes,
-    merge_masks,
+    dominant_names,
+    group_images,
+    matched_mask_logits,
+    merge,
     pad_labels,
-    remake_masks,
-    round_up,
-    scatter,
-    valid_pixels,
+    padded_size,
 )
 from .checkpoint_code import RemoteCodeMixin
-from .classification import Opinions, masks_on_dense_feature
-from .clip_backbone import ClipBackbone, ImageFeatures, resolve_clip_config
-from .configuration_ita import ITAConfig, check_shortlist, check_weight
-from .detail_enhancement import DeformableAttention, DetailEnhancement
+from .classification import TextEmbeddings, class_logits, ensemble_log_probs, masks_on_grid
+from .clip_backbone import ClipBackbone, resolve_clip_config
+from .configuration_ita import ITAConfig, check_number
+from .deformable_attention import DeformableAttention
+from .detail_enhancement import DetailEnhancement
 from .dominant_categories import DominantCategories
-from .image_text_aggregation import Attention, ImageTextAggregation, Prediction
-from .outputs import ITAForOpenVocabSegmentationOutput, NetworkResult, Request
-from .set_criterion import Matches, SetCriterion
-from .text import VocabularyEncoder
-from .vocabulary import TextClassifier, Vocabulary, WordTensors, normalize_vocabulary, vocabularies_of_batch
+from .image_text_aggregation import Attention, ImageTextAggregation
+from .set_criterion import SetCriterion
+from .text import TextEncoder
+from .vocabulary import Vocabulary, batch_vocabularies, normalize_vocabulary
 
 
-class ITAForOpenVocabSegmentation(RemoteCodeMixin, PreTrainedModel):
+@dataclass
+class ITAForOpenVocabSegmentationOutput(ModelOutput):
+    """What the model says of a batch.
+
+    In a batch with a vocabulary per image, classes are padded to the largest K with -inf (void stays last), and
+    queries with rows that are certainly void.
+
+    Attributes:
+        loss: scalar, the sum of `loss_dict`, when labels are given.
+        class_queries_logits: (B, Q, K + 1), void last. In eval mode log-probabilities of the ensemble, in training the
+            decoder's logits.
+        masks_queries_logits: (B, Q, H / 4, W / 4) of the padded image.
+        loss_dict: the weighted losses by name: `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the same
+            with `_0`, `_1`, ... of the earlier ones.
+        dominant_categories: for each image its dominant categories, nearest first; None in a graph being traced.
+        image_sizes: (B, 2) int64, height and width of each image within the padded one.
+        stuff_ids: for each image the indices of its classes that are stuff.
+        vocabulary: for each image its classes, each a list of names.
+        encoder_hidden_states: with `output_hidden_states` the features of the image tower at strides 4, 8, 16, 32,
+            (B, C_l, H / s, W / s); the same for the next two.
+        pixel_decoder_hidden_states: the enhanced features at strides 32, 16, 8, (B, C, H / s, W / s).
+        transformer_decoder_hidden_states: the queries before the first layer of the decoder and after each, (B, Q, C).
+        hidden_states: the same as `transformer_decoder_hidden_states`.
+        attentions: with `output_attentions` the weights of each cross-attention (B, heads, Q, S) and, where there is
+            any, self-attention (B, heads, Q, Q) of the decoder, in order.
+    """
+
+    loss: Tensor | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    dominant_categories: list[list[str]] | None = None
+    image_sizes: Tensor | None = None
+    stuff_ids: list[list[int]] | None = None
+    vocabulary: list[list[list[str]]] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
+    """Initialization of weights, loading and saving."""
+
+    config_class = ITAConfig
+    config: ITAConfig
+    base_model_prefix = "ita"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _supports_sdpa = True
+    _no_split_modules = ["ClipBackbone", "DetailEnhancement", "ImageTextAggregation"]
+    supports_gradient_checkpointing = True  # of the head's layers
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ITAForOpenVocabSegmentation):
+            nn.init.normal_(module.void_embedding)
+        elif isinstance(module, ClipBackbone):
+            module.restore_buffers(self.config.clip_model_config or {})
+        elif isinstance(
+            module,
+            nn.Linear
+            | nn.Conv2d
+            | nn.GroupNorm
+            | nn.LayerNorm
+            | Attention
+            | DeformableAttention
+            | DominantCategories
+            | DetailEnhancement
+            | ImageTextAggregation,
+        ):
+            module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint, as `PreTrainedModel.from_pretrained`, with the frozen CLIP in it.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the frozen CLIP, or has weights that are NaN or infinite.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing = sorted(key for key in info["missing_keys"] if key.startswith("clip_backbone."))
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of the frozen CLIP, such as {missing[0]}"
+            )
+        for name, tensor in model.state_dict().items():
+            finite = tensor.is_meta or not tensor.is_floating_point() or not tensor.numel()
+            if not finite and not bool(torch.stack(tensor.detach().aminmax()).isfinite().all()):
+                raise ValueError(f"the checkpoint has weights that are NaN or infinite, such as {name}")
+        # The model was built without memory, and what no checkpoint holds has to be made again.
+        model.clip_backbone.restore_buffers(model.config.clip_model_config)
+        model.clip_backbone.freeze()
+        return (model, info) if wants_info else model
+
+
+class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
     """Open-vocabulary segmentation by image-text aggregation.
 
     Example:
@@ -58,13 +157,6 @@ class ITAForOpenVocabSegmentation(RemoteCodeMixin, PreTrainedModel):
     Raises:
         ValueError: an unknown CLIP, or one whose image tower does not have four stages.
     """
-
-    config_class = ITAConfig
-    config: ITAConfig
-    base_model_prefix = "ita"
-    main_input_name = "pixel_values"
-    _supports_sdpa = True
-    supports_gradient_checkpointing = True  # of the head's layers
 
     def __init__(self, config: ITAConfig):
         super().__init__(config)
@@ -98,348 +190,290 @@ class ITAForOpenVocabSegmentation(RemoteCodeMixin, PreTrainedModel):
         )
         self.void_embedding = nn.Parameter(torch.empty(1, embed_dim))
         self.criterion = SetCriterion(config)
-        self.vocabulary_encoder = VocabularyEncoder(self.clip_backbone)
-        self._compiled_network: Any = None
+        self.text_encoder = TextEncoder(self.clip_backbone)
+        self._compiled_segment: Callable[..., SegmentOutput] | None = None
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is self:
-            nn.init.normal_(self.void_embedding)
-        elif isinstance(
-            module,
-            nn.Linear
-            | nn.Conv2d
-            | nn.GroupNorm
-            | nn.LayerNorm
-            | Attention
-            | DeformableAttention
-            | DominantCategories
-            | DetailEnhancement
-            | ImageTextAggregation,
-        ):
-            module.reset_parameters()
 
     # --- vocabulary ---
 
     @property
     def default_vocabulary(self) -> Vocabulary | None:
         """The checkpoint's own vocabulary, or what `set_vocabulary` made of it; None for a model that has none."""
-        if self.config.vocabulary is not None:
-            return normalize_vocabulary(self.config.vocabulary)
-        labels = self.config.id2label
-        if not labels or all(label == f"LABEL_{index}" for index, label in labels.items()):
-            return None
-        return normalize_vocabulary([label for _, label in sorted(labels.items())])
+        classes = self.config.own_classes
+        return None if classes is None else normalize_vocabulary(classes)
 
     def set_vocabulary(self, classes: Sequence[str | Sequence[str]]) -> None:
-        """Makes `classes` the vocabulary of calls that name none, and of the saved checkpoint.
+        """Make `classes` the vocabulary of calls that name none, and of the saved checkpoint.
+
+        Args:
+            classes: each a name or a list of synonyms.
 
         Raises:
             ValueError: an empty vocabulary or an empty name.
         """
-        vocabulary = normalize_vocabulary(classes)
-        self.config.vocabulary = [list(synonyms) for synonyms in vocabulary]  # brings id2label along
+        self.config.vocabulary = [list(synonyms) for synonyms in normalize_vocabulary(classes)]
 
-    def text_classifier(
-        self, classes: Sequence[str | Sequence[str]] | None = None, templates: Sequence[str] | None = None
-    ) -> TextClassifier:
-        """A vocabulary's embeddings, encoded at the first call and kept."""
-        vocabulary = (
-            vocabularies_of_batch(None, self.default_vocabulary, 1)[0] if classes is None else classes
-        )
-        return self.vocabulary_encoder.classifier(
-            normalize_vocabulary(vocabulary), self.config.templates if templates is None else templates
-        )
+    def encode_vocabulary(
+        self,
+        vocabulary: Sequence[str | Sequence[str]] | None = None,
+        templates: Sequence[str] | None = None,
+        train_vocabulary: Sequence[str | Sequence[str]] | None = None,
+    ) -> TextEmbeddings:
+        """Encode a vocabulary as calls with it do; it is kept, so that such a call encodes nothing.
 
-    # --- the way through the house ---
+        Args:
+            vocabulary: each class a name or a list of synonyms; None for the checkpoint's own.
+            templates: prompt templates in the place of the configuration's.
+            train_vocabulary: classes seen in training in the place of the configuration's.
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """From now on the network runs compiled by `torch.compile(**options)`: all but the handling of words.
-
-        With `dynamic=True` one graph serves all sizes and batches of more than one; without, each padded size has its
-        own until torch takes it for variable. Vocabularies of any length share a graph.
+        Raises:
+            ValueError: no vocabulary, a malformed one, or a template without exactly one `{}`.
         """
-        self._compiled_network = torch.compile(self._network, fullgraph=True, **options)
+        own = batch_vocabularies(vocabulary, None, self.default_vocabulary, 1)[0]
+        train = self.config.train_vocabulary if train_vocabulary is None else train_vocabulary
+        return self.text_encoder.encode(
+            own,
+            self.config.templates if templates is None else templates,
+            normalize_vocabulary(train) if train else None,
+        )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickled model is not compiled."""
-        return self.__dict__ | {"_compiled_network": None}
+    def stuff_ids(self, vocabulary: Vocabulary) -> list[int]:
+        """Give the indices of the classes that are stuff by the configuration's `stuff_names`."""
+        return [
+            i
+            for i, is_stuff in enumerate(vocabulary.shares_name_with(self.config.stuff_names or ()))
+            if is_stuff
+        ]
+
+    # --- the network ---
 
     def forward(
         self,
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
-        vocabulary: Sequence | None = None,
+        vocabulary: Sequence[str | Sequence[str]] | None = None,
+        vocabularies: Sequence[Sequence[str | Sequence[str]]] | None = None,
         mask_labels: list[Tensor] | None = None,
         class_labels: list[Tensor] | None = None,
-        dominant_categories: Sequence | None = None,
+        dominant_categories: Sequence[str] | Sequence[Sequence[str]] | None = None,
         templates: Sequence[str] | None = None,
-        train_vocabulary: Sequence | None = None,
+        train_vocabulary: Sequence[str | Sequence[str]] | None = None,
         ensemble_alpha: float | None = None,
         ensemble_beta: float | None = None,
-        class_shortlist: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> ITAForOpenVocabSegmentationOutput | tuple:
-        """Segments images by the words of a vocabulary.
+        """Segment images by the names of a vocabulary.
 
         Images of a batch that differ in size (by `pixel_mask`) or in vocabulary go through the network in groups of
         their own, each cropped to its size rounded up to a multiple of 32: padding to a common size changes nothing.
 
         Args:
-            pixel_values: (B, 3, H, W) float, normalised RGB, padded at the bottom and on the right.
+            pixel_values: (B, 3, H, W) float, normalized RGB, padded at the bottom and on the right.
             pixel_mask: (B, H, W), 1 for pixels and 0 for padding; None if nothing is padded.
-            vocabulary: a list of classes, each a name or a list of synonyms; or one such list per image; or None for
-                the checkpoint's own.
-            mask_labels: for each image (n, H, W), its n ground-truth masks; with
-            class_labels: for each image (n,) int64, their classes: losses are computed.
-            dominant_categories: names that take the place of the k nearest: a list for all images or one per image.
-            templates, train_vocabulary, ensemble_alpha, ensemble_beta, class_shortlist: in the place of the config's.
+            vocabulary: the classes of all images, each a name or a list of synonyms; None for the checkpoint's own.
+            vocabularies: one vocabulary for each image, in the place of `vocabulary`.
+            mask_labels: for each image (n, H, W), its n ground-truth masks; losses are computed.
+            class_labels: for each image (n,) int64, the classes of its masks.
+            dominant_categories: names in the place of the k nearest: one list for all images, or one for each.
+            templates: prompt templates in the place of the configuration's.
+            train_vocabulary: classes seen in training in the place of the configuration's.
+            ensemble_alpha: weight of CLIP's class logits for seen classes in the place of the configuration's.
+            ensemble_beta: weight of CLIP's class logits for unseen classes in the place of the configuration's.
+            output_hidden_states: whether to return hidden states.
+            output_attentions: whether to return the decoder's attention weights.
             return_dict: False gives a tuple.
 
         Raises:
-            ValueError: no vocabulary, a malformed one, labels without masks, or inputs whose shapes do not fit.
+            ValueError: no vocabulary or a malformed one, labels that do not fit, or inputs whose shapes do not fit.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(
-                f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}"
-            )
-        batch, _, height, width = pixel_values.shape
-        if pixel_mask is not None and pixel_mask.shape != (batch, height, width):
-            raise ValueError(f"pixel_mask must be {(batch, height, width)}, got {tuple(pixel_mask.shape)}")
-        if not pixel_values.is_floating_point() or not batch:
-            raise ValueError(
-                f"pixel_values must be floats of at least one image, got {pixel_values.dtype} x {batch}"
-            )
-        if (mask_labels is None) != (class_labels is None):
-            raise ValueError("losses need both mask_labels and class_labels")
-        config = self.config
-        train_vocabulary = config.train_vocabulary if train_vocabulary is None else train_vocabulary
-        request = Request(
-            templates=config.templates if templates is None else templates,
-            train_vocabulary=normalize_vocabulary(train_vocabulary) if train_vocabulary else None,
-            alpha=check_weight(
-                "ensemble_alpha", config.ensemble_alpha if ensemble_alpha is None else ensemble_alpha
-            ),
-            beta=check_weight(
-                "ensemble_beta", config.ensemble_beta if ensemble_beta is None else ensemble_beta
-            ),
-            shortlist=check_shortlist(config.class_shortlist if class_shortlist is None else class_shortlist),
-            with_loss=mask_labels is not None,
+        sizes = check_images(pixel_values, pixel_mask)
+        classes = batch_vocabularies(vocabulary, vocabularies, self.default_vocabulary, len(sizes))
+        check_labels(
+            mask_labels, class_labels, sizes, tuple(pixel_values.shape[-2:]), list(map(len, classes))
         )
-        vocabularies = vocabularies_of_batch(vocabulary, self.default_vocabulary, batch)
-        dominant = dominant_of_batch(dominant_categories, batch) if self.dominant_categories else None
-        sizes = image_sizes_of(pixel_values, pixel_mask)
-        canvas = (round_up(height), round_up(width))
+        given = (
+            check_dominant_categories(dominant_categories, len(sizes)) if self.dominant_categories else None
+        )
+        weights = self._ensemble_weights(ensemble_alpha, ensemble_beta)
+        config = self.config
+        wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_attentions = config.output_attentions if output_attentions is None else output_attentions
 
-        groups: dict[tuple[tuple[int, int], tuple, int | None], list[int]] = {}
-        for index, (size, classes) in enumerate(zip(sizes, vocabularies, strict=True)):
-            padded = (round_up(size[0]), round_up(size[1]))
-            given = None if dominant is None else len(dominant[index])
-            groups.setdefault((padded, classes.key, given), []).append(index)
-        results, names = [], []
-        for (padded, _, _), group in groups.items():
-            own_sizes = [sizes[index] for index in group]
-            own_dominant = None if dominant is None else [dominant[index] for index in group]
-            classifier = self.vocabulary_encoder.classifier(vocabularies[group[0]], request.templates)
-            result = self._segment(
-                crop(pixel_values if len(group) == batch else pixel_values[group], own_sizes, padded),
-                valid_pixels(own_sizes, padded, pixel_values.device),
-                own_sizes,
-                classifier,
-                own_dominant,
-                request,
+        groups = group_images(pixel_values, pixel_mask, sizes, classes, given)
+        parts, names = [], []
+        for group in groups:
+            text = self.encode_vocabulary(group.vocabulary, templates, train_vocabulary)
+            part = (self._compiled_segment or self.segment)(
+                group.pixel_values,
+                text,
+                self._valid_pixels(group, text),
+                dominant_embeds=self._embed_given(group, templates),
+                image_embeds=self._embed_thumbnails(group),
+                ensemble_weights=weights,
+                every_layer=mask_labels is not None or self.training,
+                output_attentions=bool(wants_attentions),
             )
-            results.append(result)
-            names.append(DominantNames(own_dominant, result.nearest, classifier.candidate_names, len(group)))
-        members = list(groups.values())
-        class_logits = [
-            merge_classes(list(parts), members)
-            for parts in zip(*(r.class_logits for r in results), strict=True)
-        ]
-        mask_logits = [
-            merge_masks([prediction.mask_logits for prediction in parts], members, canvas)
-            for parts in zip(*(r.predictions for r in results), strict=True)
-        ]
-        if self.training:
-            final = class_logits[-1]
-        else:
-            final = merge_classes(
-                [r.log_probabilities for r in results if r.log_probabilities is not None], members
-            )
+            parts.append(part)
+            names.append(DominantNames(group, part.dominant))
+        padded = padded_size(pixel_values.shape[-2:])
+        merged = merge(parts, groups, padded, with_states=bool(wants_states))
 
         output = ITAForOpenVocabSegmentationOutput(
-            class_queries_logits=final,
-            masks_queries_logits=mask_logits[-1],
-            dominant_categories=scatter([part.read() for part in names], members),
+            class_queries_logits=merged.class_logits[-1] if merged.log_probs is None else merged.log_probs,
+            masks_queries_logits=merged.mask_logits[-1],
+            dominant_categories=dominant_names(names, groups),
             image_sizes=torch.tensor(sizes, device=pixel_values.device),
-            stuff_ids=[self._stuff_ids(classes) for classes in vocabularies],
-            vocabulary=[[list(synonyms) for synonyms in classes] for classes in vocabularies],
+            stuff_ids=[self.stuff_ids(own) for own in classes],
+            vocabulary=[[list(synonyms) for synonyms in own] for own in classes],
+            encoder_hidden_states=merged.features or None,
+            pixel_decoder_hidden_states=merged.enhanced or None,
+            transformer_decoder_hidden_states=merged.hidden_states or None,
+            hidden_states=merged.hidden_states or None,
+            attentions=merged.attentions or None,
         )
         if mask_labels is not None and class_labels is not None:
-            check_labels(mask_labels, class_labels, sizes, (height, width), [len(v) for v in vocabularies])
-            labels = [pad_labels(masks, canvas) for masks in mask_labels]
-
-            def matched_masks(matches: Matches) -> Tensor:
-                factors = [([p.mask_embeddings for p in r.predictions], r.mask_features) for r in results]
-                queries = [matches.of(image)[0] for image in range(batch)]
-                return remake_masks(factors, members, queries, canvas)
-
-            output.loss_dict = self.criterion(class_logits, mask_logits, labels, class_labels, matched_masks)
+            masks, matched = pad_labels(mask_labels, padded), matched_mask_logits(parts, groups, padded)
+            output.loss_dict = self.criterion(
+                merged.class_logits, merged.mask_logits, masks, class_labels, matched
+            )
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
-        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _segment(
+    def segment(
         self,
         pixel_values: Tensor,
-        valid: Tensor | None,
-        sizes: list[tuple[int, int]],
-        classifier: TextClassifier,
-        given: list[list[str]] | None,
-        request: Request,
-    ) -> NetworkResult:
-        """Images of one padded size with one vocabulary: around the network, what is no tensor.
+        text: TextEmbeddings,
+        valid: Tensor | None = None,
+        dominant_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        ensemble_weights: tuple[float, float] | None = None,
+        every_layer: bool = False,
+        output_attentions: bool = False,
+    ) -> SegmentOutput:
+        """Segment images of one size with one vocabulary: tensors in, tensors out, nothing that waits for them.
 
         Args:
-            pixel_values: (B, 3, H, W), H and W multiples of 32. valid: (B, H, W) bool or None.
-            sizes: each image's own height and width. given: dominant categories from outside, or None.
+            pixel_values: (B, 3, H, W), H and W multiples of 32.
+            text: the vocabulary, of `encode_vocabulary`.
+            valid: (B, H, W) bool, pixels that are not padding; None where all are.
+            dominant_embeds: (B, k', D), unit embeddings of dominant categories from outside; None to select them.
+            image_embeds: (B, D), CLIP's embeddings of the images, to select by; None for those of the dense feature.
+            ensemble_weights: alpha and beta; None for the configuration's.
+            every_layer: give the decoder's predictions of all layers, as training needs them.
+            output_attentions: compute the decoder's attention weights.
         """
-        words = classifier.tensors(request.train_vocabulary)
-        unearths = self.dominant_categories is not None and given is None
-        bare = None if given is None else self._embed_given(given, classifier)
-        whole = None
-        if self.config.dominant_category_source == "thumbnail" and (unearths or request.shortlist):
-            images = [image[:, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
-            with torch.no_grad():
-                whole = torch.cat([self.clip_backbone.embed_thumbnail(pil_image) for pil_image in images])
-        network = self._network
-        if self._compiled_network is not None:
-            network, valid = self._compiled_network, mark_sizes(pixel_values, valid, words)
-        result = network(
-            pixel_values,
-            valid,
-            words,
-            bare,
-            whole,
-            weights=(request.alpha, request.beta),
-            unearths=unearths,
-            with_loss=request.with_loss,
-            shortlisted=request.shortlist is not None,
+        config, backbone, decoder = self.config, self.clip_backbone, self.image_text_aggregation
+        # Section 0: one frozen CLIP.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and backbone.is_trained):
+            features = backbone(_channels_last(pixel_values))
+        # Section 2, DCU: the names nearest to the image become text queries.
+        dominant, text_queries = None, None
+        if self.dominant_categories is not None:
+            if dominant_embeds is None:
+                image_embeds = (
+                    backbone.embed_images(features.dense, valid) if image_embeds is None else image_embeds
+                )
+                dominant = self.dominant_categories.select(image_embeds, text.name_embeds)
+                dominant_embeds = text.name_embeds[dominant]
+            text_queries = self.dominant_categories(dominant_embeds)
+        # Section 3, DEM: multi-scale features and mask features.
+        mask_features, enhanced = self.detail_enhancement(features.levels)
+        # Section 4, ITA: text queries and learned queries make masks and class embeddings.
+        eager = output_attentions or config._attn_implementation == "eager"
+        predictions, hidden_states, attentions = decoder(
+            text_queries, mask_features, enhanced, valid, every_layer=every_layer, eager=eager
         )
-        if request.shortlist and result.opinions is not None:
-            assert result.whole is not None
-            shortlists = classifier.nearest_classes(result.whole, request.shortlist)
-            result.log_probabilities = result.opinions.classify_shortlists(
-                classifier, request.train_vocabulary, shortlists
-            )
-        return result
-
-    def _network(
-        self,
-        pixel_values: Tensor,
-        valid: Tensor | None,
-        words: WordTensors,
-        bare: Tensor | None,
-        whole: Tensor | None,
-        weights: tuple[float, float],
-        unearths: bool = True,
-        with_loss: bool = False,
-        shortlisted: bool = False,
-    ) -> NetworkResult:
-        """The network: tensors in, tensors out, nothing that waits for them. This is what compiling compiles.
-
-        Args:
-            pixel_values: (B, 3, H, W), H and W multiples of 32. valid: (B, H, W) bool or None.
-            bare: (B, k, D), unit embeddings of dominant categories from outside, or None.
-            whole: (B, D), CLIP's embeddings of the images if they were made already.
-            weights: alpha and beta of the ensemble. unearths: look for dominant categories.
-            with_loss: give the decoder's logits of all predictions, as in training.
-            shortlisted: leave the classes to be made of the opinions.
-        """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.clip_backbone.is_trained):
-            features = self.clip_backbone(channels_last(pixel_values))
-        if whole is None and (unearths or shortlisted):
-            whole = self._embed_images(pixel_values, valid, features)
-        nearest, text_queries = self._unearth(whole if unearths else None, words.candidates, bare)
-        mask_features, levels = self.detail_enhancement(features.levels)
-        with_loss = with_loss or self.training
-        predictions = self.image_text_aggregation(
-            text_queries, mask_features, levels, valid, every_layer=with_loss
-        )
-        scale = self.image_text_aggregation.scale
-        class_logits = [
-            words.logits(prediction.class_embeddings, self.void_embedding, scale)
-            for prediction in predictions
-            if with_loss
+        # Section 1: class logits, in-vocabulary.
+        in_vocab = [
+            class_logits(p.class_embeds, text, self.void_embedding, decoder.scale) for p in predictions
         ]
-        opinions, log_probabilities = None, None
+        # Section 5: out-of-vocabulary logits of the pooled CLIP feature, and the ensemble.
+        log_probs = None
         if not self.training:
-            opinions = self._opinions(predictions[-1], features, valid, weights)
-            log_probabilities = None if shortlisted else opinions.classify(words)
-        return NetworkResult(
-            predictions, mask_features, class_logits, nearest, whole, opinions, log_probabilities
-        )
+            embeds, has_pixels = self._pool_masks(predictions[-1].mask_logits, features.dense, valid)
+            out_vocab = class_logits(embeds, text, self.void_embedding, backbone.logit_scale)
+            weights = ensemble_weights or (config.ensemble_alpha, config.ensemble_beta)
+            log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, *weights, has_pixels)
+        return SegmentOutput(
+            in_vocab, log_probs, predictions, mask_features, dominant,
+            features.levels, tuple(enhanced), hidden_states, attentions if output_attentions else (),
+        )  # fmt: skip
 
-    def _embed_given(self, given: list[list[str]], classifier: TextClassifier) -> Tensor | None:
-        """Unit bare embeddings (B, k, D) of dominant categories from outside; None if there are none to take.
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """From now on run the network compiled by `torch.compile(**options)`: all but the encoding of names.
+
+        With `dynamic=True` one graph serves all sizes and batches of more than one; without, each padded size has its
+        own until torch takes it for variable. Vocabularies of any length share a graph.
+        """
+        self._compiled_segment = torch.compile(self.segment, fullgraph=True, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the compiled network out of copies and pickles."""
+        return self.__dict__ | {"_compiled_segment": None}
+
+    # --- parts of forward and segment ---
+
+    def _pool_masks(
+        self, mask_logits: Tensor, dense: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pool the dense CLIP feature over masks: embeddings (B, Q, D), and which count, (B, Q) bool or None for all."""
+        factor = self.config.dense_upsample
+        size = (dense.shape[-2] * factor, dense.shape[-1] * factor)
+        masks = masks_on_grid(mask_logits, size, valid)
+        if factor > 1:
+            dense = F.interpolate(dense, size=size, mode="bilinear", align_corners=False)
+        has_pixels = masks.flatten(2).any(dim=-1) if self.config.ensemble_on_valid_mask else None
+        return self.clip_backbone.pool_masks(dense, masks), has_pixels
+
+    def _embed_given(self, group: Group, templates: Sequence[str] | None) -> Tensor | None:
+        """Embed dominant categories from outside, (B, k', D); None if there are none.
 
         Raises:
             ValueError: more of them than the network takes.
         """
-        unearth = self.dominant_categories
-        if unearth is None:
+        if group.dominant_categories is None or self.dominant_categories is None:
             return None
-        if any(len(names) > unearth.num_categories for names in given):
-            raise ValueError(
-                f"at most {unearth.num_categories} dominant categories per image, got {len(given[0])}"
-            )
-        if not given[0]:
-            return None
-        return torch.stack([self.vocabulary_encoder.bare(names, classifier.templates) for names in given])
-
-    def _unearth(
-        self, whole: Tensor | None, candidates: Tensor, bare: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Dominant category unearthing: the indices (B, k) of the nearest candidates, the text queries (B, k, C)."""
-        unearth = self.dominant_categories
-        if unearth is None:
-            return None, None
-        if whole is None:
-            return None, None if bare is None else unearth(bare)
-        nearest = unearth.nearest(whole, candidates)
-        return nearest, unearth(candidates[nearest])
-
-    @torch.no_grad()
-    def _embed_images(self, pixel_values: Tensor, valid: Tensor | None, features: ImageFeatures) -> Tensor:
-        """CLIP's embeddings of whole images, (B, D), not normalised, from the dense feature."""
-        everything = torch.ones_like(pixel_values[:, :1, ::4, ::4])
-        masks = masks_on_dense_feature(everything, features.dense, 1, valid)
-        return self.clip_backbone.pool_masks(features.dense, masks)[:, 0]
-
-    def _opinions(
-        self,
-        prediction: Prediction,
-        features: ImageFeatures,
-        valid: Tensor | None,
-        weights: tuple[float, float],
-    ) -> Opinions:
-        """What the decoder and CLIP make of the queries."""
-        config, dense = self.config, features.dense
-        masks = masks_on_dense_feature(prediction.mask_logits, dense, config.dense_upsample, valid)
-        if config.dense_upsample > 1:
-            dense = F.interpolate(dense, size=masks.shape[-2:], mode="bilinear", align_corners=False)
-        return Opinions(
-            in_vocab=prediction.class_embeddings,
-            out_vocab=self.clip_backbone.pool_masks(dense, masks),
-            counts=masks.flatten(2).any(dim=-1) if config.ensemble_on_valid_mask else None,
-            void=self.void_embedding,
-            scales=(self.image_text_aggregation.scale, self.clip_backbone.logit_scale),
-            weights=weights,
+        most, given = self.dominant_categories.num_categories, len(group.dominant_categories[0])
+        if given > most:
+            raise ValueError(f"at most {most} dominant categories per image, got {given}")
+        if not given:
+            return self.void_embedding.new_zeros(len(group.indices), 0, self.clip_backbone.embed_dim)
+        templates = self.config.templates if templates is None else templates
+        return torch.stack(
+            [self.text_encoder.name_embeds(names, templates) for names in group.dominant_categories]
         )
 
-    def _stuff_ids(self, vocabulary: Vocabulary) -> list[int]:
-        stuff = set(self.config.stuff_names or [])
-        return [index for index, synonyms in enumerate(vocabulary) if stuff.intersection(synonyms)]
+    @torch.no_grad()
+    def _embed_thumbnails(self, group: Group) -> Tensor | None:
+        """Embed whole images by a second pass of CLIP, (B, D), if dominant categories are to be selected by it."""
+        selects = self.dominant_categories is not None and group.dominant_categories is None
+        if self.config.dominant_category_source != "thumbnail" or not selects:
+            return None
+        images = [image[:, :h, :w] for image, (h, w) in zip(group.pixel_values, group.sizes, strict=True)]
+        return torch.cat([self.clip_backbone.embed_thumbnail(image) for image in images])
+
+    def _ensemble_weights(self, alpha: float | None, beta: float | None) -> tuple[float, float]:
+        config = self.config
+        return (
+            check_number("ensemble_alpha", config.ensemble_alpha if alpha is None else alpha, 0, 1),
+            check_number("ensemble_beta", config.ensemble_beta if beta is None else beta, 0, 1),
+        )
+
+    def _valid_pixels(self, group: Group, text: TextEmbeddings) -> Tensor | None:
+        """Give the group's valid pixels. For a compiled network, mark what varies from call to call.
+
+        A vocabulary's length varies; and so that images with and without padding share a graph, `valid` is a tensor.
+        """
+        if self._compiled_segment is None:
+            return group.valid
+        for tensor in vars(text).values():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if group.valid is not None:
+            return group.valid
+        return torch.ones_like(group.pixel_values[:, 0], dtype=torch.bool)
 
     # --- checkpoints ---
 
@@ -447,7 +481,7 @@ class ITAForOpenVocabSegmentation(RemoteCodeMixin, PreTrainedModel):
     def from_clip(
         cls, config: ITAConfig, clip_state_dict: dict[str, Tensor]
     ) -> "ITAForOpenVocabSegmentation":
-        """A new model on a trained CLIP; everything but CLIP starts random.
+        """Make a new model on a trained CLIP; everything but CLIP starts random.
 
         Args:
             config: names or holds the CLIP's open_clip configuration.
@@ -467,22 +501,9 @@ class ITAForOpenVocabSegmentation(RemoteCodeMixin, PreTrainedModel):
             raise ValueError(f"the CLIP weights do not fit the configuration: {reason}") from error
         return model
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Loads a checkpoint, as `PreTrainedModel.from_pretrained`, with the frozen CLIP in it.
 
-        Raises:
-            ValueError: the checkpoint lacks weights of the frozen CLIP.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("clip_backbone."))
-        if missing:
-            raise ValueError(
-                f"the checkpoint lacks {len(missing)} tensors of the frozen CLIP, such as {missing[0]}"
-            )
-        # The model was built without memory, and what no checkpoint holds has to be made again.
-        model.clip_backbone.restore_buffers(model.config.clip_model_config)
-        model.clip_backbone.freeze()
-        return (model, info) if wants_info else model
+def _channels_last(pixel_values: Tensor) -> Tensor:
+    """Bring images into the layout in which convolutions of an accelerator are fastest; leave them on a CPU."""
+    if pixel_values.device.type == "cpu":
+        return pixel_values
+    return pixel_values.contiguous(memory_format=torch.channels_last)

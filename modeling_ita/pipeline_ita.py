@@ -134,7 +134,7 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
 
     def _forward(self, model_inputs: Any, vocabulary: list[list[str]] | None = None) -> Any:  # type: ignore[override]
         if vocabulary is not None:
-            model_inputs["vocabulary"] = [vocabulary] * len(model_inputs["pixel_values"])
+            model_inputs["vocabulary"] = vocabulary
         return super()._forward(model_inputs)
 
     def postprocess(  # type: ignore[override]

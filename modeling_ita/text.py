@@ -1,6 +1,14 @@
-"""Names -> embeddings: prompts, the frozen text tower, and what was encoded already, in memory and on disk."""
+"""Class names -> text embeddings, by the frozen text tower, and what was encoded already, in memory and on disk.
 
+Each name is put into every prompt template; the normalized embeddings of its prompts are averaged and normalized again
+(ViLD, arXiv 2104.13921; FC-CLIP, arXiv 2308.02487). The embedding of the name alone, without a template, is what
+dominant category unearthing compares with the image.
+"""
+
+import os
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,179 +16,205 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .classification import TextEmbeddings
 from .clip_backbone import ClipBackbone
-from .text_store import TextStore, open_store
-from .vocabulary import OTHER, TextClassifier, Vocabulary
+from .text_cache import TextCache, open_cache
+from .vocabulary import Templates, Vocabulary, check_templates
 
 logger = logging.get_logger(__name__)
 
 MAX_CACHED_NAMES = 65_536
 MAX_CACHED_VOCABULARIES = 16
-NAMES_WORTH_KEEPING = 512
+MIN_NAMES_ON_DISK = 512
 """From so many names on, encoding shows its progress, and the names are looked for on disk and kept there."""
-NAMES_IN_A_BLOCK = 1_024
+NAMES_PER_BLOCK = 1_024
 """Names between one writing to disk and the next."""
-NAMES_IN_A_BATCH = 32
+NAMES_PER_BATCH = 32
 """Names that an accelerator encodes together."""
 
-
-class _Table:
-    """Names encoded with one set of templates: templated and bare embeddings, (n, D) each."""
-
-    def __init__(self) -> None:
-        self.row_of: dict[str, int] = {}
-        self.blocks: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, names: Sequence[str], templated: Tensor, bare: Tensor) -> None:
-        self.row_of.update(zip(names, range(len(self.row_of), len(self.row_of) + len(names)), strict=True))
-        self.blocks.append((templated, bare))
-
-    def rows(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Templated and bare embeddings of names that are all in the table."""
-        if len(self.blocks) > 1:
-            self.blocks = [(torch.cat([t for t, _ in self.blocks]), torch.cat([b for _, b in self.blocks]))]
-        templated, bare = self.blocks[0]
-        index = torch.tensor([self.row_of[name] for name in names], device=bare.device)
-        return templated[index], bare[index]
+_lock = threading.RLock()
 
 
-class VocabularyEncoder:
-    """Encodes names with the frozen text tower and keeps what it encoded, large vocabularies on disk, too.
+def _renew_lock() -> None:
+    global _lock  # noqa: PLW0603  (the thread that held it does not exist in a forked process)
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+@dataclass
+class _Memory:
+    """What was encoded with one state of the text tower.
+
+    Attributes:
+        tower: fingerprint of the text tower's weights.
+        names: for each set of templates, name -> its prompt embedding and its name embedding, (D,) each.
+        vocabularies: the last few vocabularies, oldest first.
+    """
+
+    tower: tuple = ()
+    names: dict[Templates, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    vocabularies: dict[tuple, TextEmbeddings] = field(default_factory=dict)
+
+
+class TextEncoder:
+    """Encodes vocabularies with the frozen text tower and keeps what it encoded; large ones on disk, too.
 
     The embedding of a name does not depend on the company it came in, to the bit: its prompts make a batch of their
     own, or, on an accelerator, take part in batches of one shape. What is kept in memory is dropped when the text
-    tower's weights change.
+    tower's weights change. Threads may share an encoder: one at a time encodes, and an entry is complete or absent.
+    Copies and pickles start with nothing in memory.
+
+    Args:
+        clip: the frozen CLIP.
+
+    Attributes:
+        use_disk: False keeps every name off the disk, as a server that promises privacy has to.
     """
 
     def __init__(self, clip: ClipBackbone):
         self.clip = clip
-        self._fingerprint: tuple = ()
-        self._tables: dict[tuple[str, ...], _Table] = {}
-        self._classifiers: dict[tuple, TextClassifier] = {}
-        self.names_encoded = 0
+        self.use_disk = True
+        self._memory = _Memory()
 
-    def classifier(self, vocabulary: Vocabulary, templates: Sequence[str]) -> TextClassifier:
-        """The text classifier of a vocabulary. Raises ValueError for a template without `{}`."""
-        templates = check_templates(templates)
-        self._drop_if_stale()
-        key = (vocabulary.key, templates)
-        if key not in self._classifiers:
-            if len(self._classifiers) >= MAX_CACHED_VOCABULARIES:
-                self._classifiers.pop(next(iter(self._classifiers)))
-            # Outside of inference mode, so that what is kept can take part in training later.
-            with torch.inference_mode(False), torch.no_grad():
-                candidate_names = list(dict.fromkeys([*vocabulary.names, OTHER]))
-                table = self._table_with(candidate_names, templates)
-                templated, _ = table.rows(vocabulary.names)
-                _, candidates = table.rows(candidate_names)
-                self._classifiers[key] = TextClassifier(
-                    vocabulary=vocabulary,
-                    templated=templated,
-                    class_of_name=torch.tensor(vocabulary.class_of_name, device=templated.device),
-                    candidate_names=candidate_names,
-                    candidates=candidates,
-                    templates=templates,
-                )
-        return self._classifiers[key]
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is in memory: another thread may be adding to it, and it belongs to these very weights."""
+        return self.__dict__ | {"_memory": _Memory()}
 
-    def bare(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Unit bare embeddings of names, (len(names), D)."""
-        self._drop_if_stale()
-        with torch.inference_mode(False), torch.no_grad():
-            return self._table_with(list(dict.fromkeys(names)), check_templates(templates)).rows(names)[1]
+    def encode(
+        self, vocabulary: Vocabulary, templates: Sequence[str], train_vocabulary: Vocabulary | None = None
+    ) -> TextEmbeddings:
+        """Encode a vocabulary, or take it from memory.
 
-    def _table_with(self, names: list[str], templates: tuple[str, ...]) -> _Table:
-        """The table of these templates, with the names (none twice) in it."""
-        table = self._tables.setdefault(templates, _Table())
-        missing = [name for name in names if name not in table.row_of]
-        if len(table.row_of) + len(missing) > MAX_CACHED_NAMES:
-            table = self._tables[templates] = _Table()
-            missing = names
-        if len(missing) < NAMES_WORTH_KEEPING:
-            if missing:
-                table.add(missing, *self._encode(missing, templates))
-            return table
+        Args:
+            vocabulary: K classes, N names.
+            templates: prompt templates, each with one `{}`.
+            train_vocabulary: the classes seen in training; None if nothing was.
 
-        store = self._store(templates)
-        for block in store.read(missing) if store else ():
-            table.add(block[0], *(part.to(self.clip.device) for part in block[1:]))
-        missing = [name for name in missing if name not in table.row_of]
+        Returns:
+            Tensors on the device of the text tower, without gradients.
+
+        Raises:
+            ValueError: a template without exactly one `{}`.
+        """
+        key = (vocabulary.key, tuple(templates), train_vocabulary.key if train_vocabulary else None)
+        if torch.compiler.is_compiling():  # a graph being traced takes what is in memory as constants
+            return self._memory.vocabularies[key]
+        memory = self._current_memory()
+        found = memory.vocabularies.get(key)
+        if found is not None:
+            return found
+        with (
+            _lock,
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # so that it can take part in training later
+            candidates = vocabulary.candidate_names
+            names = list(dict.fromkeys([*vocabulary.names, *candidates]))
+            embeds = self._encode_names(memory, names, check_templates(templates))
+            device = self.clip.device
+            text = TextEmbeddings(
+                prompt_embeds=torch.stack([embeds[name][0] for name in vocabulary.names]),
+                class_of_name=torch.tensor(vocabulary.class_of_name, device=device),
+                name_embeds=torch.stack([embeds[name][1] for name in candidates]),
+                is_seen=torch.tensor(
+                    vocabulary.shares_name_with(train_vocabulary.names if train_vocabulary else ()),
+                    device=device,
+                ),
+                is_duplicate=torch.tensor(vocabulary.is_duplicate, device=device),
+            )
+            while len(memory.vocabularies) >= MAX_CACHED_VOCABULARIES:
+                memory.vocabularies.pop(next(iter(memory.vocabularies)))
+            memory.vocabularies[key] = text
+        return text
+
+    def name_embeds(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Encode names alone, without a template: unit rows (len(names), D)."""
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            embeds = self._encode_names(
+                self._current_memory(), list(dict.fromkeys(names)), check_templates(templates)
+            )
+            return torch.stack([embeds[name][1] for name in names])
+
+    def _current_memory(self) -> _Memory:
+        tower, memory = self.clip.text_fingerprint(), self._memory
+        if memory.tower != tower:
+            # Threads that are still encoding with the former weights go on filling what nobody reads any more.
+            memory = self._memory = _Memory(tower)
+        return memory
+
+    def _encode_names(
+        self, memory: _Memory, names: list[str], templates: Templates
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Give a table that has all the names (none twice), encoding those that it lacks."""
+        table = memory.names.setdefault(templates, {})
+        missing = [name for name in names if name not in table]
+        if missing and sum(map(len, memory.names.values())) + len(missing) > MAX_CACHED_NAMES:
+            memory.names.clear()
+            table, missing = memory.names.setdefault(templates, {}), names
+        on_disk = len(missing) >= MIN_NAMES_ON_DISK
+        cache = self._open_cache(templates) if on_disk and self.use_disk else None
+        for found, prompt_embeds, name_embeds in cache.read(missing) if cache else ():
+            rows = prompt_embeds.to(self.clip.device), name_embeds.to(self.clip.device)
+            table.update(zip(found, zip(*rows, strict=True), strict=True))
+        missing = [name for name in missing if name not in table]
         with logging.tqdm(
-            total=len(missing), desc="encoding names", unit="name", disable=not missing
+            total=len(missing), desc="encoding names", unit="name", disable=not (on_disk and missing)
         ) as progress:
-            for start in range(0, len(missing), NAMES_IN_A_BLOCK):
-                block_names = missing[start : start + NAMES_IN_A_BLOCK]
-                templated, bare = self._encode(block_names, templates, progress)
-                table.add(block_names, templated, bare)
-                if store:
-                    store.write(block_names, templated, bare)
+            for start in range(0, len(missing), NAMES_PER_BLOCK):
+                block = missing[start : start + NAMES_PER_BLOCK]
+                prompt_embeds, name_embeds = self._encode(block, templates, progress)
+                table.update(zip(block, zip(prompt_embeds, name_embeds, strict=True), strict=True))
+                if cache:
+                    cache.write(block, prompt_embeds, name_embeds)
         return table
 
-    def _store(self, templates: tuple[str, ...]) -> TextStore | None:
-        device, tokenizer = self.clip.device, self.clip.tokenizer
-        tokens = tokenizer(["Ten Cats' 3 Sofas"])[0].tolist()  # what case, length and truncation come to
-        description = [*templates, device.type, str(tokens)]
-        return open_store(description, self.clip.text_tensors)
+    def _open_cache(self, templates: Templates) -> TextCache | None:
+        sample = self.clip.tokenizer(["Ten Cats' 3 Sofas"])[0].tolist()  # shows case, length and truncation
+        description = [*templates, self.clip.device.type, str(sample)]
+        return open_cache(description, self.clip.text_tensors, self.clip.embed_dim)
 
-    def _encode(
-        self, names: Sequence[str], templates: tuple[str, ...], progress: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        """Templated and bare embeddings of names, (n, D) each, unit rows."""
-        tokens = []
-        for name in names:
-            of_name, too_long = self.clip.tokenize([name, *(template.format(name) for template in templates)])
-            if too_long:
-                shown = name if len(name) <= 200 else f"{name[:199]}…"
-                logger.warning(
-                    f"the name {shown!r} is longer than the text tower's context of {self.clip.context_length} tokens "
-                    f"in {too_long} of its {len(templates) + 1} prompts; what is beyond is cut off"
-                )
-            tokens.append(of_name)
-        templated: dict[int, Tensor] = {}
-        bare: dict[int, Tensor] = {}
+    def _encode(self, names: Sequence[str], templates: Templates, progress: Any) -> tuple[Tensor, Tensor]:
+        """Encode names: prompt and name embeddings, (n, D) each, unit rows.
+
+        Raises:
+            ValueError: the text tower gives values that are not finite.
+        """
+        tokens = [self._tokenize(name, templates) for name in names]
+        prompt_embeds: list[Any] = [None] * len(names)
+        name_embeds: list[Any] = [None] * len(names)
         for batch, size in self._batches(tokens):
             filled = [*batch, *[batch[-1]] * (size - len(batch))]
             with torch.autocast(self.clip.device.type, enabled=False):
                 encoded = self.clip.encode_tokens(torch.cat([tokens[index] for index in filled]))
                 encoded = F.normalize(encoded, dim=-1).unflatten(0, (size, -1))
                 means = F.normalize(encoded[:, 1:].mean(dim=1), dim=-1)
-            templated.update(zip(batch, means, strict=False))
-            bare.update(zip(batch, encoded[:, 0], strict=False))
-            if progress is not None:
-                progress.update(len(batch))
-        self.names_encoded += len(names)
-        order = range(len(names))
-        return torch.stack([templated[i] for i in order]), torch.stack([bare[i] for i in order])
+            for row, index in enumerate(batch):
+                prompt_embeds[index], name_embeds[index] = means[row], encoded[row, 0]
+            progress.update(len(batch))
+        prompts, alone = torch.stack(prompt_embeds), torch.stack(name_embeds)
+        if not bool(torch.isfinite(prompts.sum() + alone.sum())):
+            raise ValueError("text embeddings are NaN or infinite: the weights of the text tower are damaged")
+        return prompts, alone
+
+    def _tokenize(self, name: str, templates: Templates) -> Tensor:
+        """Give the tokens of the name alone and of its prompts, (1 + T, L) int64."""
+        tokens, num_cut = self.clip.tokenize([name, *(template.format(name) for template in templates)])
+        if num_cut:
+            shown = name if len(name) <= 200 else f"{name[:199]}…"
+            logger.warning(
+                f"the name {shown!r} is longer than the text tower's context of {self.clip.context_length} tokens "
+                f"in {num_cut} of its {len(templates) + 1} prompts; what is beyond is cut off"
+            )
+        return tokens
 
     def _batches(self, tokens: list[Tensor]) -> Iterator[tuple[list[int], int]]:
-        """Indices of names whose prompts are of one length, and the number of names to fill up to."""
-        size = 1 if self.clip.device.type == "cpu" else NAMES_IN_A_BATCH
+        """Give indices of names whose prompts are of one length, and the number of names to fill up to."""
+        size = 1 if self.clip.device.type == "cpu" else NAMES_PER_BATCH
         by_length: dict[int, list[int]] = {}
         for index, of_name in enumerate(tokens):
             by_length.setdefault(of_name.shape[1], []).append(index)
-        for members in by_length.values():
-            for start in range(0, len(members), size):
-                yield members[start : start + size], size
-
-    def _drop_if_stale(self) -> None:
-        fingerprint = self.clip.text_fingerprint()
-        if fingerprint != self._fingerprint:
-            self._tables.clear()
-            self._classifiers.clear()
-            self._fingerprint = fingerprint
-
-
-def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates as a tuple. Raises ValueError if there is none or one does not have exactly one `{}`."""
-    templates = (templates,) if isinstance(templates, str) else tuple(templates)
-    if not templates:
-        raise ValueError("no prompt template: give at least one, such as 'a photo of a {}.'")
-    for template in templates:
-        if (
-            not isinstance(template, str)
-            or template.count("{}") != 1
-            or template.count("{") != 1
-            or template.count("}") != 1
-        ):
-            raise ValueError(f"a prompt template has exactly one '{{}}' for the name, got {template!r}")
-    return templates
+        for indices in by_length.values():
+            for start in range(0, len(indices), size):
+                yield indices[start : start + size], size

@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from .image_text_aggregation import Attention, sine_positions
+from .image_text_aggregation import Attention
+from .ops import sine_position_embedding
 
 TextTransferForm = Literal["post_norm", "res_post_norm"]
 TEXT_TRANSFER_FORMS: tuple[str, ...] = ("post_norm", "res_post_norm")
@@ -43,9 +44,9 @@ class TextTransfer(nn.Module):
         """
         cells = image_embeds.flatten(2).transpose(1, 2)
         height, width = image_embeds.shape[-2:]
-        positions = sine_positions(height, width, cells.shape[-1], like=cells).flatten(1).T
+        positions = sine_position_embedding(height, width, cells.shape[-1], like=cells).flatten(1).T
         text = text_embeds.to(cells.dtype).expand(len(cells), -1, -1)
-        update = self.linear(self.attention(text, cells + positions, cells))
+        update = self.linear(self.attention(text, cells + positions, cells)[0])
         return self.norm(text + update) if self.form == "post_norm" else text + self.norm(update)
 
 

@@ -1,24 +1,19 @@
-"""What a vocabulary is, and the text classifier that becomes of it.
+"""What a vocabulary is: classes, each with one or more names, in one checked form.
 
-A *class* is one or more *names* (synonyms). Each name is put into every prompt template; the normalised embeddings of
-its prompts are averaged and normalised again (ViLD, arXiv 2104.13921; FC-CLIP, arXiv 2308.02487). The *bare*
-embedding of the name alone is what dominant category unearthing compares with the image.
+Names are compared in one normal form (Unicode composed, case folded, blanks collapsed), because CLIP's tokenizer
+lowers case and cleans blanks: names that differ in these have one embedding. What is shown is what was given.
 """
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 OTHER = "other"
-"""The word that joins every vocabulary when dominant categories are looked for."""
+"""The name that joins every vocabulary when dominant categories are selected."""
+
+Templates = tuple[str, ...]
+
+Classes = Iterable[str | Iterable[str]]
+"""A vocabulary as callers give it: a class is a name, comma-separated names, or a list of names."""
 
 
 class Vocabulary(list):
@@ -35,16 +30,28 @@ class Vocabulary(list):
         return [index for index, synonyms in enumerate(self) for _ in synonyms]
 
     @property
-    def repeats(self) -> list[bool]:
-        """For each class, whether one before it has the very same names (the text tower knows no case)."""
-        names = [frozenset(" ".join(name.casefold().split()) for name in synonyms) for synonyms in self]
-        first = {synonyms: index for index, synonyms in reversed(list(enumerate(names)))}
-        return [first[synonyms] != index for index, synonyms in enumerate(names)]
+    def candidate_names(self) -> list[str]:
+        """Names that dominant categories are selected from: each different name once, and `other`; M of them."""
+        return distinct([*self.names, OTHER])
+
+    @property
+    def is_duplicate(self) -> list[bool]:
+        """For each class, whether an earlier one has the very same names."""
+        first: dict[frozenset[str], int] = {}
+        return [
+            first.setdefault(frozenset(map(normal_form, synonyms)), index) != index
+            for index, synonyms in enumerate(self)
+        ]
 
     @property
     def key(self) -> tuple[tuple[str, ...], ...]:
         """A hashable form."""
         return tuple(tuple(synonyms) for synonyms in self)
+
+    def shares_name_with(self, names: Iterable[str]) -> list[bool]:
+        """For each class, whether any of its names is among `names`, in normal form."""
+        known = set(map(normal_form, names))
+        return [any(normal_form(name) in known for name in synonyms) for synonyms in self]
 
 
 def normal_form(name: str) -> str:
@@ -52,216 +59,128 @@ def normal_form(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).casefold().split())
 
 
-def normalize_vocabulary(classes: Iterable[str | Iterable[str]]) -> Vocabulary:
-    """Checks a vocabulary and brings it to one form.
+def distinct(names: Iterable[str]) -> list[str]:
+    """Keep the first of the names that are equal in normal form."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(normal_form(name), name)
+    return list(first.values())
+
+
+def normalize_vocabulary(classes: Classes) -> Vocabulary:
+    """Check a vocabulary and bring it to one form.
 
     Args:
         classes: K classes. A class is a name, several names in one string separated by commas (as published category
-            lists write synonyms), or a list of names.
+            lists write synonyms), or a list of names. Synonyms that are equal in normal form are kept once.
 
     Raises:
-        ValueError: nothing in it, an empty name, or something that is no name.
+        ValueError: it is empty, or has an empty name, a name that is not a string, or one that is not valid Unicode.
     """
     if isinstance(classes, Vocabulary):
         return classes
     if isinstance(classes, str) or not isinstance(classes, Iterable):
         raise ValueError(f"a vocabulary is a list of classes, got {type(classes).__name__}: {classes!r}")
-    vocabulary = Vocabulary()
-    for index, entry in enumerate(classes):
-        names = [entry] if isinstance(entry, str) else entry
-        if not isinstance(names, Iterable) or isinstance(names, dict):
-            raise ValueError(
-                f"class {index} of the vocabulary is neither a name nor a list of names: {entry!r}"
-            )
-        synonyms: list[str] = []
-        for name in names:
-            if not isinstance(name, str):
-                raise ValueError(f"class {index} of the vocabulary holds something that is no name: {name!r}")
-            parts = [part.strip() for part in name.split(",")]
-            if not all(parts):
-                raise ValueError(f"class {index} of the vocabulary has an empty name: {entry!r}")
-            synonyms.extend(part for part in parts if part not in synonyms)
-        if not synonyms:
-            raise ValueError(f"class {index} of the vocabulary has no name: {entry!r}")
-        vocabulary.append(synonyms)
+    vocabulary = Vocabulary(_synonyms(index, entry) for index, entry in enumerate(classes))
     if not vocabulary:
         raise ValueError("the vocabulary is empty: give at least one class")
     return vocabulary
 
 
+def _synonyms(index: int, entry: str | Iterable[str]) -> list[str]:
+    names = [entry] if isinstance(entry, str) else entry
+    if not isinstance(names, Iterable) or isinstance(names, dict):
+        raise ValueError(f"class {index} of the vocabulary is neither a name nor a list of names: {entry!r}")
+    synonyms: list[str] = []
+    for name in names:
+        if not isinstance(name, str):
+            hint = "; for a vocabulary per image use vocabularies=" if isinstance(name, list | tuple) else ""
+            raise ValueError(
+                f"class {index} of the vocabulary has a name that is not a string: {name!r}{hint}"
+            )
+        for part in map(str.strip, name.split(",")):
+            if not part:
+                raise ValueError(f"class {index} of the vocabulary has an empty name: {entry!r}")
+            if any("\ud800" <= character <= "\udfff" for character in part):
+                raise ValueError(
+                    f"class {index} of the vocabulary has a name that is not valid Unicode: {part!r}"
+                )
+            synonyms.append(part)
+    if not synonyms:
+        raise ValueError(f"class {index} of the vocabulary has no name: {entry!r}")
+    return distinct(synonyms)
+
+
 def parse_classes(text: str) -> Vocabulary:
-    """Reads `"cat, sofa|couch, wall"`: commas between classes, bars between synonyms.
+    """Read `"cat, sofa|couch, wall"`: commas, semicolons or line ends between classes, bars between synonyms.
 
     Raises:
         ValueError: no class in the text, or an empty name.
     """
-    if not text.strip():
+    entries = text.replace(";", ",").replace("\n", ",").split(",")
+    while entries and not entries[-1].strip():  # a separator at the end separates nothing
+        entries.pop()
+    if not entries:
         raise ValueError("the vocabulary is empty: give at least one class, such as 'cat, sofa|couch'")
-    return normalize_vocabulary([part.split("|") for part in text.split(",")])
+    return normalize_vocabulary([entry.split("|") for entry in entries])
 
 
-def vocabularies_of_batch(
-    vocabulary: Sequence[str | Sequence] | None, default: Vocabulary | None, batch_size: int
+def batch_vocabularies(
+    vocabulary: Classes | None,
+    vocabularies: Sequence[Classes] | None,
+    default: Vocabulary | None,
+    batch_size: int,
 ) -> list[Vocabulary]:
-    """One vocabulary for each image of a batch.
+    """Give each image of a batch its vocabulary.
 
-    `vocabulary` is one list of classes for all images, or one such list per image. A list of B >= 2 lists of names
-    for B images is read as one vocabulary per image; wrap classes with `normalize_vocabulary` to say otherwise.
+    Args:
+        vocabulary: one vocabulary for all images, whatever the size of the batch.
+        vocabularies: one vocabulary for each image.
+        default: the model's own, where neither is given.
+        batch_size: B.
 
     Raises:
-        ValueError: no vocabulary at all, one that is malformed, or not as many as there are images.
+        ValueError: both are given, or none at all; one is malformed; or there are not as many as images.
     """
-    if vocabulary is None:
-        if default is None:
-            raise ValueError("no vocabulary: pass vocabulary=[...] or call set_vocabulary on the model first")
-        return [default] * batch_size
-    if isinstance(vocabulary, Vocabulary | str):
+    if vocabulary is not None and vocabularies is not None:
+        raise ValueError(
+            "give vocabulary= (one for all images) or vocabularies= (one for each image), not both"
+        )
+    if vocabularies is not None:
+        if isinstance(vocabularies, str | Vocabulary) or not isinstance(vocabularies, Sequence):
+            raise ValueError(
+                "vocabularies= is a list with one vocabulary for each image; for one use vocabulary="
+            )
+        if any(isinstance(entry, str) for entry in vocabularies):
+            raise ValueError(
+                "vocabularies= is a list with one vocabulary for each image, but it holds plain names: "
+                "for one vocabulary use vocabulary="
+            )
+        if len(vocabularies) != batch_size:
+            raise ValueError(f"vocabularies= has {len(vocabularies)} vocabularies for {batch_size} images")
+        return [normalize_vocabulary(entry) for entry in vocabularies]
+    if vocabulary is not None:
         return [normalize_vocabulary(vocabulary)] * batch_size
-    entries = list(vocabulary)
-    nested = bool(entries) and all(isinstance(entry, list | tuple) for entry in entries)
-    per_image = nested and (
-        any(
-            isinstance(entry, Vocabulary) or any(not isinstance(name, str) for name in entry)
-            for entry in entries
-        )
-        or len(entries) == batch_size > 1
-    )
-    if not per_image:
-        return [normalize_vocabulary(entries)] * batch_size
-    if len(entries) != batch_size:
-        raise ValueError(f"{len(entries)} vocabularies for {batch_size} images")
-    if not any(
-        isinstance(entry, Vocabulary) or any(not isinstance(name, str) for name in entry) for entry in entries
-    ):
-        logger.warning_once(
-            f"{batch_size} lists of names for {batch_size} images are read as one vocabulary per image; for classes "
-            "with synonyms pass normalize_vocabulary(vocabulary)"
-        )
-    return [normalize_vocabulary(entry) for entry in entries]
+    if default is None:
+        raise ValueError("no vocabulary: pass vocabulary=[...] or call set_vocabulary on the model first")
+    return [default] * batch_size
 
 
-@dataclass
-class WordTensors:
-    """A vocabulary as the network takes it: tensors alone, so that it can be an input of a compiled or exported graph.
+def check_templates(templates: Sequence[str]) -> Templates:
+    """Give the templates as a tuple.
 
-    Attributes:
-        templated: (N, D), a unit row per name, the mean over the prompt templates.
-        class_of_name: (N,) int64, the class of each name; increasing.
-        candidates: (M, D), unit bare embeddings of what dominant categories are chosen from.
-        seen: (K,) bool, classes that share a name with the training's.
-        repeats: (K,) bool, classes that stand in the vocabulary once more.
+    Raises:
+        ValueError: there is none, or one does not have exactly one `{}`.
     """
-
-    templated: Tensor
-    class_of_name: Tensor
-    candidates: Tensor
-    seen: Tensor
-    repeats: Tensor
-
-    def logits(self, embeddings: Tensor, void: Tensor, scale: Tensor) -> Tensor:
-        """As `TextClassifier.logits`."""
-        return class_logits(
-            embeddings, self.templated, self.class_of_name, self.repeats.shape[0], void, scale
-        )
-
-
-@dataclass
-class TextClassifier:
-    """A vocabulary as CLIP sees it.
-
-    Attributes:
-        vocabulary: its K classes, N names.
-        templated: (N, D), a unit row per name, the mean over the prompt templates.
-        class_of_name: (N,) int64, the class of each name.
-        candidate_names: the unique names plus `other`, M of them: what dominant categories are chosen from.
-        candidates: (M, D), their unit bare embeddings.
-        templates: the prompt templates.
-    """
-
-    vocabulary: Vocabulary
-    templated: Tensor
-    class_of_name: Tensor
-    candidate_names: list[str]
-    candidates: Tensor
-    templates: tuple[str, ...]
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.vocabulary)
-
-    @cached_property
-    def repeats(self) -> Tensor:
-        """(K,) bool, `Vocabulary.repeats`."""
-        return torch.tensor(self.vocabulary.repeats, device=self.class_of_name.device)
-
-    def nearest_classes(self, embeddings: Tensor, names: int) -> list[list[int]]:
-        """For each embedding (B, D) of an image, in order the classes that have one of the `names` nearest names."""
-        classes_of: dict[str, list[int]] = {name: [] for name in self.candidate_names}
-        for name, index in zip(self.vocabulary.names, self.class_of_name.tolist(), strict=True):
-            classes_of[name].append(index)
-        similarity = F.normalize(embeddings.float(), dim=-1) @ self.candidates.float().T
-        # One more than asked for: `other` stands among the candidates without being a class.
-        nearest = similarity.topk(min(names + 1, len(self.candidate_names)), dim=-1).indices
-        found = [[classes_of[self.candidate_names[index]] for index in row] for row in nearest.tolist()]
-        chosen = [[classes for classes in row if classes][:names] for row in found]
-        return [sorted({index for classes in row for index in classes}) for row in chosen]
-
-    def shortlist(self, classes: Sequence[int]) -> "TextClassifier":
-        """The classifier of these classes alone, given as increasing indices."""
-        place = torch.full((self.num_classes,), -1)
-        place[list(classes)] = torch.arange(len(classes))
-        place = place.to(self.class_of_name.device)[self.class_of_name]
-        names = (place >= 0).nonzero().flatten()
-        return TextClassifier(
-            vocabulary=Vocabulary(self.vocabulary[index] for index in classes),
-            templated=self.templated[names],
-            class_of_name=place[names],
-            candidate_names=self.candidate_names,
-            candidates=self.candidates,
-            templates=self.templates,
-        )
-
-    def logits(self, embeddings: Tensor, void: Tensor, scale: Tensor) -> Tensor:
-        """Class logits of embeddings: scaled cosine, the maximum over a class's names; void last.
-
-        Args:
-            embeddings: (B, Q, D), any length.
-            void: (1, D), the void embedding, any length.
-            scale: the logit scale, a scalar.
-
-        Returns: (B, Q, K + 1).
-        """
-        return class_logits(embeddings, self.templated, self.class_of_name, self.num_classes, void, scale)
-
-    def tensors(self, train_vocabulary: Vocabulary | None) -> WordTensors:
-        """What the network needs of this vocabulary. train_vocabulary: the classes that were seen in training."""
-        seen = torch.tensor(
-            shares_a_name(self.vocabulary, train_vocabulary), device=self.class_of_name.device
-        )
-        return WordTensors(self.templated, self.class_of_name, self.candidates, seen, self.repeats)
-
-
-def class_logits(
-    embeddings: Tensor,
-    templated: Tensor,
-    class_of_name: Tensor,
-    num_classes: int,
-    void: Tensor,
-    scale: Tensor,
-) -> Tensor:
-    """`TextClassifier.logits` of a vocabulary given as tensors: (B, Q, D) -> (B, Q, K + 1)."""
-    scaled = scale * F.normalize(embeddings, dim=-1)
-    void_logit = scaled @ F.normalize(void.to(embeddings.dtype), dim=-1).T
-    classes = names = scaled @ templated.to(embeddings.dtype).T
-    # An exported graph is to serve vocabularies with synonyms, whether the one at hand has any or not.
-    if torch.compiler.is_exporting() or len(class_of_name) > num_classes:
-        index = class_of_name.expand_as(names)
-        classes = names.new_full((*names.shape[:-1], num_classes), float("-inf"))
-        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
-    return torch.cat([classes, void_logit], dim=-1)
-
-
-def shares_a_name(vocabulary: Vocabulary, train_vocabulary: Vocabulary | None) -> list[bool]:
-    """For each class, whether any of its names is a name seen in training (compared exactly)."""
-    seen = set(train_vocabulary.names) if train_vocabulary else set()
-    return [any(name in seen for name in synonyms) for synonyms in vocabulary]
+    templates = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not templates:
+        raise ValueError("no prompt template: give at least one, such as 'a photo of a {}.'")
+    for template in templates:
+        if (
+            not isinstance(template, str)
+            or template.count("{}") != 1
+            or template.count("{") != 1
+            or template.count("}") != 1
+        ):
+            raise ValueError(f"a prompt template has exactly one '{{}}' for the name, got {template!r}")
+    return templates

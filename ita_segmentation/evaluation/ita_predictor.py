@@ -13,7 +13,7 @@ from PIL import Image
 
 from ita_segmentation.evaluation.predictors import TASKS, Instances, Prediction
 from ita_segmentation.evaluation.tta import View, ViewOutput, ViewPlan, semantic_map_of_views
-from modeling_ita.vocabulary import normalize_vocabulary, shares_a_name
+from modeling_ita.vocabulary import normalize_vocabulary
 
 PANOPTIC_THRESHOLD = 0.0
 """Least score of a panoptic segment: FC-CLIP's evaluation (arXiv 2308.02487) keeps every query that is not void."""
@@ -59,7 +59,7 @@ class ITAPredictor:
         self.autocast = autocast or nullcontext
         self.tasks = frozenset(TASKS) if self.plan.is_plain else frozenset({"semantic"})
         trained = model.config.train_vocabulary
-        self.seen = shares_a_name(self.vocabulary, normalize_vocabulary(trained)) if trained else None
+        self.seen = self.vocabulary.shares_name_with(normalize_vocabulary(trained).names) if trained else None
 
     @torch.inference_mode()
     def __call__(

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from modeling_ita.vocabulary import WordTensors
+from modeling_ita.classification import TextEmbeddings
 
-INPUTS = ("pixel_values", "valid", "templated", "class_of_name", "candidates", "seen", "repeats")
+INPUTS = (
+    "pixel_values", "valid", "prompt_embeds", "class_of_name", "name_embeds", "is_seen", "is_duplicate",
+)  # fmt: skip
 OUTPUTS = ("class_log_probabilities", "mask_logits", "dominant")
 OPSET = 18
 
@@ -38,33 +40,29 @@ class ExportableNetwork(nn.Module):
         self,
         pixel_values: Tensor,
         valid: Tensor,
-        templated: Tensor,
+        prompt_embeds: Tensor,
         class_of_name: Tensor,
-        candidates: Tensor,
-        seen: Tensor,
-        repeats: Tensor,
+        name_embeds: Tensor,
+        is_seen: Tensor,
+        is_duplicate: Tensor,
     ) -> tuple[Tensor, ...]:
         """Segments.
 
         Args:
             pixel_values: (B, 3, H, W) float32, normalised, H and W multiples of 32.
             valid: (B, H, W) bool, pixels that are no padding.
-            templated, class_of_name, candidates, seen, repeats: of `WordTensors`.
+            prompt_embeds, class_of_name, name_embeds, is_seen, is_duplicate: of `TextEmbeddings`.
 
         Returns: log probabilities (B, Q, K + 1), mask logits (B, Q, H / 4, W / 4), and, if the model unearths dominant
         categories, the indices of the nearest candidates (B, k).
         """
-        config = self.model.config
-        words = WordTensors(templated, class_of_name, candidates, seen, repeats)
-        result = self.model._network(
-            pixel_values, valid, words, None, None, weights=(config.ensemble_alpha, config.ensemble_beta),
-            unearths=self.model.dominant_categories is not None,
-        )  # fmt: skip
-        outputs = result.log_probabilities, result.predictions[-1].mask_logits, result.nearest
+        text = TextEmbeddings(prompt_embeds, class_of_name, name_embeds, is_seen, is_duplicate)
+        result = self.model.segment(pixel_values, text, valid)
+        outputs = result.log_probs, result.predictions[-1].mask_logits, result.dominant
         return tuple(output for output in outputs if output is not None)
 
 
-def words_of(model: Any, vocabulary: Any | None = None) -> tuple[WordTensors, list[list[str]], list[str]]:
+def text_of(model: Any, vocabulary: Any | None = None) -> tuple[TextEmbeddings, list[list[str]], list[str]]:
     """What the graph needs of a vocabulary (None: the model's own), its classes, and the candidates' names.
 
     Raises:
@@ -72,10 +70,8 @@ def words_of(model: Any, vocabulary: Any | None = None) -> tuple[WordTensors, li
     """
     from modeling_ita import normalize_vocabulary
 
-    classifier = model.text_classifier(vocabulary)
-    train = model.config.train_vocabulary
-    words = classifier.tensors(normalize_vocabulary(train) if train else None)
-    return words, [list(names) for names in classifier.vocabulary], classifier.candidate_names
+    classes = model.default_vocabulary if vocabulary is None else normalize_vocabulary(vocabulary)
+    return model.encode_vocabulary(classes), [list(names) for names in classes], classes.candidate_names
 
 
 def export_network(model: Any) -> ExportedProgram:

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ita_segmentation.export.network import words_of
-from modeling_ita import ITAForOpenVocabSegmentationOutput, ITAImageProcessor
+from ita_segmentation.export.network import text_of
+from modeling_ita import ITAForOpenVocabSegmentationOutput, ITAImageProcessor, normalize_vocabulary
 
-NETWORK, WORDS, CLASSES = "model.onnx", "vocabulary.safetensors", "vocabulary.json"
-WORD_INPUTS = ("templated", "class_of_name", "candidates", "seen", "repeats")
+NETWORK, EMBEDDINGS, CLASSES = "model.onnx", "vocabulary.safetensors", "vocabulary.json"
+TEXT_INPUTS = ("prompt_embeds", "class_of_name", "name_embeds", "is_seen", "is_duplicate")
 
 
 def write_vocabulary(model: Any, folder: Path, vocabulary: Any | None = None) -> None:
@@ -26,22 +26,21 @@ def write_vocabulary(model: Any, folder: Path, vocabulary: Any | None = None) ->
     Raises:
         ValueError: no vocabulary, a malformed one, or fewer names than the model has text queries.
     """
-    words, classes, candidates = words_of(model, vocabulary)
+    text, classes, candidates = text_of(model, vocabulary)
     least = model.config.num_dominant_categories
     if len(candidates) < least:
         raise ValueError(
             f"an exported network takes vocabularies of at least {least - 1} different names, got {len(candidates) - 1}"
         )
-    stuff = set(model.config.stuff_names or [])
     document = {
         "vocabulary": classes,
         "candidates": candidates,
-        "stuff_ids": [index for index, names in enumerate(classes) if stuff.intersection(names)],
+        "stuff_ids": model.stuff_ids(normalize_vocabulary(classes)),
     }
-    tensors = {name: getattr(words, name).detach().cpu().contiguous().clone() for name in WORD_INPUTS}
-    temporary = folder / f".{WORDS}.tmp"
+    tensors = {name: getattr(text, name).detach().cpu().contiguous().clone() for name in TEXT_INPUTS}
+    temporary = folder / f".{EMBEDDINGS}.tmp"
     save_file(tensors, temporary)
-    temporary.replace(folder / WORDS)
+    temporary.replace(folder / EMBEDDINGS)
     temporary = folder / f".{CLASSES}.tmp"
     temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(folder / CLASSES)
@@ -60,7 +59,7 @@ class OnnxPredictor:
 
     def __init__(self, folder: str | Path, providers: list[str] | None = None):
         folder = Path(folder)
-        for name in (NETWORK, WORDS, CLASSES, "preprocessor_config.json"):
+        for name in (NETWORK, EMBEDDINGS, CLASSES, "preprocessor_config.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is no exported folder: it has no {name}")
         import onnxruntime
@@ -72,7 +71,7 @@ class OnnxPredictor:
         document = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
         self.vocabulary: list[list[str]] = document["vocabulary"]
         self._candidates, self._stuff_ids = document["candidates"], document["stuff_ids"]
-        self._words = {name: tensor.numpy() for name, tensor in load_file(folder / WORDS).items()}
+        self._words = {name: tensor.numpy() for name, tensor in load_file(folder / EMBEDDINGS).items()}
 
     def outputs(self, pixel_values: Tensor, pixel_mask: Tensor) -> ITAForOpenVocabSegmentationOutput:
         """What the model gives for images (B, 3, H, W), padded to multiples of 32; for the processor's read-out.

@@ -110,7 +110,7 @@ def learn_words(
             "no word is learned: the new names have no token of their own, or no mask is in the images"
         )
         return []
-    others = model.text_classifier(kept).templated
+    others = model.encode_vocabulary(kept).prompt_embeds
     class_of_name = [*new.class_of_name, *(len(new) + index for index in kept.class_of_name)]
     prompts = [text.format(name) for name in new.names for text in ("{}", *model.config.templates)]
     prompt_tokens = backbone.tokenize(prompts)[0].to(backbone.device)

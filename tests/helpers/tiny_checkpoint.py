@@ -47,3 +47,16 @@ def save_tiny_checkpoint(folder: Path, **changes) -> Path:
     ITAForOpenVocabSegmentation(tiny_config(**changes)).save_pretrained(folder)
     ITAImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
     return folder
+
+
+class EncodedNames:
+    """Counts the names that a model's text tower encodes from now on."""
+
+    def __init__(self, model):
+        self.count, tokenize = 0, model.clip_backbone.tokenize
+
+        def counted(prompts):
+            self.count += 1
+            return tokenize(prompts)
+
+        model.clip_backbone.tokenize = counted

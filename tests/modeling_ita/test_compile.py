@@ -56,17 +56,19 @@ def test_sizes_batches_and_vocabularies_share_one_graph_and_its_results_are_the_
 
 @torch.no_grad()
 def test_the_network_waits_for_no_tensor():
+    model = build()
+    text = model.encode_vocabulary(CLASSES)
     with Waits() as waits:
-        build()(images(2, 3, 64, 96), vocabulary=CLASSES)
+        model.segment(images(2, 3, 64, 96), text)
     assert waits.found == []
 
 
 def test_a_copy_of_a_compiled_model_is_not_compiled():
     model = build()
     model.compile(backend="eager")
-    assert copy.deepcopy(model)._compiled_network is None
-    assert pickle.loads(pickle.dumps(model))._compiled_network is None
-    assert model._compiled_network is not None
+    assert copy.deepcopy(model)._compiled_segment is None
+    assert pickle.loads(pickle.dumps(model))._compiled_segment is None
+    assert model._compiled_segment is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

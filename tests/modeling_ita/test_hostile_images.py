@@ -257,7 +257,7 @@ def test_words_in_any_script_come_back_as_they_were_typed(words, segment, predic
 
 
 def test_different_words_in_another_script_are_different_to_the_network(segment):
-    classifier = segment.model.text_classifier(["猫", "犬", "🐱", "🐶"])
+    classifier = segment.model.encode_vocabulary(["猫", "犬", "🐱", "🐶"])
     similarity = classifier.candidates @ classifier.candidates.T
     assert (similarity - similarity.diag().diag()).max() < 0.99999
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
-from helpers.tiny_checkpoint import tiny_config
+from helpers.tiny_checkpoint import EncodedNames, tiny_config
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, normalize_vocabulary
-from modeling_ita.image_text_aggregation import mask_means
+from modeling_ita.classification import class_logits
+from modeling_ita.ops import mask_mean
 
 CLASSES = ["cat", ["sofa", "couch"], "wall", "grass", "tree"]
 RESNET = {
@@ -93,7 +94,7 @@ def test_dominant_names_are_the_nearest_of_all_names_and_the_word_other(model):
         model.clip_backbone.pool_masks(features.dense, everywhere)[0, 0], dim=0
     )
     names = ["cat", "sofa", "couch", "wall", "grass", "tree", "other"]
-    similarity = model.vocabulary_encoder.bare(names, model.config.templates) @ image
+    similarity = model.text_encoder.name_embeds(names, model.config.templates) @ image
     assert outputs.dominant_categories[0] == [names[i] for i in similarity.argsort(descending=True)[:3]]
 
 
@@ -159,9 +160,9 @@ def test_the_pixel_mask_reaches_mask_pooling_and_attention(model):
     changed_masks = mask_features.clone()
     changed_masks[..., -(-size[1] // 4) + 8 :] += 50.0  # beyond the reach of bilinear resizing
     with torch.no_grad():
-        before = model.image_text_aggregation(queries, mask_features, levels, valid)[-1]
-        after = model.image_text_aggregation(queries, changed_masks, changed, valid)[-1]
-    assert_same(after.class_embeddings, before.class_embeddings)
+        before = model.image_text_aggregation(queries, mask_features, levels, valid)[0][-1]
+        after = model.image_text_aggregation(queries, changed_masks, changed, valid)[0][-1]
+    assert_same(after.class_embeds, before.class_embeds)
 
 
 # --- vocabularies ---
@@ -170,7 +171,7 @@ def test_the_pixel_mask_reaches_mask_pooling_and_attention(model):
 def test_each_image_may_have_its_own_vocabulary(model):
     images = pixels(2, 3, 64, 64)
     first, second = ["cat", "wall"], ["grass", ["sofa", "couch"], "tree", "car"]
-    outputs = segment(model, images, vocabulary=[first, second])
+    outputs = segment(model, images, vocabulary=None, vocabularies=[first, second])
     for index, classes in enumerate((first, second)):
         alone = segment(model, images[index : index + 1], vocabulary=classes)
         count = len(classes)
@@ -192,11 +193,11 @@ def test_the_same_classes_in_another_order_score_the_same(model):
 
 
 def test_a_class_scores_the_maximum_of_its_names(model):
-    classifier = model.text_classifier([["sofa", "couch"], "wall"])
-    separate = model.text_classifier(["sofa", "couch", "wall"])
+    grouped = model.encode_vocabulary([["sofa", "couch"], "wall"])
+    separate = model.encode_vocabulary(["sofa", "couch", "wall"])
     embeddings = pixels(1, 4, 32)
     scale, void = torch.tensor(10.0), model.void_embedding
-    together, apart = (c.logits(embeddings, void, scale) for c in (classifier, separate))
+    together, apart = (class_logits(embeddings, text, void, scale) for text in (grouped, separate))
     assert torch.allclose(together[..., 0], apart[..., :2].amax(dim=-1))
     assert torch.allclose(together[..., 1:], apart[..., 2:])
 
@@ -243,21 +244,21 @@ def test_a_malformed_vocabulary_is_refused_in_one_line(model, classes, words):
 
 def test_a_second_call_with_the_same_classes_encodes_nothing():
     model = build()
+    encoded = EncodedNames(model)
     segment(model, pixels(1, 3, 64, 64))
-    encoded = model.vocabulary_encoder.names_encoded
-    assert encoded == 7  # six names and the word "other"
+    assert encoded.count == 7  # six names and `other`
     segment(model, pixels(1, 3, 64, 96))
-    assert model.vocabulary_encoder.names_encoded == encoded
+    assert encoded.count == 7
     segment(model, pixels(1, 3, 64, 64), vocabulary=[*CLASSES, "lamp"])
-    assert model.vocabulary_encoder.names_encoded == encoded + 1
+    assert encoded.count == 8
 
 
 def test_new_text_weights_empty_the_cache():
     model = build()
-    before = model.text_classifier(["cat"]).templated
+    before = model.encode_vocabulary(["cat"]).prompt_embeds
     with torch.no_grad():
         model.clip_backbone.text_tower.positional_embedding.add_(1.0)
-    assert not torch.allclose(model.text_classifier(["cat"]).templated, before)
+    assert not torch.allclose(model.encode_vocabulary(["cat"]).prompt_embeds, before)
 
 
 def test_a_vocabulary_first_met_in_inference_mode_can_be_trained_on():
@@ -450,12 +451,12 @@ def test_half_precision_gives_finite_results_near_those_of_single(dtype):
 def test_pooling_holds_large_and_empty_masks_in_half_precision():
     features = torch.full((1, 2, 300, 300), 60.0, dtype=torch.float16)
     masks = torch.stack([torch.ones(300, 300), torch.zeros(300, 300)]).bool()[None]
-    assert torch.allclose(mask_means(features, masks)[0], torch.tensor([[60.0, 60.0], [0.0, 0.0]]), rtol=1e-3)
+    assert torch.allclose(mask_mean(features, masks)[0], torch.tensor([[60.0, 60.0], [0.0, 0.0]]), rtol=1e-3)
 
 
 def test_a_misspelt_argument_is_an_error(model):
-    with pytest.raises(TypeError, match="vocabularies"):
-        segment(model, pixels(1, 3, 64, 64), vocabularies=[CLASSES])
+    with pytest.raises(TypeError, match="vocabulry"):
+        segment(model, pixels(1, 3, 64, 64), vocabulry=CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -475,8 +476,8 @@ def test_labels_that_do_not_fit_are_refused(model, masks, labels, words):
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"ensemble_beta": 2.0}, "between 0 and 1"),
-        ({"ensemble_alpha": float("nan")}, "between 0 and 1"),
+        ({"ensemble_beta": 2.0}, "from 0 to 1"),
+        ({"ensemble_alpha": float("nan")}, "from 0 to 1"),
         ({"dominant_categories": [""]}, "dominant_categories"),
         ({"dominant_categories": [3]}, "dominant_categories"),
         ({"templates": [3]}, "template"),

@@ -6,6 +6,7 @@ import torch
 from helpers.parity_checkpoint import NAMES, load_parity, original_tensors
 from ita_segmentation.conversion import convert_checkpoint, convert_name
 from modeling_ita import normalize_vocabulary, set_criterion
+from modeling_ita.classification import class_logits
 from modeling_ita.image_processing_ita import ITAImageProcessor, semantic_scores
 from modeling_ita.image_text_aggregation import ImageTextAggregation
 
@@ -41,16 +42,19 @@ def run(case):
     model, _, expected = case
     decoder_logits = {}
 
-    def keep(module, args, predictions):
-        decoder_logits["class_embeddings"] = predictions[-1].class_embeddings
+    def keep(module, args, output):
+        decoder_logits["class_embeds"] = output[0][-1].class_embeds
 
     results = {}
     handle = model.image_text_aggregation.register_forward_hook(keep)
     for image in "ab":
         with torch.no_grad():
             outputs = model(**pixel_values(expected[f"{image}.image"]))
-            in_vocab = model.text_classifier().logits(
-                decoder_logits["class_embeddings"], model.void_embedding, model.image_text_aggregation.scale
+            in_vocab = class_logits(
+                decoder_logits["class_embeds"],
+                model.encode_vocabulary(),
+                model.void_embedding,
+                model.image_text_aggregation.scale,
             )
         results[image] = outputs, in_vocab[0]
     handle.remove()
@@ -59,7 +63,7 @@ def run(case):
 
 def test_the_text_classifier_is_the_published_one(case):
     model, _, expected = case
-    assert_close(model.text_classifier().templated, expected["text_classifier"], "text classifier")
+    assert_close(model.encode_vocabulary().prompt_embeds, expected["text_classifier"], "text classifier")
 
 
 def test_sizes_are_read_off_the_tensors(case):
@@ -89,7 +93,7 @@ def test_dominant_categories_and_text_queries(case, run, image):
         assert outputs.dominant_categories == [[]]
         return
     assert outputs.dominant_categories == [description["dominant_categories"][image]]
-    bare = model.vocabulary_encoder.bare(outputs.dominant_categories[0], model.config.templates)
+    bare = model.text_encoder.name_embeds(outputs.dominant_categories[0], model.config.templates)
     assert_close(model.dominant_categories(bare).detach(), expected[f"{image}.text_queries"], "text queries")
 
 
@@ -185,8 +189,8 @@ def test_the_decoder_takes_no_short_cut_that_shows(case):
     with torch.no_grad():
         model(**inputs)
         handle.remove()
-        last = decoder(*seen["args"], every_layer=False)[-1]
-        every = decoder(*seen["args"], every_layer=True)
+        last = decoder(*seen["args"], every_layer=False)[0][-1]
+        every = decoder(*seen["args"], every_layer=True)[0]
     assert len(every) == len(decoder.layers) + 1
     assert torch.equal(last.mask_logits, every[-1].mask_logits)
-    assert torch.equal(last.class_embeddings, every[-1].class_embeddings)
+    assert torch.equal(last.class_embeds, every[-1].class_embeds)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.dynamic_module_utils import get_imports
 
 from modeling_ita import set_criterion
-from modeling_ita.batching import merge_masks, remake_masks
+from modeling_ita.batching import SegmentOutput, matched_mask_logits, merge
+from modeling_ita.image_text_aggregation import QueryPrediction
 from modeling_ita.set_criterion import SetCriterion, linear_assignment, sample_at_points
 
 NUM_CLASSES, NUM_QUERIES, NUM_POINTS = 5, 7, 40
@@ -279,56 +280,49 @@ def test_nothing_as_large_as_all_queries_times_all_masks_times_points_is_ever_ma
     assert seen.largest == max(read_by_queries, candidates) < 50 * 20 * 500
 
 
-def make_factors():
+def make_groups(signs=(1,)):
     """Two groups, of images 0 and 2 and of the smaller image 1, that has a query less."""
     generator = torch.Generator().manual_seed(7)
-    members, sizes, counts = [[0, 2], [1]], [(16, 12), (8, 12)], [6, 5]
-    embeddings = [
-        torch.randn(len(group), q, 4, generator=generator).requires_grad_()
-        for group, q in zip(members, counts, strict=True)
-    ]
-    features = [
-        torch.randn(len(group), 4, *size, generator=generator).requires_grad_()
-        for group, size in zip(members, sizes, strict=True)
-    ]
-    return embeddings, features, members, (64, 48)
+    parts, groups = [], []
+    for indices, size, queries in (([0, 2], (16, 12), 6), ([1], (8, 12), 5)):
+        embeds = torch.randn(len(indices), queries, 4, generator=generator).requires_grad_()
+        features = torch.randn(len(indices), 4, *size, generator=generator).requires_grad_()
+        predictions = []
+        for sign in signs:
+            own = sign * embeds
+            masks = torch.einsum("bqc,bchw->bqhw", own, features)
+            predictions.append(QueryPrediction(torch.zeros(0), masks, own))
+        classes = [torch.zeros(len(indices), queries, 2)] * len(signs)
+        parts.append(SegmentOutput(classes, None, predictions, features, None, (), (), (), ()))
+        groups.append(SimpleNamespace(indices=indices))
+    leaves = [tensor for part in parts for tensor in (part.predictions[0].mask_embeds, part.mask_features)]
+    return parts, groups, leaves
 
 
-def merged_masks(embeddings, features, members, canvas):
-    parts = [torch.einsum("bqc,bchw->bqhw", e, f) for e, f in zip(embeddings, features, strict=True)]
-    return merge_masks(parts, members, canvas)
-
-
-def test_masks_made_anew_are_the_merged_ones():
-    embeddings, features, members, canvas = make_factors()
+def test_masks_computed_again_are_the_merged_ones():
+    parts, groups, _ = make_groups(signs=(1, -1))
     queries = [torch.tensor([[4, 1], [0, 2]]), torch.tensor([[5, 0, 2], [1, 5, 4]]), torch.zeros(2, 0).long()]
-    factors = [([e, -e], f) for e, f in zip(embeddings, features, strict=True)]
-    masks = remake_masks(factors, members, queries, canvas)
-    for index, sign in enumerate((1, -1)):
-        merged = merged_masks([sign * e for e in embeddings], features, members, canvas)
-        expected = torch.cat([image[own[index]] for image, own in zip(merged, queries, strict=True)])
+    matches = SimpleNamespace(of=lambda image: (queries[image], None))
+    masks = matched_mask_logits(parts, groups, (64, 48))(matches)
+    merged = merge(parts, groups, (64, 48), with_states=False).mask_logits
+    for index in range(2):
+        expected = torch.cat([image[own[index]] for image, own in zip(merged[index], queries, strict=True)])
         torch.testing.assert_close(masks[index], expected)
 
 
-def test_masks_made_anew_give_the_same_losses_and_gradients_and_spare_the_large_gradient(fixed_points):
-    embeddings, features, members, canvas = make_factors()
+def test_masks_computed_again_give_the_same_losses_and_gradients_and_spare_the_large_gradient(fixed_points):
+    parts, groups, leaves = make_groups()
     class_logits, _, mask_labels, class_labels = make_batch(counts=(3, 6, 0), num_layers=1, num_queries=6)
-    leaves, gradients, losses = [*embeddings, *features], {}, {}
-    for anew in (False, True):
-        mask_logits = merged_masks(embeddings, features, members, canvas)
-        mask_logits.retain_grad()
-
-        def matched_masks(matches):
-            factors = [([e], f) for e, f in zip(embeddings, features, strict=True)]
-            return remake_masks(factors, members, [matches.of(image)[0] for image in range(3)], canvas)
-
-        values = make_criterion()(
-            class_logits, [mask_logits], mask_labels, class_labels, matched_masks if anew else None
-        )
-        losses[anew] = torch.stack(list(values.values()))
-        gradients[anew] = torch.autograd.grad(losses[anew].sum(), leaves, retain_graph=True)
-        losses[anew].sum().backward()
-        assert (mask_logits.grad is None) == anew
+    gradients, losses = {}, {}
+    for again in (False, True):
+        mask_logits = merge(parts, groups, (64, 48), with_states=False).mask_logits
+        mask_logits[0].retain_grad()
+        matched = matched_mask_logits(parts, groups, (64, 48)) if again else None
+        values = make_criterion()(class_logits, mask_logits, mask_labels, class_labels, matched)
+        losses[again] = torch.stack(list(values.values()))
+        gradients[again] = torch.autograd.grad(losses[again].sum(), leaves, retain_graph=True)
+        losses[again].sum().backward(retain_graph=True)
+        assert (mask_logits[0].grad is None) == again
     torch.testing.assert_close(losses[True], losses[False])
     for ours, expected in zip(gradients[True], gradients[False], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, image_processing_ita
-from modeling_ita.detail_enhancement import SamplingPlan, sample_by_bags, sample_by_grid
+from modeling_ita.deformable_attention import SamplingGrid, sample_by_embedding_bag, sample_by_grid_sample
 from modeling_ita.image_processing_ita import semantic_map
 
 SHAPES = [(3, 5), (6, 9), (12, 18)]
@@ -15,7 +15,7 @@ SHAPES = [(3, 5), (6, 9), (12, 18)]
 
 def sampling_inputs(shapes=SHAPES, batch=2, heads=2, points=3, channels=16, spread=4.0):
     random = torch.Generator().manual_seed(0)
-    plan = SamplingPlan.of(shapes, torch.device("cpu"))
+    plan = SamplingGrid.of(shapes, torch.device("cpu"))
     cells = sum(height * width for height, width in shapes)
     value = torch.randn(batch, cells, channels, generator=random)
     offsets = torch.randn(batch, cells, heads, len(shapes), points, 2, generator=random) * spread
@@ -36,12 +36,14 @@ def fastest(function, repeats=5):
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0, 1e9])
 def test_bags_sample_what_grid_sample_samples(spread):
     inputs = sampling_inputs(spread=spread)
-    torch.testing.assert_close(sample_by_bags(*inputs), sample_by_grid(*inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        sample_by_embedding_bag(*inputs), sample_by_grid_sample(*inputs), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_bags_have_the_gradients_of_grid_sample():
     gradients = []
-    for sample in (sample_by_bags, sample_by_grid):
+    for sample in (sample_by_embedding_bag, sample_by_grid_sample):
         *tensors, plan = sampling_inputs(spread=2.0)
         tensors = [tensor.requires_grad_() for tensor in tensors]
         sample(*tensors, plan).square().sum().backward()
@@ -52,9 +54,9 @@ def test_bags_have_the_gradients_of_grid_sample():
 
 def test_a_place_that_is_no_number_gives_no_number_and_reads_nothing_else():
     value, offsets, weights, plan = sampling_inputs(batch=1)
-    expected = sample_by_bags(value, offsets, weights, plan)
+    expected = sample_by_embedding_bag(value, offsets, weights, plan)
     offsets[0, 4, 0, 0, 0, 0] = float("nan")
-    found = sample_by_bags(value, offsets, weights, plan)
+    found = sample_by_embedding_bag(value, offsets, weights, plan)
     assert found[0, 4, :8].isnan().all()
     found[0, 4, :8] = expected[0, 4, :8]
     assert torch.equal(found, expected)
@@ -103,8 +105,11 @@ def test_bags_take_less_than_two_thirds_of_grid_samples_time():
     shapes = [(12, 12), (24, 24), (48, 48)]
     inputs = sampling_inputs(shapes, batch=1, heads=8, points=4, channels=256)
     with torch.inference_mode():
-        times = {sample: fastest(lambda s=sample: s(*inputs)) for sample in (sample_by_bags, sample_by_grid)}
-    assert times[sample_by_bags] < times[sample_by_grid] / 1.5
+        times = {
+            sample: fastest(lambda s=sample: s(*inputs))
+            for sample in (sample_by_embedding_bag, sample_by_grid_sample)
+        }
+    assert times[sample_by_embedding_bag] < times[sample_by_grid_sample] / 1.5
 
 
 def test_network_and_read_out_stay_within_three_times_the_backbone():

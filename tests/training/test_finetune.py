@@ -143,7 +143,7 @@ def test_tokens_that_a_kept_name_or_a_template_has_are_not_a_new_name_s_own(fold
 def test_new_names_come_to_where_their_images_are_and_no_other_name_moves(folder, kept):
     model = load(folder / "model")
     new = normalize_vocabulary(NEW)
-    before = model.text_classifier(KEPT).templated.clone()
+    before = model.encode_vocabulary(KEPT).prompt_embeds.clone()
     generator = torch.Generator().manual_seed(1)
     places = torch.nn.functional.normalize(torch.randn(2, 32, generator=generator), dim=-1)
     regions = torch.cat(
@@ -152,9 +152,9 @@ def test_new_names_come_to_where_their_images_are_and_no_other_name_moves(folder
     classes = torch.tensor([0] * 5 + [1] * 5 + [2, 3, 3, 4])
     losses = learn_words(model, new, kept.classes, regions, classes)
     assert losses[-1] < 0.5 * losses[0]
-    assert torch.equal(model.text_classifier(KEPT).templated, before)
+    assert torch.equal(model.encode_vocabulary(KEPT).prompt_embeds, before)
     names = torch.cat(
-        [model.text_classifier(NEW).templated, before]
+        [model.encode_vocabulary(NEW).prompt_embeds, before]
     )  # kite, automobile, coach, sky, dog, puppy, grass
     nearest = (regions @ names.T).argmax(1)
     assert torch.tensor([0, 1, 1, 2, 3, 3, 4])[nearest].tolist() == classes.tolist()

@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import training_runs
-from helpers.tiny_checkpoint import CLASSES, tiny_config
+from helpers.tiny_checkpoint import CLASSES, EncodedNames, tiny_config
 from ita_segmentation.cli import train as run_train
 from ita_segmentation.training.clip_tuning import merge_adapters, prepare_clip
 from ita_segmentation.training.weights import learned_weights, trainable
@@ -66,6 +66,7 @@ def test_what_is_unfrozen_gets_gradients_and_the_text_tower_stays_encoded(model,
     assert not any(module.training for module in model.clip_backbone.modules())
 
     masks, labels = [torch.ones(1, 64, 64, dtype=torch.bool)], [torch.tensor([0])]
+    encoded = EncodedNames(model)
     for _ in range(2):
         outputs = model(torch.randn(1, 3, 64, 64), vocabulary=CLASSES, mask_labels=masks, class_labels=labels)
         outputs.loss.backward()
@@ -75,7 +76,7 @@ def test_what_is_unfrozen_gets_gradients_and_the_text_tower_stays_encoded(model,
     missing = [name for name in learning if model.get_parameter(name).grad is None]
     assert not missing
     # All names, `other`, each once, though the image tower has changed.
-    assert model.vocabulary_encoder.names_encoded == sum(len(c) for c in map(as_list, CLASSES)) + 1
+    assert encoded.count == sum(len(c) for c in map(as_list, CLASSES)) + 1
 
 
 def as_list(names):
@@ -83,10 +84,10 @@ def as_list(names):
 
 
 def test_changed_text_weights_are_noticed(model):
-    before = model.text_classifier(CLASSES).templated.clone()
+    before = model.encode_vocabulary(CLASSES).prompt_embeds.clone()
     with torch.no_grad():
         model.clip_backbone.text_tower.ln_final.weight.mul_(torch.linspace(0.5, 2, 16))
-    assert not torch.allclose(model.text_classifier(CLASSES).templated, before)
+    assert not torch.allclose(model.encode_vocabulary(CLASSES).prompt_embeds, before)
 
 
 def test_clip_learns_at_a_rate_of_its_own(world, tmp_path):

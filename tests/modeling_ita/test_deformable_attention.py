@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_ita.deformable_triton import AVAILABLE, serves
-from modeling_ita.detail_enhancement import SamplingPlan, sample_by_grid, sample_by_triton
+from modeling_ita.deformable_attention import (
+    SamplingGrid,
+    sample_by_grid_sample,
+    sample_by_triton,
+    triton,
+    triton_supports,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this when a kernel is defined, so the tests below run in a process of their own."""
-needs_triton = pytest.mark.skipif(not AVAILABLE, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not triton is not None, reason="triton is not installed")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within the test of the interpreter")
 SHAPES = [(2, 3), (3, 4)]
 
@@ -32,7 +37,7 @@ def test_the_kernel_passes_its_tests_in_the_interpreter():
 
 def inputs(spread=2.0, heads=2, channels=6, points=2, batch=1):
     random = torch.Generator().manual_seed(0)
-    plan = SamplingPlan.of(SHAPES, torch.device("cpu"))
+    plan = SamplingGrid.of(SHAPES, torch.device("cpu"))
     cells = sum(height * width for height, width in SHAPES)
     value = torch.randn(batch, cells, heads * channels, generator=random)
     offsets = torch.randn(batch, cells, heads, len(SHAPES), points, 2, generator=random) * spread
@@ -42,20 +47,22 @@ def inputs(spread=2.0, heads=2, channels=6, points=2, batch=1):
 
 @interpreted
 def test_the_kernel_is_run_here():
-    assert serves(torch.zeros(1))
+    assert triton_supports(torch.zeros(1))
 
 
 @interpreted
 @pytest.mark.parametrize("spread", [0.0, 2.0, 1e9])
 def test_the_kernel_samples_what_grid_sample_samples(spread):
     arguments = inputs(spread)
-    torch.testing.assert_close(sample_by_triton(*arguments), sample_by_grid(*arguments), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        sample_by_triton(*arguments), sample_by_grid_sample(*arguments), rtol=1e-4, atol=1e-5
+    )
 
 
 @interpreted
 def test_the_kernel_has_the_gradients_of_grid_sample():
     gradients = []
-    for sample in (sample_by_triton, sample_by_grid):
+    for sample in (sample_by_triton, sample_by_grid_sample):
         *tensors, plan = inputs()
         tensors = [tensor.requires_grad_() for tensor in tensors]
         sample(*tensors, plan).square().sum().backward()
@@ -71,7 +78,7 @@ def test_half_precision_is_summed_in_float32(dtype):
     value = value.to(dtype).requires_grad_()
     found = sample_by_triton(value, offsets, weights, plan)
     assert found.dtype == torch.float32
-    expected = sample_by_grid(value.detach().float(), offsets, weights, plan)
+    expected = sample_by_grid_sample(value.detach().float(), offsets, weights, plan)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     found.sum().backward()
     assert value.grad.dtype == dtype

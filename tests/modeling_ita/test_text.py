@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
-from helpers.tiny_checkpoint import tiny_config
-from modeling_ita import text as text_encoding
+from helpers.tiny_checkpoint import EncodedNames, tiny_config
+from modeling_ita import text as text_module
 from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
 
 NAMES = [f"thing {number}" for number in range(40)]
@@ -23,8 +24,8 @@ def build(seed=0) -> ITAForOpenVocabSegmentation:
 def store(tmp_path, monkeypatch):
     """A store of its own, in which eight names are many."""
     monkeypatch.setenv("ITA_TEXT_CACHE", str(tmp_path / "text"))
-    monkeypatch.setattr(text_encoding, "NAMES_WORTH_KEEPING", 8)
-    monkeypatch.setattr(text_encoding, "NAMES_IN_A_BLOCK", 16)
+    monkeypatch.setattr(text_module, "MIN_NAMES_ON_DISK", 8)
+    monkeypatch.setattr(text_module, "NAMES_PER_BLOCK", 16)
     return tmp_path / "text"
 
 
@@ -38,8 +39,8 @@ def warnings(caplog):
 
 def encode(names=NAMES, seed=0, **kwargs):
     model = build(seed)
-    classifier = model.text_classifier(names, **kwargs)
-    return classifier, model.vocabulary_encoder.names_encoded
+    counter = EncodedNames(model)
+    return model.encode_vocabulary(names, **kwargs), counter.count
 
 
 def files(store):
@@ -47,8 +48,8 @@ def files(store):
 
 
 def assert_equal(found, expected):
-    assert torch.equal(found.templated, expected.templated)
-    assert torch.equal(found.candidates, expected.candidates)
+    assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
+    assert torch.equal(found.name_embeds, expected.name_embeds)
 
 
 def test_a_second_process_encodes_nothing_and_has_the_same_bits(store):
@@ -102,7 +103,7 @@ def test_a_damaged_file_is_named_deleted_and_made_again(store, warnings, damage)
     expected, _ = encode()
     victim = files(store)[0]
     with safe_open(victim, framework="pt") as file:
-        rows = len(file.get_tensor("templated"))
+        rows = len(file.get_tensor("prompt_embeds"))
     content = bytearray(victim.read_bytes())
     if damage == "truncated":
         content = content[: len(content) // 2]
@@ -132,7 +133,7 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(store, monkeypatch):
 
     monkeypatch.setattr(model.clip_backbone, "encode_tokens", stops_after_20)
     with pytest.raises(KeyboardInterrupt):
-        model.text_classifier(NAMES)
+        model.encode_vocabulary(NAMES)
     assert len(files(store)) == 1
     _, encoded = encode()
     assert encoded == len(NAMES) + 1 - 16
@@ -141,7 +142,7 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(store, monkeypatch):
 def test_a_folder_that_cannot_be_written_costs_a_warning(store, warnings):
     store.write_text("a file, where the folder should be")
     found, encoded = encode()
-    assert encoded == len(NAMES) + 1 and len(found.templated) == len(NAMES)
+    assert encoded == len(NAMES) + 1 and len(found.prompt_embeds) == len(NAMES)
     assert "encoded names cannot be kept" in warnings.text
 
 
@@ -149,21 +150,21 @@ def test_batches_of_one_shape_change_nothing_but_rounding(monkeypatch):
     names = ["cat", "dog", "a very tall ladder", "sofa", "wall clock", "tree", "car"]
     alone, _ = encode(names)
     monkeypatch.setattr(
-        text_encoding.VocabularyEncoder,
+        text_module.TextEncoder,
         "_batches",
         lambda self, tokens: iter([([0, 1, 3, 5, 6], 8), ([2], 8), ([4], 8)]),
     )
     model = build()
-    model.vocabulary_encoder._encode(names, tuple(TEMPLATES))
-    together, bare = model.vocabulary_encoder._encode(names, tuple(TEMPLATES))
-    torch.testing.assert_close(together, alone.templated, rtol=0, atol=1e-5)
-    torch.testing.assert_close(bare, alone.candidates[:7], rtol=0, atol=1e-5)
+    model.text_encoder._encode(names, tuple(TEMPLATES), tqdm(disable=True))
+    together, name_embeds = model.text_encoder._encode(names, tuple(TEMPLATES), tqdm(disable=True))
+    torch.testing.assert_close(together, alone.prompt_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(name_embeds, alone.name_embeds[:7], rtol=0, atol=1e-5)
 
 
 def test_batches_hold_every_name_once_and_one_length_each(monkeypatch):
-    encoder = build().vocabulary_encoder
+    encoder = build().text_encoder
     monkeypatch.setattr(type(encoder.clip), "device", torch.device("meta"))
-    monkeypatch.setattr(text_encoding, "NAMES_IN_A_BATCH", 3)
+    monkeypatch.setattr(text_module, "NAMES_PER_BATCH", 3)
     lengths = [5, 6, 5, 5, 7, 5, 6]
     batches = list(encoder._batches([torch.zeros(3, length, dtype=torch.int64) for length in lengths]))
     assert sorted(index for batch, _ in batches for index in batch) == list(range(7))
@@ -172,7 +173,7 @@ def test_batches_hold_every_name_once_and_one_length_each(monkeypatch):
 
 def test_more_names_than_memory_holds_still_come_out_right(monkeypatch):
     expected, _ = encode()
-    monkeypatch.setattr(text_encoding, "MAX_CACHED_NAMES", 50)
+    monkeypatch.setattr(text_module, "MAX_CACHED_NAMES", 50)
     model = build()
-    model.text_classifier([f"other {number}" for number in range(30)])
-    assert_equal(model.text_classifier(NAMES), expected)
+    model.encode_vocabulary([f"other {number}" for number in range(30)])
+    assert_equal(model.encode_vocabulary(NAMES), expected)

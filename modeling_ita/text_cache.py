@@ -1,0 +1,177 @@
+"""Text embeddings on disk, so that a large vocabulary is encoded once in a machine's life.
+
+The embeddings of a name depend on the text tower's weights, on the tokenizer and on the prompt templates: a folder is
+named by a digest of those, and holds files of names with their embeddings. A file is written under another name and
+then renamed, so it is complete or absent; it carries a digest of its content. One that fails it, or does not hold what
+it should, is deleted (or, where it cannot be, passed over), and its names are encoded again. When all files together
+are larger than the limit, those that were used least recently are deleted.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+FOLDER_VARIABLE = "ITA_TEXT_CACHE"
+"""Environment variable: the folder of the cache, or "off"; without it, `ita_text` in the Hugging Face home."""
+
+LIMIT_VARIABLE = "ITA_TEXT_CACHE_MB"
+"""Environment variable: the most megabytes that the cache may take; 1024 without it."""
+
+FORMAT = "1"  # goes into every digest: to be counted up when the same names would be encoded to other numbers
+
+
+def cache_folder() -> Path | None:
+    """Give the folder of the cache, or None where the environment says that there is to be none."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen is None:
+        return Path(HF_HOME) / "ita_text"
+    return None if chosen.strip().lower() in ("", "0", "off", "false", "no") else Path(chosen)
+
+
+def cache_limit() -> int:
+    """Give the most bytes that the cache may take."""
+    try:
+        return int(float(os.environ.get(LIMIT_VARIABLE, "1024")) * 1e6)
+    except (ValueError, OverflowError):
+        logger.warning_once(f"{LIMIT_VARIABLE} is not a number of megabytes: 1024 is used")
+        return 1_024_000_000
+
+
+def digest_of(description: Sequence[str], tensors: Sequence[Tensor]) -> str:
+    """Give a digest, 32 hexadecimal digits, of strings and of the content of tensors (dtype, shape, bytes)."""
+
+    def content(tensor: Tensor) -> bytes:
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+        return hashlib.sha256(header + hashlib.sha256(flat.numpy().data).digest()).digest()
+
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets other threads work meanwhile
+        parts = list(pool.map(content, tensors))
+    return hashlib.sha256(json.dumps([FORMAT, *description]).encode() + b"".join(parts)).hexdigest()[:32]
+
+
+def open_cache(
+    description: Sequence[str], tensors: Callable[[], Sequence[Tensor]], embed_dim: int
+) -> "TextCache | None":
+    """Open the cache of a text tower.
+
+    Args:
+        description: strings on which embeddings depend: templates, tokenizer, device.
+        tensors: gives the text tower's weights.
+        embed_dim: D, the width of the embeddings.
+
+    Returns:
+        None where the environment says that there is to be no cache.
+    """
+    folder = cache_folder()
+    return None if folder is None else TextCache(folder / digest_of(description, tensors()), embed_dim)
+
+
+class TextCache:
+    """The names encoded with one text tower and one set of templates.
+
+    Args:
+        folder: of this tower and these templates; made when something is written.
+        embed_dim: D, the width of the embeddings.
+    """
+
+    def __init__(self, folder: Path, embed_dim: int):
+        self.folder = folder
+        self.embed_dim = embed_dim
+
+    def read(self, names: Sequence[str]) -> list[tuple[list[str], Tensor, Tensor]]:
+        """Read what is kept of the names.
+
+        Returns:
+            Blocks of (n names among those asked for, prompt embeddings (n, D), name embeddings (n, D)), no name twice.
+        """
+        wanted, blocks = set(names), []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if not wanted:
+                break
+            try:
+                found, prompt_embeds, name_embeds = self._read_block(path, wanted)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+                self._discard(path, error)
+                continue
+            if found:
+                wanted.difference_update(found)
+                blocks.append((found, prompt_embeds, name_embeds))
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # the order in which files are deleted
+        return blocks
+
+    @staticmethod
+    def _discard(path: Path, error: Exception) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            logger.warning(f"{path} is damaged and is deleted; its names are encoded again ({error})")
+        except OSError:
+            logger.warning_once(
+                f"{path} is damaged and is passed over; its names are encoded again ({error})"
+            )
+
+    def _read_block(self, path: Path, wanted: set[str]) -> tuple[list[str], Tensor, Tensor]:
+        with safe_open(path, framework="pt") as file:
+            encoded = file.get_tensor("names")
+            names = json.loads(encoded.numpy().tobytes().decode("utf-8"))
+            rows = [row for row, name in enumerate(names) if name in wanted]
+            if not rows:
+                return [], torch.empty(0), torch.empty(0)
+            prompt_embeds, name_embeds = file.get_tensor("prompt_embeds"), file.get_tensor("name_embeds")
+            if (file.metadata() or {}).get("digest") != digest_of((), (encoded, prompt_embeds, name_embeds)):
+                raise ValueError("its content does not fit its digest")
+        for embeds in (prompt_embeds, name_embeds):
+            if embeds.shape != (len(names), self.embed_dim) or not bool(embeds.isfinite().all()):
+                raise ValueError(
+                    f"{len(names)} names, but embeddings of shape {tuple(embeds.shape)}, or not finite"
+                )
+        return [names[row] for row in rows], prompt_embeds[rows], name_embeds[rows]
+
+    def write(self, names: Sequence[str], prompt_embeds: Tensor, name_embeds: Tensor) -> None:
+        """Keep n names with their embeddings (n, D); a disk that is full or read-only costs a warning, no more."""
+        encoded = torch.frombuffer(bytearray(json.dumps(list(names)).encode()), dtype=torch.uint8)
+        tensors = {
+            "names": encoded,
+            "prompt_embeds": prompt_embeds.cpu().contiguous(),
+            "name_embeds": name_embeds.cpu().contiguous(),
+        }
+        digest = digest_of((), tuple(tensors.values()))
+        temporary = self.folder / f".{digest}.{os.getpid()}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata={"digest": digest})
+            os.replace(temporary, self.folder / f"{digest}.safetensors")
+            self._prune(cache_limit())
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            logger.warning_once(f"encoded names cannot be kept in {self.folder}: {error}")
+
+    def _prune(self, limit: int) -> None:
+        """Delete the least recently used files of all towers until the rest takes at most `limit` bytes."""
+        files = []
+        for path in self.folder.parent.glob("*/*.safetensors"):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= limit:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+                total -= size
