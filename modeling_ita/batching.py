@@ -130,8 +130,8 @@ def group_images(
         return [Group(indices, pixel_values, valid, sizes, vocabularies[0], dominant_categories)]
     members: dict[tuple, list[int]] = {}
     for index, (size, vocabulary) in enumerate(zip(sizes, vocabularies, strict=True)):
-        given = None if dominant_categories is None else len(dominant_categories[index])
-        members.setdefault((padded_size(size), vocabulary.key, given), []).append(index)
+        count = None if dominant_categories is None else len(dominant_categories[index])
+        members.setdefault((padded_size(size), vocabulary.key, count), []).append(index)
     groups = []
     for (padded, _, _), indices in members.items():
         own = [sizes[index] for index in indices]
@@ -267,7 +267,8 @@ def _merge_states(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     merged = parts[0].new_zeros(sum(map(len, parts)), *shape)
     for part, group in zip(parts, groups, strict=True):
-        merged[(group.indices, *map(slice, part.shape[1:]))] = part
+        missing = [most - own for most, own in zip(shape[::-1], part.shape[:0:-1], strict=True)]
+        merged[group.indices] = F.pad(part, [margin for more in missing for margin in (0, more)])
     return merged
 
 

@@ -36,7 +36,11 @@ class ImageFeatures:
 
 
 def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, Any]:
-    """The open_clip configuration to build, from a dictionary of one's own or else from open_clip's registry.
+    """Give the open_clip configuration to build, a copy of `config` or else from open_clip's registry.
+
+    Args:
+        name: of a CLIP in open_clip's registry.
+        config: an open_clip model configuration, which takes precedence.
 
     Raises:
         ValueError: an unknown name, or a configuration that cannot serve: no tower with four stages, or a text tower
@@ -69,7 +73,7 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
 
 
 class _WithoutFilling(TorchFunctionMode):
-    """Leaves out what fills tensors on the meta device: they have no content, and towers spend a second on it."""
+    """Skip the initialization of tensors on the meta device: they have no content, and towers spend a second on it."""
 
     FILLING = frozenset(
         ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "trunc_normal_", "uniform_", "zero_")
@@ -135,14 +139,14 @@ class ClipBackbone(nn.Module):
         return [info[index]["num_chs"] for index in self.level_indices]
 
     def freeze(self) -> None:
-        """No gradients, eval mode; and transformers is told that nothing in here is its to initialise."""
+        """Switch gradients off and eval mode on, and tell transformers that nothing in here is its to initialize."""
         self.clip.requires_grad_(False)
         self.clip.eval()
         for module in self.clip.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
 
     def train(self, mode: bool = True) -> "ClipBackbone":
-        """CLIP stays in eval mode whatever the rest of the network does."""
+        """Stay in eval mode, whatever the rest of the network does."""
         super().train(False)
         return self
 
@@ -153,6 +157,7 @@ class ClipBackbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the text tower."""
         return self.text_tower.token_embedding.weight.device
 
     @property
@@ -162,6 +167,7 @@ class ClipBackbone(nn.Module):
 
     @property
     def context_length(self) -> int:
+        """The most tokens of a prompt."""
         return self.clip.context_length
 
     @property
@@ -172,7 +178,7 @@ class ClipBackbone(nn.Module):
     # --- images ---
 
     def forward(self, pixel_values: Tensor) -> ImageFeatures:
-        """Features of normalised RGB images (B, 3, H, W), H and W multiples of 32."""
+        """Extract features of normalized RGB images (B, 3, H, W), H and W multiples of 32."""
         visual = self.clip.visual
         if self.is_resnet:
             x = visual.stem(pixel_values)
@@ -185,14 +191,15 @@ class ClipBackbone(nn.Module):
         return ImageFeatures(tuple(levels), dense)
 
     def pool_masks(self, dense: Tensor, masks: Tensor) -> Tensor:
-        """CLIP embeddings of regions.
+        """Pool the dense feature over masks, and apply CLIP's head: CLIP embeddings of regions.
 
         Args:
             dense: (B, C, h, w), `ImageFeatures.dense`, possibly upsampled.
             masks: (B, Q, h, w) bool. On timm towers an empty mask pools to the embedding of a zero feature, as
                 published; on ResNets it attends everywhere.
 
-        Returns: (B, Q, D), not normalised.
+        Returns:
+            (B, Q, D), not normalized.
         """
         if self.is_resnet:
             return self._attention_pool(dense, masks)
@@ -203,7 +210,7 @@ class ClipBackbone(nn.Module):
         return embeddings.reshape(batch, queries, -1)
 
     def _attention_pool(self, dense: Tensor, masks: Tensor) -> Tensor:
-        """CLIP's attention pool, its keys limited to each mask, its positions resampled to the feature's size."""
+        """Apply CLIP's attention pool, its keys limited to each mask, its positions resampled to the feature's size."""
         pool = self.clip.visual.attnpool
         batch, channels, height, width = dense.shape
         positions = pool.positional_embedding.to(dense.dtype)
@@ -227,7 +234,7 @@ class ClipBackbone(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, dense: Tensor, valid: Tensor | None) -> Tensor:
-        """CLIP embeddings of whole images, from the mean of the dense feature over the valid area.
+        """Embed whole images, by the mean of the dense feature over the valid area.
 
         Args:
             dense: (B, C, H / 32, W / 32).
@@ -241,14 +248,15 @@ class ClipBackbone(nn.Module):
         return self.pool_masks(dense, masks[:, None])[:, 0]
 
     def embed_thumbnail(self, pixel_values: Tensor) -> Tensor:
-        """CLIP embedding of a whole image by a second pass, as the published ITA does it.
+        """Embed a whole image by a second pass of CLIP, as the published ITA does.
 
         The image before normalisation, as an 8-bit RGB image, goes through open_clip's evaluation transform.
 
         Args:
-            pixel_values: (3, H, W), one normalised image without padding.
+            pixel_values: (3, H, W), one normalized image without padding.
 
-        Returns: (1, D), not normalised.
+        Returns:
+            (1, D), not normalized.
         """
         from open_clip import image_transform
 
@@ -261,7 +269,7 @@ class ClipBackbone(nn.Module):
     # --- text ---
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, int]:
-        """Tokens of prompts as long as the longest, (len(prompts), L) int64, and how many prompts were cut to fit."""
+        """Tokenize prompts: (len(prompts), L) int64, L of the longest, and how many prompts were cut to fit."""
         if self.tokenizer.reduction_fn is not None:  # a CLIP with rules of its own for long prompts
             return self.tokenizer(prompts), 0
         start, end, most = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id, self.context_length - 2
@@ -271,11 +279,11 @@ class ClipBackbone(nn.Module):
         return torch.tensor(rows), sum(len(codes) > most for codes in encoded)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Text embeddings at the end-of-text token, (len(prompts), D), not normalised."""
+        """Give text embeddings at the end-of-text token, (len(prompts), D), not normalized."""
         return self.encode_tokens(self.tokenize(prompts)[0])
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """As `encode_text`, of the tokens (n, L) that `tokenize` gives.
+        """Encode the tokens (n, L) that `tokenize` gives, as `encode_text` does.
 
         Attention is causal, so the tokens after the longest prompt's end change nothing and need not be there.
         """
@@ -302,7 +310,7 @@ class ClipBackbone(nn.Module):
         return x @ tower.text_projection
 
     def text_tensors(self) -> list[Tensor]:
-        """The text tower's weights."""
+        """Give the text tower's weights."""
         tower = self.text_tower
         tensors = [tower.positional_embedding, tower.text_projection, tower.token_embedding.weight]
         tensors += list(tower.transformer.parameters()) + list(tower.ln_final.parameters())
@@ -310,14 +318,14 @@ class ClipBackbone(nn.Module):
         return [tensor for tensor in tensors if tensor is not None]
 
     def text_fingerprint(self) -> tuple:
-        """Changes whenever the text tower's weights may have."""
+        """Give a value that changes whenever the text tower's weights may have."""
         return tuple(
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
             for tensor in self.text_tensors()
         )
 
     def restore_buffers(self, config: dict[str, Any]) -> None:
-        """Makes again the buffers that no checkpoint holds: the causal mask, and what a trunk may precompute."""
+        """Make again the buffers that no checkpoint holds: the causal mask, and what a trunk may precompute."""
         kept = self.clip.state_dict()
         lost = [name for name, _ in self.clip.named_buffers() if name not in kept]
         fresh: dict[str, Tensor] = {}

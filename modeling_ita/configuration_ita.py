@@ -174,8 +174,8 @@ class ITAConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
-        for name, (least, most) in NUMBER_RANGES.items():
-            check_number(name, getattr(self, name), least, most)
+        for name, limits in NUMBER_RANGES.items():
+            check_number(name, getattr(self, name), *limits)
         for name in ("vocabulary", "train_vocabulary"):
             if getattr(self, name):
                 normalize_vocabulary(getattr(self, name))
@@ -212,9 +212,12 @@ class ITAConfig(PreTrainedConfig):
             return
         if key == "vocabulary":
             self._label_by_vocabulary()
-        elif key == "id2label" and self.vocabulary is not None:
-            if list(value.values()) != [synonyms[0] for synonyms in normalize_vocabulary(self.vocabulary)]:
-                super().__setattr__("vocabulary", None)
+        elif (
+            key == "id2label"
+            and self.vocabulary is not None
+            and list(value.values()) != [synonyms[0] for synonyms in normalize_vocabulary(self.vocabulary)]
+        ):
+            super().__setattr__("vocabulary", None)
 
     def _label_by_vocabulary(self) -> None:
         labels = dict(enumerate(synonyms[0] for synonyms in normalize_vocabulary(self.vocabulary or [])))

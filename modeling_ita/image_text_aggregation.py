@@ -230,7 +230,10 @@ class ImageTextAggregation(nn.Module):
             level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(levels)
         ]
         keys = [
-            value + sine_position_embedding(*level.shape[-2:], value.shape[-1], like=value).flatten(1).T
+            value
+            + sine_position_embedding(level.shape[-2], level.shape[-1], value.shape[-1], like=value)
+            .flatten(1)
+            .T
             for value, level in zip(values, levels, strict=True)
         ]
         # Mask logits are linear in the mask features, so the features are resized to a level, once, not the logits.

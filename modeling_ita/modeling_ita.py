@@ -94,7 +94,7 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
     config: ITAConfig
     base_model_prefix = "ita"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]
     _supports_sdpa = True
     _no_split_modules = ["ClipBackbone", "DetailEnhancement", "ImageTextAggregation"]
     supports_gradient_checkpointing = True  # of the head's layers
@@ -289,12 +289,11 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             ValueError: no vocabulary or a malformed one, labels that do not fit, or inputs whose shapes do not fit.
         """
         sizes = check_images(pixel_values, pixel_mask)
+        height, width = pixel_values.shape[-2:]
         classes = batch_vocabularies(vocabulary, vocabularies, self.default_vocabulary, len(sizes))
-        check_labels(
-            mask_labels, class_labels, sizes, tuple(pixel_values.shape[-2:]), list(map(len, classes))
-        )
-        given = (
-            check_dominant_categories(dominant_categories, len(sizes)) if self.dominant_categories else None
+        check_labels(mask_labels, class_labels, sizes, (height, width), [len(own) for own in classes])
+        given = check_dominant_categories(
+            dominant_categories if self.dominant_categories else None, len(sizes)
         )
         weights = self._ensemble_weights(ensemble_alpha, ensemble_beta)
         config = self.config
@@ -317,7 +316,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             )
             parts.append(part)
             names.append(DominantNames(group, part.dominant))
-        padded = padded_size(pixel_values.shape[-2:])
+        padded = padded_size((height, width))
         merged = merge(parts, groups, padded, with_states=bool(wants_states))
 
         output = ITAForOpenVocabSegmentationOutput(
@@ -419,7 +418,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
     def _pool_masks(
         self, mask_logits: Tensor, dense: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Pool the dense CLIP feature over masks: embeddings (B, Q, D), and which count, (B, Q) bool or None for all."""
+        """Pool the dense CLIP feature over masks: embeddings (B, Q, D), and which count, (B, Q) bool or None."""
         factor = self.config.dense_upsample
         size = (dense.shape[-2] * factor, dense.shape[-1] * factor)
         masks = masks_on_grid(mask_logits, size, valid)

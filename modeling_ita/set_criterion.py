@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FINITE_COST = 1e6  # what a cost that is not a number, or not finite, becomes: dearer than all others
+_FINITE_COST = 1e6  # in the place of a cost that is NaN or infinite: larger than any finite cost
 
 
 @dataclass
@@ -46,11 +46,11 @@ class Matches:
 
 
 MatchedMasks = Callable[[Matches], Tensor]
-"""Makes the mask logits of matched queries: (L, M, h, w)."""
+"""Computes the mask logits of matched queries: (L, M, h, w)."""
 
 
 def draw_points(num_masks: int, count: int, device: torch.device | str) -> Tensor:
-    """Random points, uniform over the image: float32 (num_masks, count, 2), (x, y) in 0..1."""
+    """Draw points uniformly over the image: float32 (num_masks, count, 2), (x, y) in 0..1."""
     return torch.rand(num_masks, count, 2, device=device)
 
 
@@ -73,16 +73,17 @@ def sample_at_points(maps: Tensor, points: Tensor) -> Tensor:
     return values.flatten(0, 2)
 
 
-def from_top_to_bottom(points: Tensor) -> Tensor:
-    """(N, P, 2) -> the same points sorted by y: maps are then read along their memory, which is faster."""
+def sort_by_row(points: Tensor) -> Tensor:
+    """Sort points (N, P, 2) by y: maps are then read along their memory, which is faster."""
     order = points[..., 1].argsort(dim=1)
     return points.gather(1, order[..., None].expand(-1, -1, 2))
 
 
 def linear_assignment(cost: Tensor) -> tuple[list[int], list[int]]:
-    """Cheapest one-to-one assignment of rows to columns of a host cost matrix (Q, n), by column order.
+    """Find the cheapest one-to-one assignment of rows to columns of a host cost matrix (Q, n).
 
-    Returns row and column indices, each of length min(Q, n).
+    Returns:
+        Row and column indices, each of length min(Q, n), in the order of columns.
 
     Raises:
         ImportError: scipy is not installed.
@@ -97,7 +98,7 @@ def linear_assignment(cost: Tensor) -> tuple[list[int], list[int]]:
 
 
 def mean_over_processes(totals: Tensor) -> Tensor:
-    """Sums over this process's batch -> their mean over all processes, by one all-reduce."""
+    """Average sums over this process's batch over all processes, by one all-reduce."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(totals)
         totals = totals / torch.distributed.get_world_size()
@@ -110,7 +111,7 @@ def check_lists(
     mask_labels: list[Tensor],
     class_labels: list[Tensor],
 ) -> None:
-    """Checks that predictions pair with predictions, images with images and masks with classes.
+    """Check that predictions pair with predictions, images with images and masks with classes.
 
     Raises:
         ValueError: they do not.
@@ -134,7 +135,7 @@ def check_lists(
 
 
 def assign(costs: list[Tensor], num_queries: int) -> Matches:
-    """Matches the queries of every prediction and image to masks as cheaply as can be.
+    """Match the queries of every prediction and image to masks at the lowest cost.
 
     Args:
         costs: (L, Q, n_i) of each image, on any device; all cross to the host together.
@@ -164,26 +165,26 @@ def assign(costs: list[Tensor], num_queries: int) -> Matches:
 
 @torch.no_grad()
 def labels_at_points(mask_labels: list[Tensor], matches: Matches, points: list[Tensor]) -> list[Tensor]:
-    """Ground truth of every matched pair at points of its own: (M, P, 2) -> (M, P) float32, per prediction."""
+    """Read the ground truth of every matched pair at points of its own: (M, P, 2) -> (M, P) float32, per prediction."""
     labels: list[list[Tensor]] = [[] for _ in points]
     for image, masks in enumerate(mask_labels):
         if not len(masks):
             continue
-        masks = masks.float()  # once for all predictions, one image at a time
+        maps = masks.float()  # once for all predictions, one image at a time
         for own_labels, targets, places in zip(labels, matches.of(image)[1], points, strict=True):
             # Where all masks are matched they are in order, and need not be copied.
-            chosen = masks if len(masks) == len(targets) else masks[targets]
+            chosen = maps if len(maps) == len(targets) else maps[targets]
             own_labels.append(sample_at_points(chosen, places.split(matches.sizes)[image]))
     return [torch.cat(parts) for parts in labels]
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of logits (M, P) with labels in 0..1, mean over points, sum over masks: a scalar."""
+    """Sum binary cross-entropy of logits (M, P) with labels in 0..1, mean over points, over masks: a scalar."""
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
 
 
 def dice_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Dice loss of logits (M, P) with labels in 0..1, sum over masks: a scalar."""
+    """Sum the dice loss of logits (M, P) with labels in 0..1 over masks: a scalar."""
     probabilities = logits.sigmoid()
     overlap, area = (probabilities * labels).sum(1), probabilities.sum(1) + labels.sum(1)
     return (1.0 - (2.0 * overlap + 1.0) / (area + 1.0)).sum()
@@ -233,11 +234,11 @@ class SetCriterion:
         class_labels: list[Tensor],
         matched_masks: MatchedMasks | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted losses by name; their sum is the training loss.
+        """Compute the weighted losses by name; their sum is the training loss.
 
         The sums that losses are divided by are averaged over processes: the mean over processes of losses and
-        gradients is that of one process with all their images. A prediction that is not a number costs so
-        much that it is matched last; where it is matched all the same, the loss is not a number either.
+        gradients is that of one process with all their images. A prediction that is NaN costs so much that it is
+        matched last; where it is matched all the same, the loss is NaN, too.
 
         Args:
             class_logits: one (B, Q, K + 1) per prediction, void last, first prediction first.
@@ -245,7 +246,7 @@ class SetCriterion:
             mask_labels: one (n_i, H, W) per image, bool, integer 0 and 1 or float in 0..1, covering the padded
                 input; H and W may differ between images.
             class_labels: one int64 (n_i,) per image, values 0..K - 1; n_i may be 0.
-            matched_masks: makes the mask logits of the matched queries anew. Gradients then flow through these
+            matched_masks: computes the mask logits of the matched queries again. Gradients then flow through these
                 alone; otherwise backward makes a gradient as large as all mask logits for the sake of a few.
 
         Returns:
@@ -312,14 +313,14 @@ class SetCriterion:
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
     ) -> Matches:
-        """Hungarian matching of every prediction and image.
+        """Match every prediction and image by the Hungarian algorithm.
 
         Arguments as of `__call__`, on one device. An image's points are the same for its predictions and its
         targets, in all predictions. Costs are computed on the device and cross to the host together, once.
         """
         batch_size, num_queries = class_logits[-1].shape[:2]
         points = draw_points(batch_size, self.num_points, class_logits[-1].device)
-        points = from_top_to_bottom(points)
+        points = sort_by_row(points)
         costs = []
         for image, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
             if not len(masks):
@@ -339,9 +340,16 @@ class SetCriterion:
     def pair_costs(
         self, class_logits: Tensor, mask_points: Tensor, target_classes: Tensor, target_points: Tensor
     ) -> Tensor:
-        """Finite cost of each query and target: (Q, K + 1), (Q, P), (n,), (n, P) -> (Q, n) float32.
+        """Give the finite cost of each query and target.
 
-        `mask_points`, logits, are used up.
+        Args:
+            class_logits: (Q, K + 1).
+            mask_points: (Q, P) mask logits at points; overwritten.
+            target_classes: (n,) int64.
+            target_points: (n, P) in 0..1.
+
+        Returns:
+            (Q, n) float32.
         """
         cost_class = -class_logits.float().softmax(-1).index_select(1, target_classes)
 
@@ -359,7 +367,7 @@ class SetCriterion:
     def class_losses(
         self, class_logits: list[Tensor], class_labels: list[Tensor], matches: Matches
     ) -> Tensor:
-        """Cross-entropy over classes and void, void weighing no_object_weight: (L,), summed over queries."""
+        """Sum cross-entropy over classes and void over queries, void weighing no_object_weight: (L,)."""
         void = class_logits[-1].shape[-1] - 1
         own_targets = matches.targets.split(matches.sizes, dim=1)
         classes = torch.cat(
@@ -379,9 +387,10 @@ class SetCriterion:
     def mask_losses(
         self, matched: list[Tensor], mask_labels: list[Tensor], matches: Matches
     ) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropy and dice loss of matched mask logits, (M, h, w) of each prediction, at points.
+        """Compute binary cross-entropy and dice loss of matched mask logits, (M, h, w) of each prediction, at points.
 
-        Returns: two of (L,), summed over masks.
+        Returns:
+            Two of (L,), summed over masks.
         """
         if not sum(matches.sizes):  # nothing to learn; the zeros still belong to the graph
             zeros = torch.stack([maps.float().sum() for maps in matched])
@@ -397,9 +406,9 @@ class SetCriterion:
 
     @torch.no_grad()
     def uncertain_points(self, mask_logits: Tensor) -> Tensor:
-        """Points where the masks are least sure, and random ones: (M, h, w) -> (M, P, 2) in 0..1.
+        """Choose points where masks are most uncertain, and random ones: (M, h, w) -> (M, P, 2) in 0..1.
 
-        Uncertainty is -|logit|, greatest where a logit is not a number. The uncertain points are the top of
+        Uncertainty is -|logit|, greatest where a logit is NaN. The uncertain points are the top of
         oversampled random candidates.
         """
         num_masks, device = len(mask_logits), mask_logits.device
