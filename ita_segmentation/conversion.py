@@ -1,7 +1,7 @@
-"""Original ITA and FC-CLIP checkpoints -> this project's checkpoints.
+"""Original checkpoints of ITA, FC-CLIP, MAFT+ and Mask-Adapter -> this project's checkpoints.
 
-The published code saves detectron2 checkpoints: a `{"model": {name: tensor}}` dictionary. Which of the two systems it
-is, and every size, is read off the names and shapes of its tensors; nothing pickled is executed.
+The published code saves detectron2 checkpoints: a `{"model": {name: tensor}}` dictionary, or the tensors alone. Which
+system it is, and every size, is read off the names and shapes of its tensors; nothing pickled is executed.
 """
 
 import pickle
@@ -78,11 +78,44 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (rf"^{_PREDICTOR}_mask_pooling_proj\.", "image_text_aggregation.pooled_projection."),
     (rf"^{_PREDICTOR}class_embed\.", "image_text_aggregation.class_embedding."),
     (rf"^{_PREDICTOR}logit_scale$", "image_text_aggregation.logit_scale"),
+    (r"^mask_adapter\.mask_downscaling\.", "mask_classifier.pooling.adapter.mask_tokens."),
+    (r"^mask_adapter\.fuse\.", "mask_classifier.pooling.adapter.fuse."),
+    (r"^mask_adapter\.cnext([123])\.dwconv\.", r"mask_classifier.pooling.adapter.block\1.depthwise."),
+    (r"^mask_adapter\.cnext([123])\.norm\.", r"mask_classifier.pooling.adapter.block\1.norm."),
+    (r"^mask_adapter\.cnext([123])\.pwconv([12])\.", r"mask_classifier.pooling.adapter.block\1.linear\2."),
+    (r"^mask_adapter\.cnext([123])\.gamma$", r"mask_classifier.pooling.adapter.block\1.scale"),
+    (r"^mask_adapter\.norm\.", "mask_classifier.pooling.adapter.norm."),
+    (r"^mask_adapter\.final\.", "mask_classifier.pooling.adapter.maps."),
+    (r"^cdt\.cross_atten\.multihead_attn\.", "mask_classifier.text_transfer.attention."),
+    (r"^cdt\.cross_atten\.MLP\.", "mask_classifier.text_transfer.linear."),
+    (r"^cdt\.cross_atten\.norm\.", "mask_classifier.text_transfer.norm."),
 )
+
+_ADAPTER = "mask_adapter."
+_TRANSFER = "cdt.cross_atten."
+_TRANSFER_BY_TRAINING = {172: "post_norm", 134: "res_post_norm"}
+"""MAFT+'s form of the transfer, by the rows of `criterion.empty_weight`: COCO-Stuff's or COCO panoptic's classes and
+void. Mask-Adapter's checkpoints have no such tensor, but are known by their width."""
+_PUBLISHED_SETTINGS: dict[tuple[str, int], dict[str, Any]] = {
+    ("MAFT+", 640): {"text_transfer": "post_norm"},
+    ("MAFT+ with Mask-Adapter", 640): {
+        "text_transfer": "post_norm",
+        "adapter_mask_threshold": 0.45,
+        "ensemble_alpha": 0.7,
+        "ensemble_beta": 1.0,
+    },
+    ("MAFT+ with Mask-Adapter", 768): {
+        "text_transfer": "res_post_norm",
+        "adapter_mask_threshold": 0.40,
+        "ensemble_alpha": 0.8,
+        "ensemble_beta": 1.0,
+    },
+}
+"""What no tensor shows, by system and embedding width, where one public checkpoint has these."""
 
 # Buffers and constants that real checkpoints hold and no network needs.
 _PASSED_OVER = re.compile(
-    r"^(criterion\.empty_weight|pixel_mean|pixel_std|sem_seg_head\.predictor\.static_query.*"
+    r"^(backbone_t\..*|criterion\.empty_weight|pixel_mean|pixel_std|sem_seg_head\.predictor\.static_query.*"
     r"|backbone\.clip_model\.(attn_mask|input_resolution|context_length|vocab_size|visual\.input_resolution)"
     r"|.*\.num_batches_tracked|category_tensor|.*\.category_tensor)$"
 )
@@ -184,7 +217,7 @@ def convert_config(
         overrides: fields of `ITAConfig` that no tensor shows.
 
     Raises:
-        ConversionError: neither ITA nor FC-CLIP.
+        ConversionError: neither of these systems, or a setting that no tensor shows is not given.
     """
     needed = [
         _PREDICTOR + "query_feat.weight",
@@ -193,7 +226,9 @@ def convert_config(
     ]
     missing = [name for name in needed if name not in tensors]
     if missing:
-        raise ConversionError(f"neither an ITA nor an FC-CLIP checkpoint: it lacks {', '.join(missing)}")
+        raise ConversionError(
+            f"not a checkpoint of ITA, FC-CLIP, MAFT+ or Mask-Adapter: it lacks {', '.join(missing)}"
+        )
     is_ita = "backbone.add_tgt_em.weight" in tensors
     learned, hidden_dim = tensors[_PREDICTOR + "query_feat.weight"].shape
     positions = len(tensors[_PREDICTOR + "query_embed.weight"])
@@ -219,8 +254,59 @@ def convert_config(
         "decoder_layers": _count(tensors, _PREDICTOR + "transformer_cross_attention_layers"),
         "decoder_ffn_dim": len(tensors[_PREDICTOR + "transformer_ffn_layers.0.linear1.weight"]),
         "ensemble_on_valid_mask": resnet,
+        **_family_settings(tensors, overrides),
     }
     return ITAConfig(**{**fields, **overrides})
+
+
+def system_name(tensors: Mapping[str, Tensor]) -> str:
+    """Tell which published system a checkpoint is of, by the names of its tensors."""
+    parts = []
+    if any(name.startswith(_TRANSFER) for name in tensors):
+        parts.append("MAFT+")
+    else:
+        parts.append("ITA" if "backbone.add_tgt_em.weight" in tensors else "FC-CLIP")
+    if any(name.startswith(_ADAPTER) for name in tensors):
+        parts.append("Mask-Adapter")
+    return " with ".join(parts)
+
+
+def _family_settings(tensors: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the fields of MAFT+ and Mask-Adapter.
+
+    Raises:
+        ConversionError: `overrides` lacks a field that no tensor shows, and no public checkpoint has these sizes.
+    """
+    fields: dict[str, Any] = {}
+    has_adapter = _ADAPTER + "fuse.weight" in tensors
+    if has_adapter:
+        fields = {
+            "mask_pooling": "adapter",
+            "mask_padding": False,
+            "adapter_dim": len(tensors[_ADAPTER + "fuse.weight"]),
+            "adapter_mask_channels": len(tensors[_ADAPTER + "mask_downscaling.3.weight"]),
+            "adapter_num_maps": len(tensors[_ADAPTER + "final.weight"]),
+        }
+    if _TRANSFER + "norm.weight" not in tensors:
+        ensemble = {"ensemble_alpha": 0.7, "ensemble_beta": 0.9} if has_adapter else {}
+        return fields | ensemble
+    system, embed_dim = system_name(tensors), len(tensors[_TRANSFER + "norm.weight"])
+    fields |= {"mask_padding": False, "text_transfer_heads": _HEADS}
+    fields |= _PUBLISHED_SETTINGS.get((system, embed_dim), {})
+    if not has_adapter:  # no ensemble
+        fields |= {"ensemble_alpha": 1.0, "ensemble_beta": 1.0}
+    trained_on = len(tensors.get("criterion.empty_weight", ()))
+    if trained_on in _TRANSFER_BY_TRAINING:
+        fields["text_transfer"] = _TRANSFER_BY_TRAINING[trained_on]
+    needed = ["text_transfer", "ensemble_alpha", "ensemble_beta", *["adapter_mask_threshold"] * has_adapter]
+    missing = [name for name in needed if name not in fields and name not in overrides]
+    if missing:
+        raise ConversionError(
+            f"no tensor of this {system} checkpoint shows {', '.join(missing)}, and it is none of the published ones: "
+            'give them (text_transfer is "post_norm" as in the semantic checkpoints or "res_post_norm" as in the '
+            "panoptic one)"
+        )
+    return fields
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
@@ -237,7 +323,7 @@ def convert_state_dict(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
         renamed = convert_name(name)
         if renamed is None:
             unknown.append(name)
-        elif ".in_proj_" in renamed and "image_text_aggregation" in renamed:
+        elif ".in_proj_" in renamed and not renamed.startswith("clip_backbone."):
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 converted[renamed.replace("in_proj_", f"{part}_proj.")] = rows
         else:
@@ -261,7 +347,7 @@ def convert_checkpoint(
     train_vocabulary: Vocabulary | list | None = None,
     **overrides: Any,
 ) -> ITAForOpenVocabSegmentation:
-    """An original ITA or FC-CLIP checkpoint as a model of this project, in eval mode.
+    """An original checkpoint as a model of this project, in eval mode.
 
     Args:
         checkpoint: its file, or its tensors by name.

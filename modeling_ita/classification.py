@@ -50,9 +50,24 @@ def class_logits(embeds: Tensor, text: TextEmbeddings, void_embed: Tensor, scale
     Returns:
         (B, Q, K + 1).
     """
-    scaled = scale * F.normalize(embeds, dim=-1)
-    void_logit = scaled @ F.normalize(void_embed.to(embeds.dtype), dim=-1).T
-    classes = names = scaled @ text.prompt_embeds.to(embeds.dtype).T
+    void_embed = F.normalize(void_embed.to(embeds.dtype), dim=-1)
+    return compare(scale * F.normalize(embeds, dim=-1), text, text.prompt_embeds.to(embeds.dtype), void_embed)
+
+
+def compare(scaled: Tensor, text: TextEmbeddings, prompt_embeds: Tensor, void_embed: Tensor) -> Tensor:
+    """Multiply with text embeddings, the maximum over a class's names; void last.
+
+    Args:
+        scaled: (B, Q, D), unit embeddings times the logit scale.
+        text: says which names make a class.
+        prompt_embeds: (N, D), or (B, N, D) where each image has its own.
+        void_embed: (1, D) or (B, 1, D).
+
+    Returns:
+        (B, Q, K + 1).
+    """
+    void_logit = scaled @ void_embed.mT
+    classes = names = scaled @ prompt_embeds.mT
     num_classes = text.is_seen.shape[0]
     # An exported graph is to serve vocabularies with synonyms, whether the one at hand has any or not.
     if torch.compiler.is_exporting() or len(text.class_of_name) > num_classes:
@@ -104,7 +119,10 @@ def ensemble_log_probs(
     """
     void_logit = in_vocab_logits[..., -1:].float()
     in_vocab_logits = in_vocab_logits[..., :-1].float().masked_fill(text.is_duplicate, IMPOSSIBLE)
-    out_vocab_logits = out_vocab_logits[..., :-1].float().masked_fill(text.is_duplicate, IMPOSSIBLE)
+    out_vocab_logits = out_vocab_logits[..., :-1].float()
+    # Transferred text embeddings give logits of any size.
+    impossible = (2 * out_vocab_logits.amin(dim=-1, keepdim=True)).clamp(max=IMPOSSIBLE)
+    out_vocab_logits = torch.where(text.is_duplicate, impossible, out_vocab_logits)
     log_p_in = in_vocab_logits.log_softmax(dim=-1)
     log_p_out = out_vocab_logits.log_softmax(dim=-1)
     weight = torch.where(text.is_seen, alpha, beta).to(log_p_in)

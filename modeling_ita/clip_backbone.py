@@ -203,11 +203,20 @@ class ClipBackbone(nn.Module):
         """
         if self.is_resnet:
             return self._attention_pool(dense, masks)
-        pooled = mask_mean(dense, masks).to(dense.dtype)
-        batch, queries, channels = pooled.shape
+        return self.project(mask_mean(dense, masks).to(dense.dtype))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Turn pooled dense features into CLIP embeddings by a timm tower's head.
+
+        Args:
+            pooled: (..., C), such as a cell or a mean of cells.
+
+        Returns:
+            (..., D), not normalized.
+        """
         visual = self.clip.visual
-        embeddings = visual.head(visual.trunk.forward_head(pooled.reshape(batch * queries, channels, 1, 1)))
-        return embeddings.reshape(batch, queries, -1)
+        embeds = visual.head(visual.trunk.forward_head(pooled.reshape(-1, pooled.shape[-1], 1, 1)))
+        return embeds.reshape(*pooled.shape[:-1], embeds.shape[-1])
 
     def _attention_pool(self, dense: Tensor, masks: Tensor) -> Tensor:
         """Apply CLIP's attention pool, its keys limited to each mask, its positions resampled to the feature's size."""

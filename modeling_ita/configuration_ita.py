@@ -30,7 +30,11 @@ VILD_TEMPLATES: tuple[str, ...] = (
 )
 """The prompt templates of ViLD's evaluation (arXiv 2104.13921), as FC-CLIP uses them."""
 
-DOMINANT_CATEGORY_SOURCES = ("features", "thumbnail")
+CHOICES = {
+    "dominant_category_source": ("features", "thumbnail"),
+    "mask_pooling": ("hard", "adapter"),
+    "text_transfer": (None, "post_norm", "res_post_norm"),
+}
 
 INTEGER_RANGES = {
     "hidden_dim": (32, 8192),
@@ -44,11 +48,17 @@ INTEGER_RANGES = {
     "decoder_layers": (0, 256),
     "decoder_ffn_dim": (1, 65_536),
     "dense_upsample": (1, 32),
+    "adapter_mask_channels": (4, 8192),
+    "adapter_dim": (1, 65_536),
+    "adapter_num_maps": (1, 8192),
+    "text_transfer_heads": (1, 1024),
     "train_num_points": (1, 10_000_000),
 }
 NUMBER_RANGES = {
     "ensemble_alpha": (0, 1),
     "ensemble_beta": (0, 1),
+    "adapter_mask_threshold": (0, 1),
+    "adapter_min_score": (0, 1),
     "class_weight": (0, math.inf),
     "mask_weight": (0, math.inf),
     "dice_weight": (0, math.inf),
@@ -63,7 +73,8 @@ class ITAConfig(PreTrainedConfig):
 
     The defaults are the paper's model: ConvNeXt-L of open_clip, 20 text queries and 180 learned ones, nine decoder
     layers without self-attention. FC-CLIP (arXiv 2308.02487) is the same network with
-    `num_dominant_categories=0, num_learned_queries=250, decoder_self_attention=True`.
+    `num_dominant_categories=0, num_learned_queries=250, decoder_self_attention=True`. Mask-Adapter (arXiv 2412.04533)
+    and MAFT+ (arXiv 2408.00744) are FC-CLIP with `mask_pooling="adapter"` and with `text_transfer`.
 
     Args:
         clip_model_name (`str`): name of the frozen CLIP in open_clip's registry.
@@ -95,7 +106,21 @@ class ITAConfig(PreTrainedConfig):
         ensemble_on_valid_mask (`bool`): leave CLIP's class logits out for a mask without a positive pixel at the dense
             feature's size (FC-CLIP's ResNet configurations).
         dense_upsample (`int`): factor by which the dense CLIP feature is upsampled before masks are thresholded for
-            pooling; 1 is the published form, more lets small masks keep a cell.
+            hard pooling; 1 is the published form, more lets small masks keep a cell.
+        mask_padding (`bool`): leave padding up to a multiple of 32 out of attention and pooling. The published FC-CLIP,
+            MAFT+ and Mask-Adapter treat it like the rest of the image; checkpoints of the last two are converted so.
+        mask_pooling (`str`): how the dense CLIP feature is pooled over a mask: `"hard"`, the mean over the cells that
+            it covers, or `"adapter"`, Mask-Adapter's learned weights.
+        adapter_mask_channels (`int`): width of the adapter's mask tokens, a multiple of 4.
+        adapter_dim (`int`): width of the adapter's blocks.
+        adapter_num_maps (`int`): activation maps for each mask.
+        adapter_mask_threshold (`float`): mask probability above which the adapter takes a pixel for the mask's.
+        adapter_min_score (`float`): run the adapter only for queries that can add more than this to the score of a
+            class in a pixel, and pool the others hard; 0 runs it for all, as published.
+        text_transfer (`str`, *optional*): form of MAFT+'s transfer of text embeddings to the image: `"post_norm"` as
+            in its semantic checkpoints, `"res_post_norm"` as in its panoptic ones; it has nothing to do with the
+            outputs asked for. None for no transfer.
+        text_transfer_heads (`int`): attention heads of the transfer.
         class_weight (`float`): weight of the classification loss and matching cost.
         mask_weight (`float`): weight of the binary cross-entropy of masks.
         dice_weight (`float`): weight of the dice loss of masks.
@@ -144,6 +169,15 @@ class ITAConfig(PreTrainedConfig):
     ensemble_beta: float | int = 0.8
     ensemble_on_valid_mask: bool = False
     dense_upsample: int = 1
+    mask_padding: bool = True
+    mask_pooling: str = "hard"
+    adapter_mask_channels: int = 16
+    adapter_dim: int = 768
+    adapter_num_maps: int = 16
+    adapter_mask_threshold: float | int = 0.5
+    adapter_min_score: float | int = 0.0
+    text_transfer: str | None = None
+    text_transfer_heads: int = 8
     class_weight: float | int = 2.0
     mask_weight: float | int = 5.0
     dice_weight: float | int = 5.0
@@ -186,10 +220,18 @@ class ITAConfig(PreTrainedConfig):
         check_templates(self.templates)
         if self.clip_model_config is not None and not isinstance(self.clip_model_config, dict):
             raise ValueError(f"clip_model_config must be a mapping, got {self.clip_model_config!r}")
-        if self.dominant_category_source not in DOMINANT_CATEGORY_SOURCES:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Check that fields go together."""
+        if self.mask_pooling == "adapter" and (self.dense_upsample > 1 or self.ensemble_on_valid_mask):
+            raise ValueError('dense_upsample and ensemble_on_valid_mask are for mask_pooling="hard"')
+        if self.adapter_mask_channels % 4:
             raise ValueError(
-                f"dominant_category_source must be one of {DOMINANT_CATEGORY_SOURCES}, "
-                f"got {self.dominant_category_source!r}"
+                f"adapter_mask_channels must be a multiple of 4, got {self.adapter_mask_channels}"
             )
         if self.hidden_dim % self.num_attention_heads or self.hidden_dim % 32:
             raise ValueError(

@@ -7,14 +7,13 @@ Symbols in shapes: B images, R masks, M maps per mask, D CLIP's embedding width,
 feature (B, C_5, h, w) has stride 32.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_CHUNK_ACTIVATIONS = 2**25
-"""Largest activation of one chunk of masks, in numbers: 128 MiB in float32."""
-TRACED_CHUNK = 25
-"""Masks in a chunk of a compiled or exported graph, where the size of the image may be unknown."""
+from .ops import valid_cells
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -51,17 +50,9 @@ class MaskAdapter(nn.Module):
         mask_channels: m, the width of the mask tokens.
         channels: n, the width of the blocks.
         num_maps: M, the maps of each mask.
-        num_blocks: ConvNeXt blocks.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        mask_channels: int = 16,
-        channels: int = 768,
-        num_maps: int = 16,
-        num_blocks: int = 3,
-    ):
+    def __init__(self, embed_dim: int, mask_channels: int = 16, channels: int = 768, num_maps: int = 16):
         super().__init__()
         self.mask_tokens = nn.Sequential(
             nn.Conv2d(1, mask_channels // 4, 3, stride=2, padding=1),
@@ -73,7 +64,7 @@ class MaskAdapter(nn.Module):
             nn.Conv2d(mask_channels, embed_dim, 1),
         )
         self.fuse = nn.Conv2d(embed_dim, channels, 1)
-        self.blocks = nn.ModuleList(ConvNeXtBlock(channels) for _ in range(num_blocks))
+        self.block1, self.block2, self.block3 = (ConvNeXtBlock(channels) for _ in range(3))
         self.norm = ChannelNorm(channels, eps=1e-5)
         self.maps = nn.Conv2d(channels, num_maps, 1)
         self.reset_parameters()
@@ -88,77 +79,57 @@ class MaskAdapter(nn.Module):
             elif isinstance(module, ConvNeXtBlock):
                 nn.init.constant_(module.scale, 1e-6)
 
-    def forward(self, dense: Tensor, image_embeds: Tensor, masks: Tensor, image_of_mask: Tensor) -> Tensor:
-        """Pool the dense feature for each mask, chunk by chunk.
-
-        Args:
-            dense: (B, C_5, h, w).
-            image_embeds: (B, D, h, w), what CLIP's head makes of each cell, not normalized.
-            masks: (R, 4 h, 4 w) float in 0..1, from `binary_masks`.
-            image_of_mask: (R,) int64, the image of each mask.
-
-        Returns:
-            (R, M, C_5) float32, one weighted mean for each activation map.
-        """
-        if not len(masks):
-            return dense.new_zeros(0, self.maps.out_channels, dense.shape[1], dtype=torch.float32)
-        context = self.fuse(image_embeds)
-        chunk = self._chunk(image_embeds)
-        pooled = [
-            weighted_means(dense[images], self.activation_maps(context[images], part))
-            for part, images in zip(masks.split(chunk), image_of_mask.split(chunk), strict=True)
-        ]
-        return torch.cat(pooled)
-
-    def activation_maps(self, context: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, context: Tensor, masks: Tensor) -> Tensor:
         """Compute the semantic activation maps of masks.
 
         Args:
-            context: (R, n, h, w), `fuse` of each mask's image.
-            masks: (R, 4 h, 4 w) float.
+            context: (R, n, h, w), `fuse` of each mask's image: (B, D, h, w), what CLIP's head makes of each cell.
+            masks: (R, 4 h, 4 w) float in 0..1, from `binary_masks`.
 
         Returns:
             (R, M, h, w) logits.
         """
+        # `fuse` of the sum of image and mask, as published, but that of the image is computed once for all its masks.
         x = context + F.conv2d(self.mask_tokens(masks[:, None].to(context.dtype)), self.fuse.weight)
         # Channels last: what is an image for convolutions is a list of cells for linear layers, without a copy.
         x = x.contiguous(memory_format=torch.channels_last)
-        for block in self.blocks:
-            x = block(x)
+        x = self.block3(self.block2(self.block1(x)))
         return self.maps(self.norm(x))
 
-    def _chunk(self, image_embeds: Tensor) -> int:
-        if torch.compiler.is_compiling():
-            return TRACED_CHUNK
-        height, width = image_embeds.shape[-2:]
-        return max(1, MAX_CHUNK_ACTIVATIONS // (4 * self.fuse.out_channels * height * width))
 
-
-def binary_masks(mask_logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+def binary_masks(
+    mask_logits: Tensor, size: Sequence[int], threshold: float, valid: Tensor | None = None
+) -> Tensor:
     """Threshold masks first and resize them second: the adapter's input.
 
     Args:
         mask_logits: (B, Q, H / 4, W / 4).
         size: (h, w) of the dense feature.
         threshold: a pixel is in the mask if its probability is above this.
+        valid: (B, H, W) bool, pixels that are not padding; None where all are.
 
     Returns:
         (B, Q, 4 h, 4 w) float in 0..1: between the two where pixels of the mask and others share a cell.
     """
-    masks = (mask_logits.sigmoid() > threshold).float()
-    return F.interpolate(masks, size=(4 * size[0], 4 * size[1]), mode="bilinear", align_corners=False)
+    masks = mask_logits.sigmoid() > threshold
+    if valid is not None:
+        masks = masks & valid_cells(valid, mask_logits.shape[-2:])[:, None]
+    return F.interpolate(masks.float(), size=(4 * size[0], 4 * size[1]), mode="bilinear", align_corners=False)
 
 
-def weighted_means(dense: Tensor, maps: Tensor) -> Tensor:
+def weighted_means(dense: Tensor, maps: Tensor, cells: Tensor | None = None) -> Tensor:
     """Average a dense feature over all cells, weighted by each activation map's sigmoid.
 
     Args:
         dense: (R, C_5, h, w).
         maps: (R, M, h, w) logits.
+        cells: (R, h, w) bool, the cells that take part; None for all.
 
     Returns:
         (R, M, C_5) float32.
     """
     with torch.autocast(dense.device.type, enabled=False):
-        weights = F.logsigmoid(maps.float()).flatten(2).softmax(dim=-1)  # the sigmoid itself may underflow
-        return weights @ dense.float().flatten(2).transpose(1, 2)
+        logits = F.logsigmoid(maps.float())  # the sigmoid itself may underflow
+        if cells is not None:
+            logits = logits.masked_fill(~cells[:, None], float("-inf"))
+        return logits.flatten(2).softmax(dim=-1) @ dense.float().flatten(2).transpose(1, 2)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -33,13 +32,15 @@ from .batching import (
     padded_size,
 )
 from .checkpoint_code import RemoteCodeMixin
-from .classification import TextEmbeddings, class_logits, ensemble_log_probs, masks_on_grid
+from .classification import TextEmbeddings, class_logits, ensemble_log_probs
 from .clip_backbone import ClipBackbone, resolve_clip_config
 from .configuration_ita import ITAConfig, check_number
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
 from .dominant_categories import DominantCategories
 from .image_text_aggregation import Attention, ImageTextAggregation
+from .mask_adapter import MaskAdapter
+from .mask_classifier import MaskClassifier
 from .set_criterion import SetCriterion
 from .text import TextEncoder
 from .vocabulary import Vocabulary, batch_vocabularies, normalize_vocabulary
@@ -114,7 +115,8 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
             | DeformableAttention
             | DominantCategories
             | DetailEnhancement
-            | ImageTextAggregation,
+            | ImageTextAggregation
+            | MaskAdapter,
         ):
             module.reset_parameters()
 
@@ -140,6 +142,7 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
         # The model was built without memory, and what no checkpoint holds has to be made again.
         model.clip_backbone.restore_buffers(model.config.clip_model_config)
         model.clip_backbone.freeze()
+        model.mask_classifier.freeze()
         return (model, info) if wants_info else model
 
 
@@ -188,6 +191,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             ffn_dim=config.decoder_ffn_dim,
             self_attention=config.decoder_self_attention,
         )
+        self.mask_classifier = MaskClassifier(config, self.clip_backbone)
         self.void_embedding = nn.Parameter(torch.empty(1, embed_dim))
         self.criterion = SetCriterion(config)
         self.text_encoder = TextEncoder(self.clip_backbone)
@@ -365,6 +369,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             output_attentions: compute the decoder's attention weights.
         """
         config, backbone, decoder = self.config, self.clip_backbone, self.image_text_aggregation
+        valid = valid if config.mask_padding else None
         # Section 0: one frozen CLIP.
         with torch.set_grad_enabled(torch.is_grad_enabled() and backbone.is_trained):
             features = backbone(_channels_last(pixel_values))
@@ -392,8 +397,15 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         # Section 5: out-of-vocabulary logits of the pooled CLIP feature, and the ensemble.
         log_probs = None
         if not self.training:
-            embeds, has_pixels = self._pool_masks(predictions[-1].mask_logits, features.dense, valid)
-            out_vocab = class_logits(embeds, text, self.void_embedding, backbone.logit_scale)
+            out_vocab, has_pixels = self.mask_classifier(
+                backbone,
+                features.dense,
+                predictions[-1].mask_logits,
+                valid,
+                text,
+                self.void_embedding,
+                in_vocab[-1],
+            )
             weights = ensemble_weights or (config.ensemble_alpha, config.ensemble_beta)
             log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, *weights, has_pixels)
         return SegmentOutput(
@@ -414,18 +426,6 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         return self.__dict__ | {"_compiled_segment": None}
 
     # --- parts of forward and segment ---
-
-    def _pool_masks(
-        self, mask_logits: Tensor, dense: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Pool the dense CLIP feature over masks: embeddings (B, Q, D), and which count, (B, Q) bool or None."""
-        factor = self.config.dense_upsample
-        size = (dense.shape[-2] * factor, dense.shape[-1] * factor)
-        masks = masks_on_grid(mask_logits, size, valid)
-        if factor > 1:
-            dense = F.interpolate(dense, size=size, mode="bilinear", align_corners=False)
-        has_pixels = masks.flatten(2).any(dim=-1) if self.config.ensemble_on_valid_mask else None
-        return self.clip_backbone.pool_masks(dense, masks), has_pixels
 
     def _embed_given(self, group: Group, templates: Sequence[str] | None) -> Tensor | None:
         """Embed dominant categories from outside, (B, k', D); None if there are none.

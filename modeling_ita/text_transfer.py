@@ -4,16 +4,10 @@ Each row of the text classifier attends to the image and is moved by what it fin
 so that classes can be left out, added or cut into chunks without a change for the rest.
 """
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from .image_text_aggregation import Attention
 from .ops import sine_position_embedding
-
-TextTransferForm = Literal["post_norm", "res_post_norm"]
-TEXT_TRANSFER_FORMS: tuple[str, ...] = ("post_norm", "res_post_norm")
-"""`norm(text + update)`, as in MAFT+'s semantic checkpoints, and `text + norm(update)`, as in its panoptic ones."""
 
 
 class TextTransfer(nn.Module):
@@ -22,11 +16,17 @@ class TextTransfer(nn.Module):
     Args:
         embed_dim: D, CLIP's embedding width.
         heads: attention heads.
-        form: where the norm stands, one of `TEXT_TRANSFER_FORMS`. No tensor of a checkpoint shows it.
+        form: "post_norm" for `norm(text + update)`, as in MAFT+'s semantic checkpoints, or "res_post_norm" for
+            `text + norm(update)`, as in its panoptic ones. No tensor of a checkpoint shows it.
+
+    Raises:
+        ValueError: the embedding width is not a multiple of the heads and of 4.
     """
 
-    def __init__(self, embed_dim: int, heads: int = 8, form: TextTransferForm = "post_norm"):
+    def __init__(self, embed_dim: int, heads: int = 8, form: str = "post_norm"):
         super().__init__()
+        if embed_dim % heads or embed_dim % 4:
+            raise ValueError(f"{heads} attention heads and sine positions do not fit {embed_dim} channels")
         self.form = form
         self.attention = Attention(embed_dim, heads)
         self.linear = nn.Linear(embed_dim, embed_dim)
@@ -45,8 +45,9 @@ class TextTransfer(nn.Module):
         cells = image_embeds.flatten(2).transpose(1, 2)
         height, width = image_embeds.shape[-2:]
         positions = sine_position_embedding(height, width, cells.shape[-1], like=cells).flatten(1).T
-        text = text_embeds.to(cells.dtype).expand(len(cells), -1, -1)
-        update = self.linear(self.attention(text, cells + positions, cells)[0])
+        text = text_embeds.to(cells.dtype).expand(cells.shape[0], -1, -1)
+        attended, _ = self.attention(text, cells + positions, cells)
+        update = self.linear(attended)
         return self.norm(text + update) if self.form == "post_norm" else text + self.norm(update)
 
 
@@ -57,5 +58,5 @@ def shuffled_cells(dense: Tensor) -> Tensor:
     a transpose was meant. A piece mixes pixels of one channel or a few, padding among them, so that an image's result
     depends on the size it was padded to.
     """
-    batch, channels = dense.shape[:2]
-    return dense.reshape(batch, -1, channels)
+    channels, height, width = dense.shape[1:]
+    return dense.flatten(1).unflatten(1, (height * width, channels))

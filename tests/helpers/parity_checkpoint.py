@@ -17,12 +17,32 @@ from torch import Tensor
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ("ita_convnext_tiny", "fcclip_convnext_tiny", "fcclip_resnet_tiny")
+FAMILY = ("maskadapter_fcclip_tiny", "maftp_semantic_tiny", "maftp_panoptic_tiny", "maskadapter_maftp_tiny")
+"""Mask-Adapter and MAFT+, given as what they have beyond the checkpoint of `base`."""
 
 
 def load_parity(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What was built, and inputs and results."""
     description = json.loads((FIXTURES / f"{name}.json").read_text())
-    return description, load_file(FIXTURES / f"{name}.safetensors")
+    tensors = load_file(FIXTURES / f"{name}.safetensors")
+    if "base" not in description:
+        return description, tensors
+    base, base_tensors = load_parity(description["base"])
+    description = {**base, **description, "keys": {**base["keys"], **description["keys"]}}
+    return description, {**base_tensors, **load_file(FIXTURES / "padded_image_tiny.safetensors"), **tensors}
+
+
+def untold_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `ITAConfig` that no tensor of a checkpoint of the family shows."""
+    fields: dict[str, Any] = {}
+    if description.get("geometric_ensemble"):
+        fields["ensemble_alpha"], fields["ensemble_beta"] = description["geometric_ensemble"]
+    if description.get("mask_adapter"):
+        fields["adapter_mask_threshold"] = description["mask_adapter"]["mask_threshold"]
+    if description.get("text_transfer"):
+        outside = description["text_transfer"]["residual_outside_norm"]
+        fields["text_transfer"] = "res_post_norm" if outside else "post_norm"
+    return fields
 
 
 def original_tensors(description: dict[str, Any]) -> dict[str, Tensor]:

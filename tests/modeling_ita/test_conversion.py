@@ -1,5 +1,6 @@
 """Original checkpoints: what is read, what is refused, and how."""
 
+import gzip
 import json
 import os
 import pickle
@@ -9,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel
 
-from helpers.parity_checkpoint import load_parity, original_tensors
+from helpers.parity_checkpoint import FIXTURES, load_parity, original_tensors, untold_settings
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.convert import main
-from ita_segmentation.conversion import ConversionError, convert_checkpoint, load_original
+from ita_segmentation.conversion import ConversionError, convert_checkpoint, load_original, system_name
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_buffers_of_real_checkpoints_are_passed_over(original):
 
 
 def test_something_else_is_neither_of_the_two():
-    with pytest.raises(ConversionError, match="neither an ITA nor an FC-CLIP"):
+    with pytest.raises(ConversionError, match="not a checkpoint of ITA, FC-CLIP"):
         convert_checkpoint({"layer.weight": torch.zeros(2)}, "RN50")
 
 
@@ -139,3 +140,45 @@ def test_the_command_answers_bad_input_in_one_line(tmp_path, capsys):
     assert main(arguments) != 0
     error = capsys.readouterr().err
     assert "missing.pth" in error and error.count("\n") == 1
+
+
+PUBLIC = json.loads(gzip.decompress((FIXTURES / "family_checkpoint_keys.json.gz").read_bytes()))
+"""Names and shapes of all tensors of the public checkpoints of Mask-Adapter and MAFT+, and their settings."""
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_checkpoint_of_the_family_is_told_by_its_tensors(name):
+    public = PUBLIC[name]
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in public["keys"].items()}
+    config = convert_checkpoint(tensors, public["clip"], vocabulary=["cat", "dog"]).config
+    forms = {None: None, False: "post_norm", True: "res_post_norm"}
+    assert config.text_transfer == forms[public["residual_outside_norm"]]
+    assert config.num_learned_queries == public["queries"]
+    assert not config.mask_padding
+    if public["mask_threshold"] is None:
+        assert (config.mask_pooling, config.ensemble_alpha, config.ensemble_beta) == ("hard", 1, 1)
+    else:
+        assert config.mask_pooling == "adapter"
+        assert config.adapter_mask_threshold == public["mask_threshold"]
+        assert (config.ensemble_alpha, config.ensemble_beta) == (public["alpha"], public["beta"])
+    assert system_name(tensors).startswith("MAFT+") == name.startswith("maftp")
+    assert ("Mask-Adapter" in system_name(tensors)) == name.endswith("maskadapter")
+
+
+def test_what_no_tensor_shows_is_asked_for():
+    description, _ = load_parity("maskadapter_maftp_tiny")
+    tensors = original_tensors(description)
+    with pytest.raises(ConversionError) as refusal:
+        convert_checkpoint(tensors, description["clip_model_config"], description["vocabulary"])
+    for field in untold_settings(description):
+        assert field in str(refusal.value)
+    tensors["cdt.novelty"] = tensors.pop("cdt.cross_atten.norm.bias")
+    with pytest.raises(ConversionError) as refusal:
+        convert_checkpoint(
+            tensors,
+            description["clip_model_config"],
+            description["vocabulary"],
+            **untold_settings(description),
+        )
+    assert "unknown tensor cdt.novelty" in str(refusal.value)
+    assert "no tensor for mask_classifier.text_transfer.norm.bias" in str(refusal.value)
