@@ -9,11 +9,17 @@ import io
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(
@@ -23,7 +29,7 @@ FENCE = re.compile(
 )
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 OTHER_COMMANDS = {"source", "cd", "git", "hf", "mkdir", "cp"}
-SEGMENT_COMMAND = "ita-segment"
+COMMAND = "ita"
 
 
 @dataclass(frozen=True)
@@ -87,15 +93,19 @@ def commands_of(code: str) -> list[list[str]]:
     return commands
 
 
-def door_of(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The program of this repository that a command runs, with its arguments: `("run_eval", ["--model", ...])`."""
-    if words[0] == SEGMENT_COMMAND:
-        return "run_predict", list(words[1:])
-    if words[0] not in ("python", "accelerate", "torchrun"):
+def program_of(words: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The program of this repository that a command runs, with its arguments: `("eval", ["--model", ...])`.
+
+    A command of `ita` and its script `run_COMMAND.py` are the command's name, another script is its path without ".py".
+    """
+    if words[0] == COMMAND:
+        return (words[1].replace("-", "_"), list(words[2:])) if len(words) > 1 else None
+    if words[0] not in ("python", "accelerate", "torchrun", "ray"):
         return None
     for place, word in enumerate(words[1:], 1):
         if word.endswith(".py"):
-            return word.removesuffix(".py"), list(words[place + 1 :])
+            name = word.removesuffix(".py")
+            return (name.removeprefix("run_") if "/" not in name else name), list(words[place + 1 :])
     return None
 
 
@@ -105,9 +115,10 @@ def check_command(words: Sequence[str]) -> None:
     Raises:
         ValueError: what is wrong with it.
     """
-    door = door_of(words)
-    if door is not None:
-        return parse_arguments(*door)
+    program = program_of(words)
+    if program is not None:
+        parse_arguments(*program)
+        return
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         unknown = [word for word in words[1:] if "=" not in word and word not in targets]
@@ -115,10 +126,13 @@ def check_command(words: Sequence[str]) -> None:
         named = {
             extra for word in words for extra in re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", word)))
         }
-        unknown = sorted(extra for extra in named if f'"{extra}": [' not in (ROOT / "setup.py").read_text())
+        unknown = sorted(named - set(extras()))
     elif list(words[:3]) == ["python", "-m", "pytest"]:
         unknown = [word for word in words[3:] if word.endswith(".py") and not (ROOT / word).exists()]
-    elif list(words[:2]) == ["python", "-m"] and words[2].split(".")[0].endswith("_ita"):
+    elif list(words[:2]) == ["python", "-m"] and words[2].split(".")[0] in (
+        "modeling_ita",
+        "ita_segmentation",
+    ):
         unknown = [] if (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file() else [words[2]]
     elif words[0] == "mkdocs" or list(words[:3]) == ["python", "-m", "venv"]:
         unknown = []
@@ -138,10 +152,9 @@ def parse_arguments(program: str, arguments: Sequence[str]) -> None:
     Raises:
         ValueError: what the parser says of them, or there is no such program.
     """
-    if not (ROOT / f"{program}.py").is_file():
-        if Path(program).name in ("app",):
-            return
-        raise ValueError(f"no program {program}.py")
+    script = "/" in program
+    if not (ROOT / (f"{program}.py" if script else f"ita_segmentation/cli/{program}.py")).is_file():
+        raise ValueError(f"no program {program}")
     if list(arguments) == ["--help"]:
         return
     original = argparse.ArgumentParser.parse_known_args
@@ -162,8 +175,8 @@ def parse_arguments(program: str, arguments: Sequence[str]) -> None:
     except _Parsed:
         return
     except SystemExit as stopped:
-        raise ValueError(f"{program}.py {shlex.join(arguments)}: {errors.getvalue().strip()}") from stopped
-    raise ValueError(f"{program}.py {shlex.join(arguments)}: its arguments were not parsed")
+        raise ValueError(f"{program} {shlex.join(arguments)}: {errors.getvalue().strip()}") from stopped
+    raise ValueError(f"{program} {shlex.join(arguments)}: its arguments were not parsed")
 
 
 def call_program(program: str, arguments: Sequence[str]) -> None:
@@ -172,11 +185,19 @@ def call_program(program: str, arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: as it ends itself.
     """
-    path = f"{program}.py"
-    with mock.patch("sys.argv", [path, *arguments]):
-        if "/" in program:
-            with mock.patch("sys.path", [str((ROOT / path).parent), *importlib.import_module("sys").path]):
-                runpy.run_path(str(ROOT / path), run_name="__main__")
-        else:
-            main = importlib.import_module(program).main
-            raise SystemExit(main())
+    if "/" in program:
+        path = str(ROOT / f"{program}.py")
+        with (
+            mock.patch("sys.argv", [path, *arguments]),
+            mock.patch("sys.path", [str(Path(path).parent), *sys.path]),
+        ):
+            runpy.run_path(path, run_name="__main__")
+    else:
+        with mock.patch("sys.argv", [f"ita {program}", *arguments]):
+            importlib.import_module(f"ita_segmentation.cli.{program}").main()
+            raise SystemExit(0)
+
+
+def extras() -> list[str]:
+    """The extras that `pip install` of this package knows."""
+    return list(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
