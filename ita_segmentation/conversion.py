@@ -1,12 +1,13 @@
-"""Original checkpoints of ITA, FC-CLIP, MAFT+ and Mask-Adapter -> this project's checkpoints.
+"""Convert checkpoints of the published implementations of ITA, FC-CLIP, MAFT+ and Mask-Adapter.
 
-The published code saves detectron2 checkpoints: a `{"model": {name: tensor}}` dictionary, or the tensors alone. Which
-system it is, and every size, is read off the names and shapes of its tensors; nothing pickled is executed.
+The published code saves detectron2 checkpoints, `{"model": {name: tensor}}` or the tensors alone. Which system it is,
+and every size, is read off the names and shapes of its tensors; nothing pickled is executed. FC-CLIP's published files
+lack the frozen CLIP, whose own release has it: `clip_weights`.
 """
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +17,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ita_segmentation.errors import ITAError, one_line
 from modeling_ita.clip_backbone import resolve_clip_config
 from modeling_ita.configuration_ita import ITAConfig
 from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.vocabulary import Vocabulary, normalize_vocabulary
 
+_CLIP = "backbone.clip_model."
 _PIXEL_DECODER = "sem_seg_head.pixel_decoder."
 _PREDICTOR = "sem_seg_head.predictor."
 _HEADS = 8  # of every attention in both published systems; no tensor shows it
 
+_ENCODER = rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\."
+_CROSS = rf"^{_PREDICTOR}transformer_cross_attention_layers\.(\d+)\."
+_SELF = rf"^{_PREDICTOR}transformer_self_attention_layers\.(\d+)\."
+_FFN = rf"^{_PREDICTOR}transformer_ffn_layers\.(\d+)\."
 _RENAMES: tuple[tuple[str, str], ...] = (
-    (r"^backbone\.clip_model\.", "clip_backbone.clip."),
+    (rf"^{_CLIP}", "clip_backbone.clip."),
     (r"^backbone\.add_tgt_em\.weight$", "dominant_categories.projection"),
     (r"^void_embedding\.weight$", "void_embedding"),
     (rf"^{_PIXEL_DECODER}input_proj\.", "detail_enhancement.input_projections."),
     (rf"^{_PIXEL_DECODER}transformer\.level_embed$", "detail_enhancement.level_embedding"),
-    (
-        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.self_attn\.",
-        r"detail_enhancement.layers.\1.attention.",
-    ),
-    (
-        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.norm1\.",
-        r"detail_enhancement.layers.\1.attention_norm.",
-    ),
-    (
-        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.norm2\.",
-        r"detail_enhancement.layers.\1.ffn_norm.",
-    ),
-    (
-        rf"^{_PIXEL_DECODER}transformer\.encoder\.layers\.(\d+)\.linear",
-        r"detail_enhancement.layers.\1.linear",
-    ),
+    (rf"{_ENCODER}self_attn\.", r"detail_enhancement.layers.\1.attention."),
+    (rf"{_ENCODER}norm1\.", r"detail_enhancement.layers.\1.attention_norm."),
+    (rf"{_ENCODER}norm2\.", r"detail_enhancement.layers.\1.ffn_norm."),
+    (rf"{_ENCODER}linear", r"detail_enhancement.layers.\1.linear"),
     (rf"^{_PIXEL_DECODER}adapter_1\.norm\.", "detail_enhancement.lateral.1."),
     (rf"^{_PIXEL_DECODER}adapter_1\.", "detail_enhancement.lateral.0."),
     (rf"^{_PIXEL_DECODER}layer_1\.norm\.", "detail_enhancement.output.1."),
     (rf"^{_PIXEL_DECODER}layer_1\.", "detail_enhancement.output.0."),
     (rf"^{_PIXEL_DECODER}mask_features\.", "detail_enhancement.mask_features."),
-    (
-        rf"^{_PREDICTOR}transformer_cross_attention_layers\.(\d+)\.multihead_attn\.",
-        r"image_text_aggregation.layers.\1.cross_attention.",
-    ),
-    (
-        rf"^{_PREDICTOR}transformer_cross_attention_layers\.(\d+)\.norm\.",
-        r"image_text_aggregation.layers.\1.cross_attention_norm.",
-    ),
-    (
-        rf"^{_PREDICTOR}transformer_self_attention_layers\.(\d+)\.self_attn\.",
-        r"image_text_aggregation.layers.\1.self_attention.",
-    ),
-    (
-        rf"^{_PREDICTOR}transformer_self_attention_layers\.(\d+)\.norm\.",
-        r"image_text_aggregation.layers.\1.self_attention_norm.",
-    ),
-    (rf"^{_PREDICTOR}transformer_ffn_layers\.(\d+)\.norm\.", r"image_text_aggregation.layers.\1.ffn_norm."),
-    (rf"^{_PREDICTOR}transformer_ffn_layers\.(\d+)\.", r"image_text_aggregation.layers.\1."),
+    (rf"{_CROSS}multihead_attn\.", r"image_text_aggregation.layers.\1.cross_attention."),
+    (rf"{_CROSS}norm\.", r"image_text_aggregation.layers.\1.cross_attention_norm."),
+    (rf"{_SELF}self_attn\.", r"image_text_aggregation.layers.\1.self_attention."),
+    (rf"{_SELF}norm\.", r"image_text_aggregation.layers.\1.self_attention_norm."),
+    (rf"{_FFN}norm\.", r"image_text_aggregation.layers.\1.ffn_norm."),
+    (rf"{_FFN}", r"image_text_aggregation.layers.\1."),
     (rf"^{_PREDICTOR}decoder_norm\.", "image_text_aggregation.norm."),
     (rf"^{_PREDICTOR}query_feat\.weight$", "image_text_aggregation.learned_queries"),
     (rf"^{_PREDICTOR}query_embed\.weight$", "image_text_aggregation.query_positions"),
@@ -119,59 +102,71 @@ _PASSED_OVER = re.compile(
     r"|backbone\.clip_model\.(attn_mask|input_resolution|context_length|vocab_size|visual\.input_resolution)"
     r"|.*\.num_batches_tracked|category_tensor|.*\.category_tensor)$"
 )
+_SHOWN = 6  # tensors of a kind that a message names
 
 
-class ConversionError(ValueError):
-    """A checkpoint that cannot be converted; the message says why in one line."""
+class ConversionError(ITAError):
+    """A checkpoint that cannot be converted.
+
+    Attributes:
+        problems: one line for each tensor that does not fit; the message names the first of each kind.
+    """
+
+    def __init__(self, message: str, problems: Mapping[str, list[str]] | None = None):
+        self.problems = [f"{kind} {name}" for kind, names in (problems or {}).items() for name in names]
+        for kind, names in (problems or {}).items():
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            message += f"; {kind} {', '.join(names[:_SHOWN])}{more}"
+        super().__init__(message)
 
 
 def load_original(path: str | Path) -> dict[str, Tensor]:
-    """Reads the tensors of an original checkpoint: `.pth` / `.pt`, `.pkl` (arrays) or `.safetensors`.
+    """Read the tensors of an original checkpoint: `.pth` / `.pt`, `.pkl` (arrays) or `.safetensors`.
+
+    Args:
+        path: the file. Nothing of it is executed.
+
+    Returns:
+        Tensor by name.
 
     Raises:
         ConversionError: no such file, an unknown format, a damaged file, or a pickle that holds anything but tensors,
-            arrays and plain containers; nothing of it is executed.
+            arrays and plain containers.
     """
     path = Path(path)
     if not path.is_file():
         raise ConversionError(f"no such checkpoint: {path}")
-    suffix = path.suffix.lower()
+    readers: dict[str, Callable[[Path], Any]] = {".safetensors": load_file, ".pkl": _load_arrays}
+    readers.update(dict.fromkeys((".pth", ".pt", ".bin"), _load_torch))
+    if path.suffix.lower() not in readers:
+        raise ConversionError(f"{path.name}: unknown kind of checkpoint; .pth, .pkl or .safetensors is read")
     try:
-        if suffix == ".safetensors":
-            content: Any = load_file(path)
-        elif suffix in (".pth", ".pt", ".bin"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        elif suffix == ".pkl":
-            content = _load_arrays(path)
-        else:
-            raise ConversionError(
-                f"{path.name}: unknown kind of checkpoint; .pth, .pkl or .safetensors is read"
-            )
+        content: Any = readers[path.suffix.lower()](path)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, ConversionError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in reason:
+        reason = one_line(error, 160)
+        if "Weights only load failed" in reason:
             reason = "it holds something other than tensors, which is refused"
-        raise ConversionError(
-            f"{path.name} cannot be read safely as a checkpoint of tensors: {reason}"
-        ) from error
+        message = f"{path.name} cannot be read safely as a checkpoint of tensors: {reason}"
+        raise ConversionError(message) from error
     content = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not content:
         raise ConversionError(f"{path.name} holds no dictionary of tensors")
-    tensors = {}
-    for name, value in content.items():
-        if isinstance(value, np.ndarray | np.generic):
-            value = torch.from_numpy(np.array(value))
-        if isinstance(name, str) and isinstance(value, Tensor):
-            tensors[name] = value
+    tensors = {
+        name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor | np.ndarray | np.generic)
+    }
     if not tensors:
         raise ConversionError(f"{path.name} holds no tensors")
     return tensors
 
 
+def _load_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers, and refuses to look up anything else."""
+    """Unpickle numpy arrays and plain containers, and refuse to look up anything else."""
 
     _ALLOWED = frozenset(
         {
@@ -199,8 +194,16 @@ def _load_arrays(path: Path) -> Any:
         head = file.read(4)
         file.seek(0)
         if head[:2] == b"PK":  # a torch archive under another name
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _load_torch(path)
         return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+def lacks_clip(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether a tower of the frozen CLIP is not among the tensors of an original checkpoint."""
+    names = [name.removeprefix(_CLIP) for name in tensors if name.startswith(_CLIP)]
+    return not all(
+        any(name.startswith(tower) for name in names) for tower in ("visual.", ("transformer.", "text."))
+    )
 
 
 def convert_config(
@@ -209,20 +212,22 @@ def convert_config(
     train_vocabulary: Vocabulary | list | None = None,
     **overrides: Any,
 ) -> ITAConfig:
-    """The configuration of an original checkpoint, read off its tensors.
+    """Read the configuration of an original checkpoint off its tensors.
 
     Args:
-        tensors: the original checkpoint. clip_model: a name in open_clip's registry, or an open_clip configuration.
+        tensors: the original checkpoint, with the tensors of its CLIP.
+        clip_model: a name in open_clip's registry, or an open_clip configuration.
         train_vocabulary: the classes it was trained on (COCO's 133 for the published ones).
-        overrides: fields of `ITAConfig` that no tensor shows.
+        **overrides: fields of `ITAConfig` that no tensor shows.
 
     Raises:
-        ConversionError: neither of these systems, or a setting that no tensor shows is not given.
+        ConversionError: none of these systems, an unknown CLIP, a ResNet whose activation is not known, or a setting
+            that no tensor shows is not given.
     """
     needed = [
-        _PREDICTOR + "query_feat.weight",
-        _PREDICTOR + "query_embed.weight",
-        _PIXEL_DECODER + "mask_features.weight",
+        f"{_PREDICTOR}query_feat.weight",
+        f"{_PREDICTOR}query_embed.weight",
+        f"{_PIXEL_DECODER}mask_features.weight",
     ]
     missing = [name for name in needed if name not in tensors]
     if missing:
@@ -230,11 +235,21 @@ def convert_config(
             f"not a checkpoint of ITA, FC-CLIP, MAFT+ or Mask-Adapter: it lacks {', '.join(missing)}"
         )
     is_ita = "backbone.add_tgt_em.weight" in tensors
-    learned, hidden_dim = tensors[_PREDICTOR + "query_feat.weight"].shape
-    positions = len(tensors[_PREDICTOR + "query_embed.weight"])
-    offsets = tensors[_PIXEL_DECODER + "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"]
-    resnet = "backbone.clip_model.visual.attnpool.q_proj.weight" in tensors
+    learned, hidden_dim = tensors[f"{_PREDICTOR}query_feat.weight"].shape
+    positions = len(tensors[f"{_PREDICTOR}query_embed.weight"])
+    offsets = tensors[f"{_PIXEL_DECODER}transformer.encoder.layers.0.self_attn.sampling_offsets.weight"]
+    resnet = f"{_CLIP}visual.attnpool.q_proj.weight" in tensors
     name, clip_config = (clip_model, None) if isinstance(clip_model, str) else ("custom", clip_model)
+    try:
+        clip_config = resolve_clip_config(name, clip_config)
+    except ValueError as error:
+        raise ConversionError(one_line(error)) from error
+    if resnet and isinstance(clip_model, str) and not clip_config.get("quick_gelu"):
+        raise ConversionError(
+            f"no tensor shows which activation {clip_model} was trained with: OpenAI's ResNets, which FC-CLIP uses, "
+            f"have QuickGELU (--clip_model {clip_model}-quickgelu); for GELU give the configuration as a JSON file"
+        )
+    clip_config["custom_text"] = any(key.startswith(f"{_CLIP}text.") for key in tensors)
     fields: dict[str, Any] = {
         "clip_model_name": name,
         "clip_model_config": clip_config,
@@ -242,17 +257,17 @@ def convert_config(
         if train_vocabulary
         else None,
         "hidden_dim": hidden_dim,
-        "mask_dim": len(tensors[_PIXEL_DECODER + "mask_features.weight"]),
+        "mask_dim": len(tensors[f"{_PIXEL_DECODER}mask_features.weight"]),
         "num_learned_queries": learned,
         "num_dominant_categories": positions - learned if is_ita else 0,
         "dominant_category_source": "thumbnail" if is_ita else "features",
-        "decoder_self_attention": any("transformer_self_attention_layers" in name for name in tensors),
+        "decoder_self_attention": any("transformer_self_attention_layers" in key for key in tensors),
         "num_attention_heads": _HEADS,
-        "encoder_layers": _count(tensors, _PIXEL_DECODER + r"transformer\.encoder\.layers"),
-        "encoder_ffn_dim": len(tensors[_PIXEL_DECODER + "transformer.encoder.layers.0.linear1.weight"]),
+        "encoder_layers": _count(tensors, rf"{_PIXEL_DECODER}transformer\.encoder\.layers"),
+        "encoder_ffn_dim": len(tensors[f"{_PIXEL_DECODER}transformer.encoder.layers.0.linear1.weight"]),
         "encoder_points": len(offsets) // (_HEADS * 3 * 2),
-        "decoder_layers": _count(tensors, _PREDICTOR + "transformer_cross_attention_layers"),
-        "decoder_ffn_dim": len(tensors[_PREDICTOR + "transformer_ffn_layers.0.linear1.weight"]),
+        "decoder_layers": _count(tensors, f"{_PREDICTOR}transformer_cross_attention_layers"),
+        "decoder_ffn_dim": len(tensors[f"{_PREDICTOR}transformer_ffn_layers.0.linear1.weight"]),
         "ensemble_on_valid_mask": resnet,
         **_family_settings(tensors, overrides),
     }
@@ -315,7 +330,11 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def convert_state_dict(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under this project's names, and the original names for which there is none."""
+    """Give tensors this project's names.
+
+    Returns:
+        The renamed tensors, and the original names for which there is no new one.
+    """
     converted, unknown = {}, []
     for name, tensor in tensors.items():
         if _PASSED_OVER.match(name):
@@ -332,7 +351,7 @@ def convert_state_dict(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def convert_name(name: str) -> str | None:
-    """An original parameter's name here (fused attention projections keep `in_proj_`), or None."""
+    """Return a parameter's name here (fused attention projections keep `in_proj_`), or None."""
     for pattern, replacement in _RENAMES:
         renamed, hits = re.subn(pattern, replacement, name)
         if hits:
@@ -345,48 +364,58 @@ def convert_checkpoint(
     clip_model: str | dict[str, Any],
     vocabulary: Vocabulary | list | None = None,
     train_vocabulary: Vocabulary | list | None = None,
+    clip_weights: Mapping[str, Tensor] | None = None,
     **overrides: Any,
 ) -> ITAForOpenVocabSegmentation:
-    """An original checkpoint as a model of this project, in eval mode.
+    """Convert an original checkpoint to a model of this project, in eval mode.
 
     Args:
         checkpoint: its file, or its tensors by name.
         clip_model: open_clip's name of its CLIP, or an open_clip configuration.
         vocabulary: the classes it segments when a call names none.
         train_vocabulary: the classes whose masks it was trained on; by default the vocabulary.
-        overrides: fields of `ITAConfig` that no tensor shows.
+        clip_weights: state dict of its CLIP, for what the file lacks of it; tensors in the file take precedence.
+        **overrides: fields of `ITAConfig` that no tensor shows.
 
     Raises:
-        ConversionError: it cannot be read, or its tensors do not fit; those are listed.
-        ValueError: an unknown CLIP or a malformed vocabulary.
+        ConversionError: it cannot be read, lacks its CLIP, or its tensors do not fit; those are listed.
+        ValueError: a malformed vocabulary.
     """
     tensors = dict(checkpoint) if isinstance(checkpoint, Mapping) else load_original(checkpoint)
+    if clip_weights is not None:
+        tensors = {f"{_CLIP}{name}": tensor for name, tensor in clip_weights.items()} | tensors
+    if lacks_clip(tensors):
+        raise ConversionError(
+            "the checkpoint lacks the weights of its frozen CLIP: say where they are (--clip)"
+        )
     config = convert_config(tensors, clip_model, train_vocabulary or vocabulary, **overrides)
-    config.clip_model_config = resolve_clip_config(config.clip_model_name, config.clip_model_config)
-    config.clip_model_config["custom_text"] = any(
-        name.startswith("backbone.clip_model.text.") for name in tensors
-    )
     converted, unknown = convert_state_dict(tensors)
     with torch.device("meta"):  # sizes only: every tensor comes from the checkpoint
         model = ITAForOpenVocabSegmentation(config)
     expected = model.state_dict()
-    problems = [f"unknown tensor {name}" for name in unknown]
-    for name, tensor in expected.items():
+    for name in expected:
         if name.endswith("num_batches_tracked"):
             converted.setdefault(name, torch.zeros((), dtype=torch.long))
-        if name not in converted:
-            problems.append(f"no tensor for {name}")
-        elif converted[name].shape != tensor.shape:
-            problems.append(
-                f"{name} has shape {tuple(converted[name].shape)}, {tuple(tensor.shape)} is needed"
-            )
-    problems += [f"no place for {name}" for name in converted if name not in expected]
+    problems = {
+        "unknown:": unknown + [name for name in converted if name not in expected],
+        "missing:": [name for name in expected if name not in converted],
+        "of another shape:": [
+            f"{name} {tuple(converted[name].shape)}, needed {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in converted and converted[name].shape != tensor.shape
+        ],
+        "not finite:": [
+            name
+            for name, tensor in converted.items()
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+        ],
+    }
+    problems = {kind: names for kind, names in problems.items() if names}
     if problems:
-        raise ConversionError(
-            f"{len(problems)} tensors do not fit this CLIP and architecture: " + "; ".join(problems)
-        )
+        count = sum(map(len, problems.values()))
+        raise ConversionError(f"{count} tensors do not fit this CLIP and architecture", problems)
     model.load_state_dict({name: converted[name].contiguous().float() for name in expected}, assign=True)
-    model.clip_backbone.restore_buffers(config.clip_model_config)
+    model.clip_backbone.restore_buffers(config.clip_model_config or {})
     model.clip_backbone.freeze()
     if vocabulary is not None:
         model.set_vocabulary(vocabulary)

@@ -1,81 +1,163 @@
-"""Converts an original ITA or FC-CLIP checkpoint into one that `AutoModel.from_pretrained` loads."""
+"""Convert a published checkpoint of ITA, FC-CLIP, MAFT+ or Mask-Adapter into one that transformers loads.
+
+    ita convert fc-clip-convnext-large --output models/fc-clip
+    ita convert --checkpoint model.pth --clip_model convnext_large_d_320 --vocabulary classes.txt --output models/mine
+
+The first form downloads a checkpoint that `ita models` lists; with --checkpoint it takes a file that is there already.
+"""
+
+from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.errors import ITAError
+from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
+from ita_segmentation.errors import ITAError, UsageError, one_line
+from ita_segmentation.files import atomic_path, output_folder, read_text
+from ita_segmentation.hub.registry import PublishedCheckpoint, published_checkpoint
 
-OVERVIEW = """
-Example: python run_convert.py --checkpoint fcclip_cocopan.pth --clip_model convnext_large_d_320
-         --vocabulary ade20k_150.txt --train_vocabulary coco_133.txt --output models/fcclip
-"""
+CLIP_HELP = (
+    "weights of its CLIP, for a checkpoint without them: a folder, MODEL:TAG of open_clip's list, or hf-hub:OWNER/NAME "
+    "(default with NAME: the one it was trained with)"
+)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=OVERVIEW)
+def build_parser() -> ConfigArgumentParser:
+    """Build the parser of the command."""
+    parser = ConfigArgumentParser(
+        description="Convert a published checkpoint of ITA, FC-CLIP, MAFT+ or Mask-Adapter."
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="published checkpoint, see `ita models`")
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="original checkpoint: .pth, .pkl or .safetensors"
+        "--checkpoint", type=Path, metavar="FILE", help="original checkpoint: .pth, .pkl or .safetensors"
     )
     parser.add_argument(
         "--clip_model",
-        required=True,
-        help="open_clip's name of its CLIP (convnext_large_d_320, RN50-quickgelu, ...), or a JSON file with an "
-        "open_clip configuration",
+        metavar="NAME_OR_JSON",
+        help="open_clip's name of its CLIP (convnext_large_d_320, RN50-quickgelu, ...), or a JSON file with its "
+        "configuration",
+    )
+    parser.add_argument("--clip", metavar="SOURCE", help=CLIP_HELP)
+    parser.add_argument(
+        "--vocabulary",
+        type=Path,
+        metavar="FILE",
+        help="its default classes: JSON, or lines 'id:name,synonym,...'",
     )
     parser.add_argument(
-        "--vocabulary", required=True, type=Path, help="classes, as JSON or lines 'id:name,synonym,...'"
+        "--train_vocabulary",
+        type=Path,
+        metavar="FILE",
+        help="classes seen in training (default: --vocabulary)",
     )
+    parser.add_argument("--sha256", metavar="HEX", help="checksum that the downloaded file must have")
     parser.add_argument(
-        "--train_vocabulary", type=Path, help="classes seen in training (default: --vocabulary)"
+        "--output", type=Path, required=True, metavar="DIR", help="folder of the converted checkpoint"
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder of the converted checkpoint")
-    return parser.parse_args(arguments)
+    return parser
 
 
-def convert(arguments: argparse.Namespace) -> str:
-    """Converts and saves; returns a line that says what it was. The output folder is complete or absent."""
-    from ita_segmentation.conversion import convert_checkpoint
-    from modeling_ita.image_processing_ita import ITAImageProcessor
-
-    if arguments.output.exists() and any(arguments.output.iterdir()):
-        raise ValueError(f"{arguments.output} exists and is not empty")
-    clip_model: str | dict = arguments.clip_model
-    if arguments.clip_model.endswith(".json"):
-        path = Path(arguments.clip_model)
-        if not path.is_file():
-            raise ValueError(f"no such CLIP configuration: {path}")
-        try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path.name} is not JSON: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ValueError(f"{path.name} does not hold an open_clip configuration")
-        clip_model = loaded.get("model_cfg", loaded)
-    vocabulary = read_vocabulary(arguments.vocabulary)
-    train_vocabulary = read_vocabulary(arguments.train_vocabulary) if arguments.train_vocabulary else None
-    model = convert_checkpoint(arguments.checkpoint, clip_model, vocabulary, train_vocabulary)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=arguments.output.parent, prefix=".converting-") as folder:
-        target = Path(folder) / "checkpoint"
-        model.save_pretrained(target)
-        ITAImageProcessor().save_pretrained(target)
-        if arguments.output.exists():
-            arguments.output.rmdir()
-        shutil.move(target, arguments.output)
-    kind = "ITA" if model.config.num_dominant_categories else "FC-CLIP"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return f"{arguments.output}: {kind}, {parameters / 1e6:.1f} M parameters, {len(vocabulary)} classes"
+def main() -> NoReturn:
+    """Run the command with the process's arguments."""
+    run_command(convert)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    try:
-        print(convert(parse_arguments(arguments)))
-    except (ITAError, ValueError, OSError) as error:
-        print(f"run_convert: {error}", file=sys.stderr)
-        return 1
+def convert(argv: Sequence[str] | None = None) -> int:
+    """Convert a checkpoint; the output folder is complete or not there.
+
+    Raises:
+        ITAError: the checkpoint cannot be downloaded, read, converted or written.
+    """
+    arguments = build_parser().parse_command_line(argv)
+    published = published_checkpoint(arguments.name) if arguments.name else None
+    if published is None and not (arguments.checkpoint and arguments.clip_model and arguments.vocabulary):
+        raise UsageError(
+            "give the NAME of a published checkpoint, or --checkpoint, --clip_model and --vocabulary"
+        )
+    output = output_folder(arguments.output)
+    if output.exists() and any(output.iterdir()):
+        raise ITAError(f"{output} exists and is not empty")
+    vocabulary, train_vocabulary, overrides = _classes(arguments, published)
+    clip_model = _clip_model(arguments, published)
+
+    from ita_segmentation.conversion import convert_checkpoint, lacks_clip, load_original, system_name
+    from ita_segmentation.hub.download import download
+
+    file = arguments.checkpoint
+    if file is None and published is not None:
+        file = download(published.url, f"{published.name}.pth", arguments.sha256 or published.sha256)
+    tensors = load_original(file)
+    clip_weights = None
+    source = arguments.clip or (published.clip if published and lacks_clip(tensors) else None)
+    if source:
+        from ita_segmentation.training.clip_source import read_clip
+
+        description, clip_weights = read_clip(source)
+        if arguments.clip_model is None:
+            clip_model, overrides["clip_model_name"] = description["model_cfg"], description["name"]
+    model = convert_checkpoint(tensors, clip_model, vocabulary, train_vocabulary, clip_weights, **overrides)
+    kind = system_name(tensors)
+    del tensors, clip_weights
+    _save(model, output, published)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{output}: {kind}, {millions:.1f} M parameters, {len(vocabulary)} classes")
     return 0
+
+
+def _classes(
+    arguments: argparse.Namespace, published: PublishedCheckpoint | None
+) -> tuple[list[list[str]], list[list[str]] | None, dict[str, Any]]:
+    """Default vocabulary, training vocabulary, and fields of the configuration that no tensor shows."""
+    overrides: dict[str, Any] = {}
+    trained = read_vocabulary(arguments.train_vocabulary) if arguments.train_vocabulary else None
+    if published is not None:
+        from ita_segmentation.data.categories import load_categories
+
+        categories = load_categories(published.train_vocabulary)
+        names = [[name.strip() for name in category.name.split(",")] for category in categories]
+        trained = trained or names
+        stuff = [
+            row[0] for row, category in zip(names, categories, strict=True) if category.is_thing is False
+        ]
+        overrides = {**published.config, "stuff_names": stuff, "domain": published.domain}
+    vocabulary = read_vocabulary(arguments.vocabulary) if arguments.vocabulary else trained
+    assert vocabulary is not None
+    return vocabulary, trained, overrides
+
+
+def _clip_model(arguments: argparse.Namespace, published: PublishedCheckpoint | None) -> str | dict[str, Any]:
+    """The name of the CLIP, or its configuration from a JSON file."""
+    name = arguments.clip_model
+    if name is None:
+        assert published is not None
+        return published.clip.partition(":")[0]
+    if not name.endswith(".json"):
+        return name
+    try:
+        content = json.loads(read_text(Path(name)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ITAError(f"{name} is not JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ITAError(f"{name} does not hold an open_clip configuration")
+    return content.get("model_cfg", content)
+
+
+def _save(model: Any, output: Path, published: PublishedCheckpoint | None) -> None:
+    from modeling_ita.image_processing_ita import ITAImageProcessor
+    from modeling_ita.model_card import write_model_card
+
+    metadata = {"license": published.license} if published else None
+    size = {"size": published.size} if published and published.size else {}
+    with atomic_path(output) as folder:
+        try:
+            model.save_pretrained(folder)
+            ITAImageProcessor(
+                **({"size": published.size} if published and published.size else {})
+            ).save_pretrained(folder)
+            write_model_card(folder, model.config.to_dict(), output.name, metadata=metadata)
+        except OSError as error:
+            raise ITAError(f"cannot write {output}: {error.strerror or error}") from error

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import sys
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel
 
 from helpers.parity_checkpoint import FIXTURES, load_parity, original_tensors, untold_settings
-from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.cli.convert import main
+from ita_segmentation.cli.convert import convert, main
 from ita_segmentation.conversion import ConversionError, convert_checkpoint, load_original, system_name
+from ita_segmentation.errors import ITAError
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +76,23 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, content, suffix):
 def test_tensors_that_do_not_fit_are_listed(original):
     description, tensors = original
     changed = dict(tensors)
-    changed["sem_seg_head.predictor.new_thing.weight"] = torch.zeros(2)
+    changed |= {f"sem_seg_head.predictor.new_thing.{index}.weight": torch.zeros(2) for index in range(20)}
     del changed["sem_seg_head.predictor.decoder_norm.bias"]
     changed["void_embedding.weight"] = torch.zeros(1, 7)
+    changed["sem_seg_head.predictor.decoder_norm.weight"] = torch.full((96,), torch.nan)
     with pytest.raises(ConversionError) as refusal:
         convert_checkpoint(changed, description["clip_model_config"])
-    for name in ("new_thing.weight", "image_text_aggregation.norm.bias", "void_embedding"):
-        assert name in str(refusal.value)
+    message = str(refusal.value)
+    assert message.startswith("23 tensors do not fit")
+    for part in (
+        "new_thing.5.weight and 14 more",
+        "missing: image_text_aggregation.norm.bias",
+        "of another shape: void_embedding (1, 7), needed (1, 64)",
+        "not finite: image_text_aggregation.norm.weight",
+    ):
+        assert part in message
+    assert "new_thing.6.weight" not in message
+    assert "unknown: sem_seg_head.predictor.new_thing.19.weight" in refusal.value.problems
 
 
 def test_buffers_of_real_checkpoints_are_passed_over(original):
@@ -91,55 +102,108 @@ def test_buffers_of_real_checkpoints_are_passed_over(original):
         "pixel_mean": torch.zeros(3, 1, 1),
         "pixel_std": torch.ones(3, 1, 1),
     }
-    convert_checkpoint({**tensors, **extra}, description["clip_model_config"])
+    usual, model = (
+        convert_checkpoint(given, description["clip_model_config"])
+        for given in (tensors, {**tensors, **extra})
+    )
+    assert model.state_dict().keys() == usual.state_dict().keys()
 
 
-def test_something_else_is_neither_of_the_two():
+def test_something_else_is_refused():
+    clip = {"visual.a": torch.zeros(1), "transformer.a": torch.zeros(1)}
     with pytest.raises(ConversionError, match="not a checkpoint of ITA, FC-CLIP"):
-        convert_checkpoint({"layer.weight": torch.zeros(2)}, "RN50")
+        convert_checkpoint({"layer.weight": torch.zeros(2)}, "RN50", clip_weights=clip)
 
 
-def test_the_command_converts_and_the_result_loads(original, tmp_path):
+def test_a_checkpoint_without_its_clip_is_completed_from_the_clips_own_weights(original):
+    description, tensors = original
+    clip = {
+        name.removeprefix("backbone.clip_model."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("backbone.clip_model.")
+    }
+    head = {name: tensor for name, tensor in tensors.items() if not name.startswith("backbone.clip_model.")}
+    with pytest.raises(ConversionError, match=r"lacks the weights of its frozen CLIP: .*\(--clip\)"):
+        convert_checkpoint(head, description["clip_model_config"])
+    completed = convert_checkpoint(head, description["clip_model_config"], clip_weights=clip).state_dict()
+    expected = convert_checkpoint(tensors, description["clip_model_config"]).state_dict()
+    assert all(torch.equal(completed[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_resnet_whose_activation_is_not_known_is_refused():
+    """OpenAI's ResNets have QuickGELU; a text tower with GELU in its place computes other embeddings, silently."""
+    description, _ = load_parity("fcclip_resnet_tiny")
+    tensors = original_tensors(description)
+    with pytest.raises(ConversionError, match="RN50 was trained with.*--clip_model RN50-quickgelu"):
+        convert_checkpoint(tensors, "RN50")
+    with pytest.raises(
+        ConversionError, match="do not fit this CLIP"
+    ):  # the activation is settled, the size is not
+        convert_checkpoint(tensors, "RN50-quickgelu")
+    known = {**description["clip_model_config"], "quick_gelu": True}
+    assert convert_checkpoint(tensors, known).config.clip_model_config["quick_gelu"] is True
+    assert convert_checkpoint(tensors, description["clip_model_config"]) is not None
+
+
+@pytest.fixture
+def command(original, tmp_path):
+    """Arguments that convert the checkpoint, and the folder that it becomes."""
     description, tensors = original
     checkpoint, clip, vocabulary = (tmp_path / name for name in ("model.pth", "clip.json", "classes.txt"))
     torch.save({"model": tensors}, checkpoint)
     clip.write_text(json.dumps(description["clip_model_config"]))
     vocabulary.write_text("0:invalid_class_id\n1:cat,kitty\n2:dog\n")
-    output = tmp_path / "converted"
-    command = [
-        "--checkpoint",
-        checkpoint,
-        "--clip_model",
-        clip,
-        "--vocabulary",
-        vocabulary,
-        "--output",
-        output,
-    ]
-    assert main([str(argument) for argument in command]) == 0
-    model = AutoModel.from_pretrained(output)
+    paths = {
+        "checkpoint": checkpoint,
+        "clip_model": clip,
+        "vocabulary": vocabulary,
+        "output": tmp_path / "converted",
+    }
+    return {key: str(path) for key, path in paths.items()}
+
+
+def test_the_command_converts_and_the_result_loads(command, tmp_path, capsys):
+    (tmp_path / "convert.json").write_text(json.dumps(command))
+    convert(["--config", str(tmp_path / "convert.json")])
+    assert "converted: ITA, " in capsys.readouterr().out
+    model = AutoModel.from_pretrained(command["output"])
     assert model.config.id2label == {0: "cat", 1: "dog"}
-    assert model.config.vocabulary == read_vocabulary(vocabulary) == [["cat", "kitty"], ["dog"]]
-    assert AutoImageProcessor.from_pretrained(output) is not None
-    assert main([str(argument) for argument in command]) == 1  # not over what is there
-
-
-def test_the_command_answers_bad_input_in_one_line(tmp_path, capsys):
-    good = tmp_path / "classes.txt"
-    good.write_text("1:cat\n")
-    arguments = [
-        "--checkpoint",
-        "missing.pth",
-        "--clip_model",
-        "RN50",
-        "--vocabulary",
-        str(good),
-        "--output",
-        "x",
+    assert model.config.vocabulary == [["cat", "kitty"], ["dog"]]
+    assert AutoImageProcessor.from_pretrained(command["output"]) is not None
+    assert "# converted\n" in (tmp_path / "converted" / "README.md").read_text()
+    with pytest.raises(ITAError, match="exists and is not empty"):
+        convert(["--config", str(tmp_path / "convert.json")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "classes.txt",
+        "clip.json",
+        "convert.json",
+        "converted",
+        "model.pth",
     ]
-    assert main(arguments) != 0
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"checkpoint": "missing.pth"}, 1, "no such checkpoint: missing.pth"),
+        ({"clip_model": "missing.json"}, 1, "cannot read missing.json"),
+        ({"clip_model": "no_such_clip"}, 1, "open_clip knows no CLIP named 'no_such_clip'"),
+        ({"vocabulary": "missing.txt"}, 1, "cannot read missing.txt"),
+        ({"vocabulary": None}, 2, "give the NAME of a published checkpoint, or --checkpoint"),
+        ({"output": None}, 2, "--output"),
+    ],
+)
+def test_the_command_answers_bad_input_in_one_line(
+    command, tmp_path, monkeypatch, capsys, change, status, message
+):
+    arguments = [text for key, value in (command | change).items() if value for text in (f"--{key}", value)]
+    monkeypatch.setattr(sys, "argv", ["ita convert", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == status
     error = capsys.readouterr().err
-    assert "missing.pth" in error and error.count("\n") == 1
+    assert message in error and error.startswith("ita convert: error: ") and error.count("\n") == 1
+    assert not (tmp_path / "converted").exists()
 
 
 PUBLIC = json.loads(gzip.decompress((FIXTURES / "family_checkpoint_keys.json.gz").read_bytes()))
@@ -180,5 +244,5 @@ def test_what_no_tensor_shows_is_asked_for():
             description["vocabulary"],
             **untold_settings(description),
         )
-    assert "unknown tensor cdt.novelty" in str(refusal.value)
-    assert "no tensor for mask_classifier.text_transfer.norm.bias" in str(refusal.value)
+    assert "unknown: cdt.novelty" in str(refusal.value)
+    assert "missing: mask_classifier.text_transfer.norm.bias" in str(refusal.value)
