@@ -61,6 +61,7 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (rf"^{_PREDICTOR}_mask_pooling_proj\.", "image_text_aggregation.pooled_projection."),
     (rf"^{_PREDICTOR}class_embed\.", "image_text_aggregation.class_embedding."),
     (rf"^{_PREDICTOR}logit_scale$", "image_text_aggregation.logit_scale"),
+    (r"^mask_adapter\.mask_downscaling\.6\.", "mask_classifier.pooling.adapter.mask_projection."),
     (r"^mask_adapter\.mask_downscaling\.", "mask_classifier.pooling.adapter.mask_tokens."),
     (r"^mask_adapter\.fuse\.", "mask_classifier.pooling.adapter.fuse."),
     (r"^mask_adapter\.cnext([123])\.dwconv\.", r"mask_classifier.pooling.adapter.block\1.depthwise."),

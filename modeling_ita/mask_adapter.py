@@ -61,8 +61,8 @@ class MaskAdapter(nn.Module):
             nn.Conv2d(mask_channels // 4, mask_channels, 3, stride=2, padding=1),
             ChannelNorm(mask_channels, eps=1e-6),
             nn.GELU(),
-            nn.Conv2d(mask_channels, embed_dim, 1),
         )
+        self.mask_projection = nn.Conv2d(mask_channels, embed_dim, 1)
         self.fuse = nn.Conv2d(embed_dim, channels, 1)
         self.block1, self.block2, self.block3 = (ConvNeXtBlock(channels) for _ in range(3))
         self.norm = ChannelNorm(channels, eps=1e-5)
@@ -89,8 +89,13 @@ class MaskAdapter(nn.Module):
         Returns:
             (R, M, h, w) logits.
         """
-        # `fuse` of the sum of image and mask, as published, but that of the image is computed once for all its masks.
-        x = context + F.conv2d(self.mask_tokens(masks[:, None].to(context.dtype)), self.fuse.weight)
+        # `fuse` of the sum of image and projected mask tokens, as published; but that of the image is computed once for
+        # all its masks, and the projection, which is linear too, is multiplied with `fuse`.
+        fuse = self.fuse.weight.flatten(1)
+        weight = fuse @ self.mask_projection.weight.flatten(1)
+        bias = fuse @ self.mask_projection.get_parameter("bias")
+        tokens = self.mask_tokens(masks[:, None].to(context.dtype))
+        x = context + F.conv2d(tokens, weight[..., None, None], bias)
         # Channels last: what is an image for convolutions is a list of cells for linear layers, without a copy.
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.block3(self.block2(self.block1(x)))
