@@ -279,11 +279,14 @@ class DominantNames:
 
     Args:
         group: has the names, if they came from outside.
-        selected: (b, k) int64, indices into the vocabulary's candidate names, if they did not.
+        selected: (b, k) int64, indices into names of the vocabulary, if they did not.
+        selectable_names: gives the names of a vocabulary that the indices mean.
     """
 
-    def __init__(self, group: Group, selected: Tensor | None):
-        self.group = group
+    def __init__(
+        self, group: Group, selected: Tensor | None, selectable_names: Callable[[Vocabulary], list[str]]
+    ):
+        self.group, self.selectable_names = group, selectable_names
         self.selected, self.copied = selected, None
         if selected is not None and selected.is_cuda:
             self.selected = selected.to("cpu", non_blocking=True)  # into pinned memory
@@ -296,8 +299,8 @@ class DominantNames:
             return self.group.dominant_categories or [[] for _ in self.group.indices]
         if self.copied is not None:
             self.copied.synchronize()
-        candidates = self.group.vocabulary.candidate_names
-        return [[candidates[index] for index in row] for row in self.selected.tolist()]
+        names = self.selectable_names(self.group.vocabulary)
+        return [[names[index] for index in row] for row in self.selected.tolist()]
 
 
 def dominant_names(parts: list[DominantNames], groups: list[Group]) -> list[list[str]] | None:

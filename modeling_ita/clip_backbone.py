@@ -256,6 +256,24 @@ class ClipBackbone(nn.Module):
         masks = everywhere if valid is None else valid_cells(valid, dense.shape[-2:])
         return self.pool_masks(dense, masks[:, None])[:, 0]
 
+    @torch.no_grad()
+    def embed_cells(self, dense: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embed each cell of the dense feature by itself.
+
+        Args:
+            dense: (B, C, h, w).
+            valid: (B, H, W) bool, pixels that are not padding; None where all are.
+
+        Returns:
+            (B, h w, D), not normalized, and which cells hold a pixel of the image, (B, h w) bool.
+        """
+        batch, _, height, width = dense.shape
+        cells = torch.eye(height * width, dtype=torch.bool, device=dense.device)
+        masks = cells.unflatten(1, (height, width)).expand(batch, -1, -1, -1)
+        is_valid = torch.ones_like(dense[:, 0], dtype=torch.bool)
+        is_valid = is_valid if valid is None else valid_cells(valid, (height, width))
+        return self.pool_masks(dense, masks), is_valid.flatten(1)
+
     def embed_thumbnail(self, pixel_values: Tensor) -> Tensor:
         """Embed a whole image by a second pass of CLIP, as the published ITA does.
 

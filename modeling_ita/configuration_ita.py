@@ -31,7 +31,7 @@ VILD_TEMPLATES: tuple[str, ...] = (
 """The prompt templates of ViLD's evaluation (arXiv 2104.13921), as FC-CLIP uses them."""
 
 CHOICES = {
-    "dominant_category_source": ("features", "thumbnail"),
+    "dominant_category_source": ("features", "thumbnail", "cells"),
     "mask_pooling": ("hard", "adapter"),
     "text_transfer": (None, "post_norm", "res_post_norm"),
 }
@@ -92,8 +92,9 @@ class ITAConfig(PreTrainedConfig):
         mask_dim (`int`): channels of the mask features.
         num_learned_queries (`int`): learned queries, beside the text queries.
         num_dominant_categories (`int`): k, the number of text queries; 0 switches dominant category unearthing off.
-        dominant_category_source (`str`): where the image's embedding comes from, `"features"` (the dense features
-            already computed) or `"thumbnail"` (a second pass of CLIP over the whole image, as published).
+        dominant_category_source (`str`): what dominant categories are selected by: `"features"` (the mean of the dense
+            features already computed), `"thumbnail"` (a second pass of CLIP over the whole image, as published) or
+            `"cells"` (each cell of the dense features by itself; one name for each class).
         decoder_self_attention (`bool`): self-attention between queries in each decoder layer (FC-CLIP).
         num_attention_heads (`int`): heads of every attention.
         encoder_layers (`int`): deformable attention layers of detail enhancement.

@@ -2,12 +2,14 @@
 
 Learned queries start random, and optimize randomly; what the image is about is a better start. The image's CLIP
 embedding is compared with the embedding of every name of the vocabulary and of `other`; the k nearest names, nearest
-first, times a learned matrix, are the text queries.
+first, times a learned matrix, are the text queries. `ITAConfig.dominant_category_source` has other ways to select.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .classification import TextEmbeddings
 
 
 class DominantCategories(nn.Module):
@@ -41,6 +43,37 @@ class DominantCategories(nn.Module):
         """
         similarity = F.normalize(image_embeds.float(), dim=-1) @ name_embeds.float().T
         return similarity.topk(min(self.num_categories, name_embeds.shape[0]), dim=-1).indices
+
+    def select_by_cells(
+        self, cell_embeds: Tensor, is_valid: Tensor, text: TextEmbeddings, scale: Tensor
+    ) -> Tensor:
+        """Select the classes that some cell of the dense feature shows best, and of each class its nearest name.
+
+        The mean over an image shows little but its largest region. Each cell is classified by itself, and a class
+        scores its highest probability over the cells. (Ours; not in the published code.)
+
+        Args:
+            cell_embeds: (B, S, D), CLIP's embeddings of the cells, of any length.
+            is_valid: (B, S) bool, cells that hold at least one pixel of the image.
+            text: K classes, N names.
+            scale: CLIP's logit scale, a scalar.
+
+        Returns:
+            Indices of names, the best class first, (B, min(k, K)) int64 into the N names.
+        """
+        names = scale * F.normalize(cell_embeds.float(), dim=-1) @ text.prompt_embeds.float().T
+        names = names.masked_fill(~is_valid[..., None], float("-inf"))
+        num_classes = text.is_duplicate.shape[0]
+        index = text.class_of_name.expand_as(names)
+        classes = names.new_full((*names.shape[:-1], num_classes), float("-inf"))
+        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
+        classes = classes.masked_fill(text.is_duplicate, float("-inf"))
+        probs = classes.softmax(dim=-1).masked_fill(~is_valid[..., None], 0).amax(dim=1)
+        probs = probs.masked_fill(text.is_duplicate, -1)
+        chosen = probs.topk(min(self.num_categories, num_classes), dim=-1).indices
+        best_of_name = names.amax(dim=1)[:, None].expand(-1, chosen.shape[1], -1)
+        is_own = text.class_of_name == chosen[..., None]
+        return best_of_name.masked_fill(~is_own, float("-inf")).argmax(dim=-1)
 
     def forward(self, name_embeds: Tensor) -> Tensor:
         """Project the dominant categories' unit name embeddings (B, k, D) to text queries (B, k, C)."""

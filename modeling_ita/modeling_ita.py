@@ -241,6 +241,11 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             normalize_vocabulary(train) if train else None,
         )
 
+    def selectable_names(self, vocabulary: Vocabulary) -> list[str]:
+        """Give the names that the indices of selected dominant categories mean."""
+        in_cells = self.config.dominant_category_source == "cells"
+        return vocabulary.names if in_cells else vocabulary.candidate_names
+
     def stuff_ids(self, vocabulary: Vocabulary) -> list[int]:
         """Give the indices of the classes that are stuff by the configuration's `stuff_names`."""
         return [
@@ -319,7 +324,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
                 output_attentions=bool(wants_attentions),
             )
             parts.append(part)
-            names.append(DominantNames(group, part.dominant))
+            names.append(DominantNames(group, part.dominant, self.selectable_names))
         padded = padded_size((height, width))
         merged = merge(parts, groups, padded, with_states=bool(wants_states))
 
@@ -377,11 +382,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         dominant, text_queries = None, None
         if self.dominant_categories is not None:
             if dominant_embeds is None:
-                image_embeds = (
-                    backbone.embed_images(features.dense, valid) if image_embeds is None else image_embeds
-                )
-                dominant = self.dominant_categories.select(image_embeds, text.name_embeds)
-                dominant_embeds = text.name_embeds[dominant]
+                dominant, dominant_embeds = self._select_dominant(features.dense, text, valid, image_embeds)
             text_queries = self.dominant_categories(dominant_embeds)
         # Section 3, DEM: multi-scale features and mask features.
         mask_features, enhanced = self.detail_enhancement(features.levels)
@@ -427,6 +428,20 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
 
     # --- parts of forward and segment ---
 
+    def _select_dominant(
+        self, dense: Tensor, text: TextEmbeddings, valid: Tensor | None, image_embeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Select the dominant categories: indices of their names (B, k) and the names' embeddings (B, k, D)."""
+        dominant_categories, backbone = self.dominant_categories, self.clip_backbone
+        assert dominant_categories is not None
+        if self.config.dominant_category_source == "cells":
+            cells, is_valid = backbone.embed_cells(dense, valid)
+            dominant = dominant_categories.select_by_cells(cells, is_valid, text, backbone.logit_scale)
+            return dominant, text.prompt_embeds[dominant]
+        image_embeds = backbone.embed_images(dense, valid) if image_embeds is None else image_embeds
+        dominant = dominant_categories.select(image_embeds, text.name_embeds)
+        return dominant, text.name_embeds[dominant]
+
     def _embed_given(self, group: Group, templates: Sequence[str] | None) -> Tensor | None:
         """Embed dominant categories from outside, (B, k', D); None if there are none.
 
@@ -441,9 +456,11 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         if not given:
             return self.void_embedding.new_zeros(len(group.indices), 0, self.clip_backbone.embed_dim)
         templates = self.config.templates if templates is None else templates
-        return torch.stack(
-            [self.text_encoder.name_embeds(names, templates) for names in group.dominant_categories]
-        )
+        in_prompts = self.config.dominant_category_source == "cells"
+        rows = [
+            self.text_encoder.embed_names(own, templates, in_prompts) for own in group.dominant_categories
+        ]
+        return torch.stack(rows)
 
     @torch.no_grad()
     def _embed_thumbnails(self, group: Group) -> Tensor | None:

@@ -129,13 +129,13 @@ class TextEncoder:
             memory.vocabularies[key] = text
         return text
 
-    def name_embeds(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Encode names alone, without a template: unit rows (len(names), D)."""
+    def embed_names(self, names: Sequence[str], templates: Sequence[str], in_prompts: bool = False) -> Tensor:
+        """Encode names, in the prompt templates or alone: unit rows (len(names), D)."""
         with _lock, torch.inference_mode(False), torch.no_grad():
             embeds = self._encode_names(
                 self._current_memory(), list(dict.fromkeys(names)), check_templates(templates)
             )
-            return torch.stack([embeds[name][1] for name in names])
+            return torch.stack([embeds[name][0 if in_prompts else 1] for name in names])
 
     def _current_memory(self) -> _Memory:
         tower, memory = self.clip.text_fingerprint(), self._memory

@@ -71,7 +71,7 @@ def text_of(model: Any, vocabulary: Any | None = None) -> tuple[TextEmbeddings, 
     from modeling_ita import normalize_vocabulary
 
     classes = model.default_vocabulary if vocabulary is None else normalize_vocabulary(vocabulary)
-    return model.encode_vocabulary(classes), [list(names) for names in classes], classes.candidate_names
+    return model.encode_vocabulary(classes), [list(names) for names in classes], model.selectable_names(classes)
 
 
 def export_network(model: Any) -> ExportedProgram:

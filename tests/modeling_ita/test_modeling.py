@@ -94,7 +94,7 @@ def test_dominant_names_are_the_nearest_of_all_names_and_the_word_other(model):
         model.clip_backbone.pool_masks(features.dense, everywhere)[0, 0], dim=0
     )
     names = ["cat", "sofa", "couch", "wall", "grass", "tree", "other"]
-    similarity = model.text_encoder.name_embeds(names, model.config.templates) @ image
+    similarity = model.text_encoder.embed_names(names, model.config.templates) @ image
     assert outputs.dominant_categories[0] == [names[i] for i in similarity.argsort(descending=True)[:3]]
 
 
@@ -535,3 +535,51 @@ torch.save(results[0], {str(third)!r})
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, timeout=300)
     here = segment(model, torch.ones(1, 3, 64, 64), vocabulary=["cat", "sky"])
     assert torch.equal(torch.load(third), here.class_queries_logits)
+
+
+# --- dominant categories of cells ---
+
+
+def test_cells_select_one_name_of_each_class_and_the_class_that_some_cell_shows_best():
+    model = build(dominant_category_source="cells", num_dominant_categories=3)
+    images = pixels(2, 3, 64, 96)
+    text = model.encode_vocabulary(CLASSES)
+    dense = model.clip_backbone(images).dense
+    names = [name for classes in CLASSES for name in ([classes] if isinstance(classes, str) else classes)]
+    outputs = segment(model, images)
+    for index, selected in enumerate(outputs.dominant_categories):
+        probs = []
+        for row in range(dense.shape[2]):
+            for column in range(dense.shape[3]):
+                mask = torch.zeros(1, 1, *dense.shape[2:], dtype=torch.bool)
+                mask[..., row, column] = True
+                embeds = model.clip_backbone.pool_masks(dense[index : index + 1], mask)
+                logits = class_logits(embeds, text, model.void_embedding, model.clip_backbone.logit_scale)
+                probs.append(logits[0, 0, :-1].softmax(-1))
+        order = torch.stack(probs).amax(0).argsort(descending=True)[:3].tolist()
+        assert [text.class_of_name[names.index(name)].item() for name in selected] == order
+    assert outputs.class_queries_logits.shape[1] == 3 + model.config.num_learned_queries
+
+
+def test_cells_of_padding_select_nothing():
+    model = build(dominant_category_source="cells", num_dominant_categories=2)
+    images = pixels(1, 3, 64, 64)
+    padded = torch.nn.functional.pad(images, (0, 64, 0, 32))
+    mask = torch.nn.functional.pad(torch.ones(1, 64, 64, dtype=torch.long), (0, 64, 0, 32))
+    alone, among = segment(model, images), segment(model, padded, pixel_mask=mask)
+    assert among.dominant_categories == alone.dominant_categories
+    valid = mask.bool()
+    text = model.encode_vocabulary(CLASSES)
+    with torch.no_grad():
+        inside = model.segment(padded, text, valid)
+    assert inside.dominant.shape == (1, 2) and inside.log_probs.isfinite().all()
+
+
+def test_given_categories_stand_for_the_selected_ones_in_cells():
+    model = build(dominant_category_source="cells", num_dominant_categories=3)
+    image = pixels(1, 3, 64, 64)
+    selected = segment(model, image)
+    given = segment(model, image, dominant_categories=selected.dominant_categories)
+    assert_same(given.class_queries_logits, selected.class_queries_logits)
+    few = segment(model, image, vocabulary=["cat", "dog"])
+    assert len(few.dominant_categories[0]) == 2

@@ -93,7 +93,7 @@ def test_dominant_categories_and_text_queries(case, run, image):
         assert outputs.dominant_categories == [[]]
         return
     assert outputs.dominant_categories == [description["dominant_categories"][image]]
-    bare = model.text_encoder.name_embeds(outputs.dominant_categories[0], model.config.templates)
+    bare = model.text_encoder.embed_names(outputs.dominant_categories[0], model.config.templates)
     assert_close(model.dominant_categories(bare).detach(), expected[f"{image}.text_queries"], "text queries")
 
 
