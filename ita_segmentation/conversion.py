@@ -5,6 +5,7 @@ and every size, is read off the names and shapes of its tensors; nothing pickled
 lack the frozen CLIP, whose own release has it: `clip_weights`.
 """
 
+import dataclasses
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -222,8 +223,8 @@ def convert_config(
         **overrides: fields of `ITAConfig` that no tensor shows.
 
     Raises:
-        ConversionError: none of these systems, an unknown CLIP, a ResNet whose activation is not known, or a setting
-            that no tensor shows is not given.
+        ConversionError: none of these systems, an unknown CLIP, a ResNet whose activation is not known, a setting that
+            no tensor shows is not given, or a field that does not exist or has an impossible value.
     """
     needed = [
         f"{_PREDICTOR}query_feat.weight",
@@ -272,7 +273,13 @@ def convert_config(
         "ensemble_on_valid_mask": resnet,
         **_family_settings(tensors, overrides),
     }
-    return ITAConfig(**{**fields, **overrides})
+    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(ITAConfig)})
+    if unknown:
+        raise ConversionError(f"ITAConfig has no field {', '.join(unknown)}")
+    try:
+        return ITAConfig(**{**fields, **overrides})
+    except ValueError as error:
+        raise ConversionError(one_line(error)) from error
 
 
 def system_name(tensors: Mapping[str, Tensor]) -> str:
@@ -376,6 +383,7 @@ def convert_checkpoint(
         vocabulary: the classes it segments when a call names none.
         train_vocabulary: the classes whose masks it was trained on; by default the vocabulary.
         clip_weights: state dict of its CLIP, for what the file lacks of it; tensors in the file take precedence.
+            MAFT+'s image tower must be in the file.
         **overrides: fields of `ITAConfig` that no tensor shows.
 
     Raises:
@@ -384,6 +392,11 @@ def convert_checkpoint(
     """
     tensors = dict(checkpoint) if isinstance(checkpoint, Mapping) else load_original(checkpoint)
     if clip_weights is not None:
+        is_maft = system_name(tensors).startswith("MAFT+")
+        if is_maft and not any(name.startswith(f"{_CLIP}visual.") for name in tensors):
+            raise ConversionError(
+                "the checkpoint lacks MAFT+'s image tower, which differs from the CLIP's release"
+            )
         tensors = {f"{_CLIP}{name}": tensor for name, tensor in clip_weights.items()} | tensors
     if lacks_clip(tensors):
         raise ConversionError(

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
 from ita_segmentation.errors import ITAError, UsageError, one_line
-from ita_segmentation.files import atomic_path, output_folder, read_text
+from ita_segmentation.files import atomic_path, output_folder, parse_mapping, read_text
 from ita_segmentation.hub.registry import PublishedCheckpoint, published_checkpoint
 
 CLIP_HELP = (
@@ -54,6 +54,11 @@ def build_parser() -> ConfigArgumentParser:
         metavar="FILE",
         help="classes seen in training (default: --vocabulary)",
     )
+    parser.add_argument(
+        "--model_config",
+        metavar="MAPPING",
+        help="fields of ITAConfig that no tensor shows, as JSON or YAML, such as '{text_transfer: post_norm}'",
+    )
     parser.add_argument("--sha256", metavar="HEX", help="checksum that the downloaded file must have")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder of the converted checkpoint"
@@ -82,6 +87,7 @@ def convert(argv: Sequence[str] | None = None) -> int:
     if output.exists() and any(output.iterdir()):
         raise ITAError(f"{output} exists and is not empty")
     vocabulary, train_vocabulary, overrides = _classes(arguments, published)
+    overrides |= parse_mapping(arguments.model_config or "", "--model_config")
     clip_model = _clip_model(arguments, published)
 
     from ita_segmentation.conversion import convert_checkpoint, lacks_clip, load_original, system_name
@@ -155,9 +161,7 @@ def _save(model: Any, output: Path, published: PublishedCheckpoint | None) -> No
     with atomic_path(output) as folder:
         try:
             model.save_pretrained(folder)
-            ITAImageProcessor(
-                **({"size": published.size} if published and published.size else {})
-            ).save_pretrained(folder)
+            ITAImageProcessor(**size).save_pretrained(folder)
             write_model_card(folder, model.config.to_dict(), output.name, metadata=metadata)
         except OSError as error:
             raise ITAError(f"cannot write {output}: {error.strerror or error}") from error

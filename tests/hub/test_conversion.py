@@ -164,10 +164,11 @@ def command(original, tmp_path):
 
 def test_the_command_converts_and_the_result_loads(command, tmp_path, capsys):
     (tmp_path / "convert.json").write_text(json.dumps(command))
-    convert(["--config", str(tmp_path / "convert.json")])
+    convert(["--config", str(tmp_path / "convert.json"), "--model_config", "{ensemble_alpha: 0.3}"])
     assert "converted: ITA, " in capsys.readouterr().out
     model = AutoModel.from_pretrained(command["output"])
     assert model.config.id2label == {0: "cat", 1: "dog"}
+    assert model.config.ensemble_alpha == 0.3
     assert model.config.vocabulary == [["cat", "kitty"], ["dog"]]
     assert AutoImageProcessor.from_pretrained(command["output"]) is not None
     assert "# converted\n" in (tmp_path / "converted" / "README.md").read_text()
@@ -190,6 +191,8 @@ def test_the_command_converts_and_the_result_loads(command, tmp_path, capsys):
         ({"clip_model": "no_such_clip"}, 1, "open_clip knows no CLIP named 'no_such_clip'"),
         ({"vocabulary": "missing.txt"}, 1, "cannot read missing.txt"),
         ({"vocabulary": None}, 2, "give the NAME of a published checkpoint, or --checkpoint"),
+        ({"model_config": "{text_transfr: post_norm}"}, 1, "ITAConfig has no field text_transfr"),
+        ({"model_config": "{ensemble_beta: 3}"}, 1, "ensemble_beta must be a number from 0 to 1"),
         ({"output": None}, 2, "--output"),
     ],
 )
@@ -246,3 +249,23 @@ def test_what_no_tensor_shows_is_asked_for():
         )
     assert "unknown: cdt.novelty" in str(refusal.value)
     assert "missing: mask_classifier.text_transfer.norm.bias" in str(refusal.value)
+
+
+def test_a_published_maft_plus_takes_its_image_tower_from_its_own_file_only():
+    description, _ = load_parity("maftp_panoptic_tiny")
+    tensors, clip = original_tensors(description), "backbone.clip_model."
+    weights = {name.removeprefix(clip): tensor for name, tensor in tensors.items() if name.startswith(clip)}
+    for name in weights:
+        if not name.startswith("visual."):
+            del tensors[clip + name]
+    model = convert_checkpoint(
+        tensors,
+        description["clip_model_config"],
+        ["cat"],
+        clip_weights=weights,
+        text_transfer="res_post_norm",
+    )
+    assert model.config.text_transfer == "res_post_norm"
+    without = {name: tensor for name, tensor in tensors.items() if not name.startswith(clip)}
+    with pytest.raises(ConversionError, match="lacks MAFT.'s image tower"):
+        convert_checkpoint(without, description["clip_model_config"], ["cat"], clip_weights=weights)
