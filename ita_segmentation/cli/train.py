@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ita_segmentation.data.training import datasets as source
-from ita_segmentation.data.training.arguments import ITADataArguments, load_data
+from ita_segmentation.data.training import ITADataArguments, TrainingClasses, TrainingCollator, load_data
+from ita_segmentation.errors import ITAError
 from ita_segmentation.training.arguments import (
     BadInput,
     ITAModelArguments,
@@ -138,7 +138,7 @@ def as_words(values: dict[str, Any]) -> list[str]:
 
 
 def load_model(
-    arguments: ITAModelArguments, classes: source.TrainingClasses, data: ITADataArguments
+    arguments: ITAModelArguments, classes: TrainingClasses, data: ITADataArguments
 ) -> tuple[ITAForOpenVocabSegmentation, ITAImageProcessor]:
     """Network and image processor: new on a CLIP, or a checkpoint's with these classes as its own.
 
@@ -262,7 +262,7 @@ def build_trainer(arguments: Arguments) -> tuple[Any, str | None]:
         keep_vocabulary=model_arguments.keep_vocabulary,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=source.TrainingCollator(processor),
+        data_collator=TrainingCollator(processor),
         processing_class=processor,
     )
     trainer.add_callback(RunReport(trainer, arguments, data.dataset))
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         trainer, resume = build_trainer(arguments)
-    except (BadInput, ValueError, OSError, ImportError) as error:
+    except (ITAError, BadInput, ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"run_train: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from error
     try:
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.is_world_process_zero():
             sys.stderr.write(f"run_train: {error}\n")
         raise SystemExit(error.status) from error
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ITAError, ValueError, OSError, SafetensorError) as error:
         sys.stderr.write(f"run_train: {in_one_line(error)}\n")
         raise SystemExit(FAILED) from error
 

@@ -1,17 +1,19 @@
-"""Reads the data sets that `run_prepare.py` writes: their vocabulary, their splits, their rows as arrays.
+"""Load the datasets that `ita prepare` writes: their splits, their vocabulary, their rows as arrays.
 
-They are plain `datasets` folders: `load_dataset(folder)` reads them as well, by disk or as a stream, and so it does
-after `push_to_hub`. Columns, in this order:
-- `image`: the release's own file content;
-- `label`: lossless PNG of class indices, 8 bits with 255 ignored, or 16 bits with 65535 ignored above 255 classes;
-- `panoptic` (RGB PNG, segment id = R + 256 G + 65536 B, 0 where there is none) and `segments` (id, category_id,
-  isthing, iscrowd of each), where the release has segments;
-- `classes` and `things`: which classes, and thing classes, an image holds. Their features name all classes of the
-  vocabulary; a name is "name, synonym, ...". There is no `things` where the release does not tell things from stuff;
+They are plain `datasets` folders: `load_dataset(folder)` reads them too, from disk or as a stream, also after
+`push_to_hub`. Columns, in this order:
+
+- `image`: the file content of the official release.
+- `label`: lossless PNG of class indices, 8 bits with 255 ignored, or 16 bits with 65535 ignored above 255 classes.
+- `panoptic` (RGB PNG, segment id = R + 256 G + 65536 B, 0 for none) and `segments` (id, category_id, isthing,
+  iscrowd of each), where the release has segments.
+- `classes` and `things`: the classes, and thing classes, in the image. Their features name all classes of the
+  vocabulary; the name of a class is "name, synonym, ...". There is no `things` where the release does not distinguish
+  things from stuff.
 - `ignore_index`, the same in every row, and `image_id`.
 
-Maps have the size of the image as it is stored. `datasets` turns images whose EXIF says so upright; the maps of
-such an image say the same in their own EXIF, so that `datasets` turns both, and so does `sample_of`.
+Maps have the size of the image as stored. `datasets` rotates images as their EXIF data says; the maps of such an
+image have the same EXIF tag, so that `datasets` and `decode_row` rotate both.
 """
 
 from __future__ import annotations
@@ -26,22 +28,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ita_segmentation.data.segment_maps import rgb_to_ids
+from ita_segmentation.errors import ITAError
+
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset, IterableDataset
 
-UNFINISHED = ".incomplete"
-"""Folder inside a data set's where `run_prepare.py` works until all is done."""
+INCOMPLETE = ".incomplete"
+"""Folder inside a dataset's where `ita prepare` works until everything is finished."""
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.parquet")
 
 
 @dataclass(frozen=True)
 class DatasetVocabulary:
-    """The classes that a data set's labels count.
+    """The classes of a dataset.
 
     Attributes:
         classes: K classes, each a list of names.
-        is_thing: (K,) whether instances are told apart; None where that is not known.
-        ignore_index: the label of pixels that are left out.
+        is_thing: (K,) whether instances are labeled separately; None where that is not known.
+        ignore_index: the label of ignored pixels.
     """
 
     classes: list[list[str]]
@@ -50,24 +56,24 @@ class DatasetVocabulary:
 
 
 def vocabulary_of(dataset: Dataset | IterableDataset) -> DatasetVocabulary:
-    """The vocabulary of a prepared data set, from its features and its first row.
+    """Read the vocabulary of a prepared dataset from its features and its first row.
 
     Raises:
-        ValueError: the data set has not the columns that tell it, or no rows.
+        ITAError: if the dataset has no rows, or lacks the columns that hold the vocabulary.
     """
     features = dataset.features or {}
     names = _class_names(features.get("classes"))
     if names is None or "ignore_index" not in features:
-        raise ValueError(
-            "this is no prepared data set: it needs the columns classes (list of ClassLabel) and ignore_index, "
+        raise ITAError(
+            "this is not a prepared dataset: it needs the columns classes (list of ClassLabel) and ignore_index, "
             f"and has {', '.join(features) or 'none that are known'}"
         )
     things = _class_names(features.get("things"))
     row = next(iter(dataset.select_columns(["ignore_index"])), None)
     if row is None:
-        raise ValueError("the data set has no rows")
+        raise ITAError("the dataset has no rows")
     return DatasetVocabulary(
-        classes=[[word.strip() for word in name.split(",")] for name in names],
+        classes=[[part.strip() for part in name.split(",")] for name in names],
         is_thing=None if things is None else [name in set(things) for name in names],
         ignore_index=row["ignore_index"],
     )
@@ -80,81 +86,96 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def prepared_splits(folder: Path | str) -> dict[str, list[Path]]:
-    """The splits of a prepared data set and their files, in order.
+    """List the splits of a prepared dataset and their files, in order.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no prepared data set, or not all of one.
+        ITAError: if there is no such folder, it is not a prepared dataset, files of it are missing, empty or
+            truncated, or they differ in columns or classes.
     """
+    import pyarrow.parquet
+
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no data set folder {folder}")
+        raise ITAError(f"there is no dataset folder {folder}")
     shards: dict[str, list[tuple[re.Match[str], Path]]] = {}
     for path in sorted((folder / "data").glob("*.parquet")):
         match = _SHARD.fullmatch(path.name)
         if match:
             shards.setdefault(match["split"], []).append((match, path))
-    if not shards and (folder / UNFINISHED).is_dir():
-        raise ValueError(
-            f"the data set {folder} was not finished: give run_prepare.py the same arguments again"
-        )
+    if not shards and (folder / INCOMPLETE).is_dir():
+        raise ITAError(f"the dataset {folder} is incomplete: run ita prepare with the same arguments again")
     if not shards:
-        raise ValueError(f"{folder} is no data set that run_prepare.py made: it has no data/*.parquet")
+        raise ITAError(f"{folder} is not a dataset that ita prepare made: it has no data/*.parquet")
+    columns = set()
     for split, files in shards.items():
-        numbers, totals = [int(m["number"]) for m, _ in files], {int(m["total"]) for m, _ in files}
+        numbers, totals = [int(match["number"]) for match, _ in files], {int(m["total"]) for m, _ in files}
         if totals != {len(files)} or numbers != list(range(len(files))):
-            raise ValueError(
-                f"the data set {folder} lacks files of {split}: {len(files)} are there, {max(totals)} belong to it"
+            raise ITAError(
+                f"the dataset {folder} lacks files of {split}: {len(files)} are there, {max(totals)} belong to it"
             )
+        for _, path in files:
+            try:
+                columns.add(columns_of(pyarrow.parquet.read_schema(path)))
+            except (OSError, pyarrow.ArrowException) as error:
+                raise ITAError(f"{path} is damaged: run ita prepare with the same arguments again") from error
+            if len(columns) > 1:
+                raise ITAError(f"the files of {folder} differ in columns or classes, such as {path.name}")
     return {split: [path for _, path in files] for split, files in shards.items()}
+
+
+def columns_of(schema: pyarrow.Schema) -> tuple[object, ...]:
+    """Describe the columns and classes of a parquet file in a form that can be compared."""
+    return (*schema.names, (schema.metadata or {}).get(b"huggingface"))
 
 
 def load_prepared(
     folder: Path | str, split: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """One split of a prepared data set.
+    """Load one split of a prepared dataset.
 
     Args:
-        split: "validation" if not given, or the only one where there is one.
-        streaming: an `IterableDataset` that reads while iterating.
+        folder: the folder of the dataset.
+        split: the split; by default "validation", or the only one.
+        streaming: return an `IterableDataset`, which reads while iterating.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no prepared data set, or has no such split.
+        ITAError: as `prepared_splits`, or if there is no such split.
     """
-    files = prepared_splits(folder)
-    chosen = split or ("validation" if "validation" in files or len(files) > 1 else next(iter(files)))
-    if chosen not in files:
-        raise ValueError(f"the data set {folder} has no split {chosen!r}, only {', '.join(files)}")
+    splits = prepared_splits(folder)
+    chosen = split or ("validation" if "validation" in splits or len(splits) > 1 else next(iter(splits)))
+    paths = [str(path) for path in _files_of(folder, splits, chosen)]
 
     from datasets import load_dataset
 
-    paths = [str(path) for path in files[chosen]]
     return load_dataset("parquet", data_files={chosen: paths}, split=chosen, streaming=streaming)
 
 
 def count_rows(folder: Path | str, split: str) -> int:
-    """How many images a split of a prepared data set has, without reading them; raises as `prepared_splits`."""
+    """Count the images of a split of a prepared dataset without reading them; raises as `load_prepared`."""
     import pyarrow.parquet
 
-    files = prepared_splits(folder)
-    if split not in files:
-        raise ValueError(f"the data set {folder} has no split {split!r}, only {', '.join(files)}")
-    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in files[split])
+    files = _files_of(folder, prepared_splits(folder), split)
+    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in files)
 
 
-def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as arrays, image and maps upright and of one size.
+def _files_of(folder: Path | str, splits: Mapping[str, list[Path]], split: str) -> list[Path]:
+    if split not in splits:
+        raise ITAError(f"the dataset {folder} has no split {split!r}, only {', '.join(splits)}")
+    return splits[split]
+
+
+def decode_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Decode a row into arrays, image and maps upright and of the same size.
 
     Args:
         row: with images decoded by `datasets` or not (`{"bytes": ...}`, as after `dataset.decode(False)`).
 
     Returns:
         `image` (RGB PIL image), `label` ((H, W) uint8 or uint16), `panoptic` ((H, W) int32, or None), `segments`
-        (list of {"id", "category_id", "isthing", "iscrowd"}; empty without panoptic map) and `image_id` (str).
+        (list of {"id", "category_id", "isthing", "iscrowd"}; empty without a panoptic map) and `image_id` (str).
 
     Raises:
-        ValueError: image and maps differ in size, or the image is of a mode that cannot be shown.
+        ValueError: if image and maps differ in size, or the image has a mode that cannot be converted to RGB.
     """
     from modeling_ita.image_processing_ita import image_to_rgb
 
@@ -162,19 +183,17 @@ def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
     label = np.array(ImageOps.exif_transpose(_image(row["label"])))
     panoptic = None
     if row.get("panoptic") is not None:
-        channels = np.array(ImageOps.exif_transpose(_image(row["panoptic"]))).astype(np.int32)
-        panoptic = channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
+        panoptic = rgb_to_ids(np.array(ImageOps.exif_transpose(_image(row["panoptic"]))))
     for name, array in (("label", label), ("panoptic", panoptic)):
         if array is not None and array.shape != image.size[::-1]:
             raise ValueError(
                 f"{row['image_id']}: its {name} map is {array.shape}, its image {image.size[::-1]}"
             )
-    segments = [{"iscrowd": False, **segment} for segment in row.get("segments") or []]
     return {
         "image": image,
         "label": label,
         "panoptic": panoptic,
-        "segments": segments,
+        "segments": [{"iscrowd": False, **segment} for segment in row.get("segments") or []],
         "image_id": str(row["image_id"]),
     }
 

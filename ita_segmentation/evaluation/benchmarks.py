@@ -86,21 +86,18 @@ def load_folder(folder: Path, split: str | None) -> Benchmark:
     Raises:
         ITAError: it is not one, or has no such split.
     """
-    from ita_segmentation.data.prepared import count_rows, load_prepared, sample_of, vocabulary_of
+    from ita_segmentation.data import count_rows, decode_row, load_prepared, vocabulary_of
 
-    try:
-        stream = load_prepared(folder, split, streaming=True)
-        vocabulary = vocabulary_of(stream)
-        num_images = count_rows(folder, str(stream.split))
-    except (ValueError, FileNotFoundError) as error:
-        raise ITAError(one_line(error)) from error
+    stream = load_prepared(folder, split, streaming=True)
+    vocabulary = vocabulary_of(stream)
+    num_images = count_rows(folder, str(stream.split))
     files = sorted(path for path in (folder / "data").glob("*.parquet"))
     stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     has_segments = "panoptic" in stream.features and vocabulary.is_thing is not None
     return Benchmark(
         classes=vocabulary.classes,
         rows=lambda: stream.decode(False),
-        decode=sample_of,
+        decode=decode_row,
         num_images=num_images,
         is_thing=vocabulary.is_thing,
         tasks=frozenset(TASKS) if has_segments else frozenset({"semantic"}),
@@ -116,7 +113,7 @@ def load_scenes(limit: int | None) -> Benchmark:
     Args:
         limit: number of images; None for all of them.
     """
-    from ita_segmentation.data.prepared import sample_of
+    from ita_segmentation.data import decode_row
     from ita_segmentation.data.scenes import scenes_dataset, scenes_vocabulary
 
     vocabulary = scenes_vocabulary()
@@ -124,7 +121,7 @@ def load_scenes(limit: int | None) -> Benchmark:
     return Benchmark(
         classes=vocabulary.classes,
         rows=lambda: images,
-        decode=sample_of,
+        decode=decode_row,
         num_images=len(images),
         seen=vocabulary.seen,
         is_thing=vocabulary.is_thing,

@@ -11,7 +11,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ita_segmentation.data.training.datasets import ENDLESS
+from ita_segmentation.data.training import INFINITE_LENGTH
 from ita_segmentation.evaluation.reporting.report import versions_used
 from ita_segmentation.training.report import write_report
 from ita_segmentation.training.report_record import (
@@ -154,4 +154,4 @@ def _count(dataset: Any) -> str:
         return "none"
     if not hasattr(dataset, "__len__"):
         return "as many as the stream has"
-    return "without end" if len(dataset) == ENDLESS else f"{len(dataset):,}"
+    return "infinite" if len(dataset) == INFINITE_LENGTH else f"{len(dataset):,}"

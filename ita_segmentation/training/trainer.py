@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
-from ita_segmentation.data.training.datasets import ENDLESS, EvaluationCollator, TrainingClasses
+from ita_segmentation.data.training import INFINITE_LENGTH, EvaluationCollator, TrainingClasses
 from ita_segmentation.evaluation.metrics.semantic import ConfusionMatrix
 from ita_segmentation.training import checkpoints
 from ita_segmentation.training.arguments import ITATrainingArguments
@@ -273,7 +273,7 @@ class ITATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if hasattr(dataset, "__len__") and len(dataset) == ENDLESS:
+        if hasattr(dataset, "__len__") and len(dataset) == INFINITE_LENGTH:
             return SequentialSampler(dataset)  # every image is new: there is nothing to shuffle
         if hasattr(dataset, "epoch_sampler"):
             return dataset.epoch_sampler()  # its indices carry the epoch, which decides the augmentation

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ita_segmentation.data.benchmarks.registry import RELEASES
+from ita_segmentation.data.benchmarks import SOURCE_DATASETS
 from ita_segmentation.data.categories import category_ids, load_categories
 
 NUM_CLASSES_AND_THINGS = {
@@ -18,7 +18,7 @@ NUM_CLASSES_AND_THINGS = {
 
 
 def test_every_benchmark_with_classes_of_its_own_has_a_table():
-    assert {*NUM_CLASSES_AND_THINGS, "folder"} == set(RELEASES)
+    assert {*NUM_CLASSES_AND_THINGS, "folder"} == set(SOURCE_DATASETS)
 
 
 @pytest.mark.parametrize("benchmark", NUM_CLASSES_AND_THINGS)

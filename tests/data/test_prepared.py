@@ -21,17 +21,17 @@ from helpers.miniature_streets import (
     build_folder,
 )
 from ita_segmentation.cli import prepare as run_prepare
-from ita_segmentation.data.prepared import (
+from ita_segmentation.data import (
     DatasetVocabulary,
     count_rows,
+    decode_row,
     load_prepared,
     prepared_splits,
-    sample_of,
     vocabulary_of,
 )
 from ita_segmentation.data.scenes import scenes_dataset
-from ita_segmentation.data.training.augmentation import LargeScaleJitter
-from ita_segmentation.data.training.datasets import load_disk
+from ita_segmentation.data.training import LargeScaleJitter, load_disk
+from ita_segmentation.errors import ITAError
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def check_street(dataset) -> None:
     assert [row["image_id"] for row in rows] == [STREET, "munster_000001_000019"]
     assert rows[0]["image"].size == (6, 4) and np.array(rows[0]["label"]).tolist() == STREET_LABEL
     assert rows[0]["segments"] == STREET_SEGMENTS
-    sample = sample_of(rows[0])
+    sample = decode_row(rows[0])
     assert sample["label"].dtype == np.uint8 and sample["label"].tolist() == STREET_LABEL
     assert sample["panoptic"].dtype == np.int32 and sample["panoptic"].tolist() == STREET_PANOPTIC
     assert sample["image"].mode == "RGB" and sample["image_id"] == STREET
@@ -90,7 +90,7 @@ def test_load_prepared_reads_the_folder(streets, streaming):
 def test_rows_need_not_be_decoded(streets):
     rows = list(load_prepared(streets, streaming=True).decode(False))
     assert set(rows[0]["label"]) == {"bytes", "path"}
-    assert sample_of(rows[0])["panoptic"].tolist() == STREET_PANOPTIC
+    assert decode_row(rows[0])["panoptic"].tolist() == STREET_PANOPTIC
 
 
 def test_images_are_in_the_files_and_nowhere_else(streets):
@@ -146,8 +146,8 @@ def test_push_to_hub_uploads_what_load_dataset_reads_back(streets, tmp_path, mon
 
 def test_the_card_says_what_is_in_it(streets):
     card = (streets / "README.md").read_text()
-    for words in ("# cityscapes", "19 classes, 8 of them things", "| `train` | 1 |", "| `validation` | 2 |"):
-        assert words in card
+    for text in ("# cityscapes", "19 classes, 8 of them things", "| `train` | 1 |", "| `validation` | 2 |"):
+        assert text in card
     info = datasets.load_dataset_builder(str(streets)).info
     assert info.features == load_prepared(streets).features
     assert {name: split.num_examples for name, split in info.splits.items()} == {"train": 1, "validation": 2}
@@ -165,15 +165,15 @@ def test_synonyms_and_unknown_things_of_a_vocabulary(tmp_path):
 
 
 def test_a_data_set_of_another_make_has_no_vocabulary(streets):
-    with pytest.raises(ValueError, match="no prepared data set: it needs the columns classes .* has text"):
+    with pytest.raises(ITAError, match="not a prepared dataset: it needs the columns classes .* has text"):
         vocabulary_of(datasets.Dataset.from_dict({"text": ["a"]}))
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ITAError, match="no rows"):
         vocabulary_of(load_prepared(streets).select([]))
 
 
 def test_scenes_rows_are_samples_too():
     row = scenes_dataset(num_images=1, size=64)[0]
-    sample = sample_of(row)
+    sample = decode_row(row)
     assert sample["image_id"] == "0" and sample["panoptic"].shape == sample["label"].shape == (64, 64)
     assert {segment["iscrowd"] for segment in sample["segments"]} == {False}
     assert set(np.unique(sample["panoptic"])) - {0} == {segment["id"] for segment in sample["segments"]}
@@ -182,15 +182,15 @@ def test_scenes_rows_are_samples_too():
 def test_maps_of_another_size_than_their_image_are_refused(streets):
     row = load_prepared(streets)[0]
     with pytest.raises(ValueError, match=rf"{STREET}: its label map is \(2, 3\), its image \(4, 6\)"):
-        sample_of({**row, "label": row["label"].resize((3, 2))})
+        decode_row({**row, "label": row["label"].resize((3, 2))})
 
 
 def test_splits_are_found_and_counted(streets, tmp_path):
     assert list(prepared_splits(streets)) == ["train", "validation"]
     assert count_rows(streets, "validation") == 2
-    with pytest.raises(ValueError, match="no split 'test', only train, validation"):
+    with pytest.raises(ITAError, match="no split 'test', only train, validation"):
         load_prepared(streets, "test")
-    with pytest.raises(ValueError, match="no split 'test', only train, validation"):
+    with pytest.raises(ITAError, match="no split 'test', only train, validation"):
         count_rows(streets, "test")
     build_folder(tmp_path / "mine")
     prepare("folder", tmp_path / "mine", tmp_path / "out")
@@ -198,17 +198,17 @@ def test_splits_are_found_and_counted(streets, tmp_path):
 
 
 def test_folders_that_are_no_or_half_a_data_set_are_refused(streets, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ITAError, match="nowhere"):
         load_prepared(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no data set that run_prepare.py made"):
+    with pytest.raises(ITAError, match="not a dataset that ita prepare made"):
         load_prepared(tmp_path)
     (tmp_path / ".incomplete").mkdir()
-    with pytest.raises(ValueError, match="was not finished"):
+    with pytest.raises(ITAError, match="is incomplete"):
         load_prepared(tmp_path)
     shutil.copytree(streets, tmp_path / "half")
     data = tmp_path / "half/data"
     (data / "train-00000-of-00001.parquet").rename(data / "train-00001-of-00003.parquet")
-    with pytest.raises(ValueError, match="lacks files of train: 1 are there, 3 belong to it"):
+    with pytest.raises(ITAError, match="lacks files of train: 1 are there, 3 belong to it"):
         load_prepared(tmp_path / "half")
 
 
@@ -219,7 +219,7 @@ def test_folders_that_are_no_or_half_a_data_set_are_refused(streets, tmp_path):
 def load(folder: Path, **options):
     settings = {"train_split": "train", "eval_split": "validation", "unseen": [], "eval_images": 9}
     jitter = LargeScaleJitter(8, 1.0, 1.0, flip=False)
-    return load_disk(str(folder), jitter=jitter, **{**settings, **options})
+    return load_disk(str(folder), augmentation=jitter, **{**settings, **options})
 
 
 def test_a_prepared_data_set_trains_with_its_classes_and_without_its_crowds(streets):
@@ -252,5 +252,5 @@ def test_a_prepared_data_set_of_16_bits_trains_without_its_ignored_pixels(tmp_pa
 
 
 def test_a_prepared_data_set_without_the_split_is_refused(streets):
-    with pytest.raises(ValueError, match="has no split 'test', only train, validation"):
+    with pytest.raises(ITAError, match="has no split 'test', only train, validation"):
         load(streets, train_split="test", eval_split="none")

@@ -11,11 +11,11 @@ from PIL import Image
 from helpers.miniature_releases import (
     build_ade20k_150,
     build_ade20k_847,
-    cut_off,
     save_full_seg,
     save_jpeg,
     save_png,
     segment,
+    truncate,
 )
 from helpers.release_checks import check_refused, check_split, read_all
 from ita_segmentation.data.benchmarks.ade20k import Ade20k150, Ade20k847
@@ -96,8 +96,8 @@ def test_a_missing_file_is_named(challenge, name):
 
 @pytest.mark.parametrize("name", ["images/validation/ADE_val_00000001.jpg", VALIDATION, INSTANCES])
 def test_a_file_that_is_cut_off_is_named(challenge, name):
-    cut_off(challenge / name)
-    check_refused(Ade20k150(), challenge, name, "cut off")
+    truncate(challenge / name)
+    check_refused(Ade20k150(), challenge, name, "truncated")
 
 
 @pytest.mark.parametrize("name", [VALIDATION, INSTANCES])
@@ -190,8 +190,8 @@ def test_a_shrunken_image_is_between_its_two_nearest_rows_without_smoothing(full
 
 @pytest.mark.parametrize("name", [f"{FULL}.jpg", f"{FULL}_seg.png"])
 def test_a_missing_or_shortened_file_of_the_full_release_is_named(full, name):
-    cut_off(full / name)
-    check_refused(Ade20k847(), full, name, "cut off")
+    truncate(full / name)
+    check_refused(Ade20k847(), full, name, "truncated")
     (full / name).unlink()
     check_refused(Ade20k847(), full, name, "missing")
 
@@ -244,9 +244,9 @@ def test_the_index_reads_in_every_protocol_with_names_in_lists_or_arrays(full, p
     ("change", "said"),
     [
         ({"folder": ["ADE20K_2021_17_01/images"]}, "3 names"),
-        ({"filename": None}, "'filename' is no list of strings"),
+        ({"filename": None}, "'filename' is not a list of strings"),
         ({"folder": ["/etc"] * 3}, "/etc/ADE_val_00000001.jpg"),
-        ({"folder": ["ADE20K_2021_17_01/../.."] * 3}, "no image of the release"),
+        ({"folder": ["ADE20K_2021_17_01/../.."] * 3}, "not an image of the release"),
         ({"filename": ["ADE_val_1.png"] * 3}, "ADE_val_1.png"),
         ({"filename": ["ADE_train_1.jpg"] * 3}, "no images of validation"),
     ],
@@ -266,7 +266,7 @@ def test_an_index_that_is_no_index_is_named(full, content):
 
 
 def test_an_index_that_is_cut_off_is_named(full):
-    cut_off(full / "index_ade20k.pkl")
+    truncate(full / "index_ade20k.pkl")
     check_refused(Ade20k847(), full, "index_ade20k.pkl", "damaged")
 
 

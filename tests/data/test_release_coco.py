@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from helpers.miniature_releases import build_coco_panoptic, cut_off, save_png, save_segment_ids
+from helpers.miniature_releases import build_coco_panoptic, save_png, save_segment_ids, truncate
 from helpers.release_checks import check_refused, check_split, read_all
 from ita_segmentation.data.benchmarks.coco import CocoPanoptic
 
@@ -68,8 +68,8 @@ def test_an_image_without_any_segment_is_void_all_over(coco):
 
 @pytest.mark.parametrize("name", [IMAGE, MAP])
 def test_a_missing_or_shortened_file_is_named(coco, name):
-    cut_off(coco / name)
-    check_refused(CocoPanoptic(), coco, name, "cut off")
+    truncate(coco / name)
+    check_refused(CocoPanoptic(), coco, name, "truncated")
     (coco / name).unlink()
     check_refused(CocoPanoptic(), coco, name, "missing")
 
@@ -139,7 +139,7 @@ def test_a_json_that_is_wrong_is_named(coco, content, said):
 
 def test_an_annotation_of_an_unknown_image_or_of_files_elsewhere_is_named(coco):
     change_json(coco, lambda content: content["annotations"][0].update(file_name="../000000000139.png"))
-    check_refused(CocoPanoptic(), coco, JSON, "'../000000000139.png' is no file name")
+    check_refused(CocoPanoptic(), coco, JSON, "'../000000000139.png' is not a file name")
     change_json(coco, lambda content: content["annotations"][0].update(image_id=140))
     check_refused(CocoPanoptic(), coco, JSON, "no image 140")
 

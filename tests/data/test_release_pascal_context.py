@@ -10,12 +10,12 @@ from pycocotools import mask as coco_mask
 from helpers.miniature_releases import (
     build_pascal_context_59,
     build_pascal_context_459,
-    cut_off,
     save_jpeg,
     save_label_map,
+    truncate,
 )
 from helpers.release_checks import check_refused, check_split, read_all
-from ita_segmentation.data.benchmarks.pascal_context import PascalContext59, PascalContext459, _decode_mask
+from ita_segmentation.data.benchmarks.pascal_context import PascalContext59, PascalContext459, decode_mask
 
 BOTH = [(PascalContext59, build_pascal_context_59), (PascalContext459, build_pascal_context_459)]
 IMAGE = "JPEGImages/2008_000002.jpg"
@@ -62,8 +62,8 @@ def test_items_can_be_sent_to_other_processes(tmp_path, release, build):
 @pytest.mark.parametrize(("release", "build"), BOTH)
 def test_a_missing_or_shortened_image_is_named(tmp_path, release, build):
     build(tmp_path)
-    cut_off(tmp_path / IMAGE)
-    check_refused(release(), tmp_path, IMAGE, "cut off")
+    truncate(tmp_path / IMAGE)
+    check_refused(release(), tmp_path, IMAGE, "truncated")
     (tmp_path / IMAGE).unlink()
     check_refused(release(), tmp_path, IMAGE, "missing")
 
@@ -83,7 +83,7 @@ def test_without_the_file_that_knows_the_splits_it_is_asked_for(tmp_path, releas
     [
         ("{", "not JSON"),
         ("[]", "PASCAL in Detail"),
-        ('{"annos_segmentation": []}', "'images' is no list"),
+        ('{"annos_segmentation": []}', "'images' is not a list"),
         ('{"images": [], "annos_segmentation": []}', "'val'"),
         ('{"images": [{"phase": "val", "image_id": 1}], "annos_segmentation": []}', "entry 0 of 'images'"),
         ('{"images": [], "annos_segmentation": [{"id": 1}]}', "entry 0 of 'annos_segmentation'"),
@@ -152,7 +152,7 @@ def test_masks_decode_as_pycocotools_decodes_them():
         if trial % 2:  # long runs, whose lengths take several characters
             mask = np.maximum.accumulate(mask, axis=trial // 2 % 2)
         code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-        decoded = _decode_mask(int(height), int(width), code["counts"].decode(), "here")
+        decoded = decode_mask(code["counts"].decode(), int(height), int(width), "here")
         assert np.array_equal(decoded, mask)
         assert np.array_equal(decoded, coco_mask.decode(code).astype(bool))
 
@@ -168,7 +168,7 @@ def test_a_missing_label_file_is_named(full):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_label_file_that_is_cut_off_is_named(full, share):
-    cut_off(full / MAT, share)
+    truncate(full / MAT, share)
     check_refused(PascalContext459(), full, MAT)
 
 

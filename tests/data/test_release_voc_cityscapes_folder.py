@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from helpers.miniature_releases import cut_off, save_jpeg, save_png
+from helpers.miniature_releases import save_jpeg, save_png, truncate
 from helpers.miniature_streets import (
     STREET,
     build_cityscapes,
@@ -15,10 +15,10 @@ from helpers.miniature_streets import (
 )
 from helpers.release_checks import check_refused, check_split, read_all
 from ita_segmentation.data.benchmarks.cityscapes import Cityscapes
-from ita_segmentation.data.benchmarks.files import read_label_png
-from ita_segmentation.data.benchmarks.folder import FolderRelease
+from ita_segmentation.data.benchmarks.folder import FolderDataset
 from ita_segmentation.data.benchmarks.pascal_voc import PascalVoc
-from ita_segmentation.data.benchmarks.release import ReleaseError
+from ita_segmentation.data.benchmarks.readers import read_label_png
+from ita_segmentation.errors import ITAError
 
 VOC_20 = PascalVoc("pascal-voc-20")
 
@@ -53,8 +53,8 @@ def test_a_voc_annotation_that_is_missing_is_named(tmp_path):
 def test_a_voc_image_and_its_annotation_are_both_named_where_both_are_bad(tmp_path):
     build_pascal_voc(tmp_path)
     (tmp_path / "JPEGImages/2008_000002.jpg").unlink()
-    cut_off(tmp_path / "SegmentationClass/2008_000002.png")
-    check_refused(VOC_20, tmp_path, "2008_000002.jpg is missing", "2008_000002.png is cut off or damaged")
+    truncate(tmp_path / "SegmentationClass/2008_000002.png")
+    check_refused(VOC_20, tmp_path, "2008_000002.jpg is missing", "2008_000002.png is truncated or damaged")
 
 
 def test_a_voc_label_out_of_range_is_named_with_its_pixels(tmp_path):
@@ -75,8 +75,8 @@ def test_a_voc_annotation_of_another_size_is_named_with_both_sizes(tmp_path):
 @pytest.mark.parametrize("share", [0.3, 0.98])
 def test_a_voc_file_that_is_cut_off_is_named(tmp_path, name, share):
     build_pascal_voc(tmp_path)
-    cut_off(tmp_path / name, share)
-    check_refused(VOC_20, tmp_path, name, "cut off or damaged")
+    truncate(tmp_path / name, share)
+    check_refused(VOC_20, tmp_path, name, "truncated or damaged")
 
 
 def test_a_voc_file_that_is_empty_or_no_image_is_named(tmp_path):
@@ -89,7 +89,7 @@ def test_a_voc_file_that_is_empty_or_no_image_is_named(tmp_path):
     save_jpeg(path)
     check_refused(VOC_20, tmp_path, "2008_000002.png is not a PNG file but JPEG")
     save_png(path, np.zeros((4, 6, 3)))
-    check_refused(VOC_20, tmp_path, "2008_000002.png is no label map: a PNG of mode RGB")
+    check_refused(VOC_20, tmp_path, "2008_000002.png is not a label map: a PNG of mode RGB")
 
 
 def test_one_flipped_bit_in_a_label_does_not_pass(tmp_path):
@@ -99,7 +99,7 @@ def test_one_flipped_bit_in_a_label_does_not_pass(tmp_path):
     start = content.index(b"IDAT") + 4
     for place in range(start, len(content) - 16):  # the rest is the last checksum and the end mark
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-        with pytest.raises(ReleaseError, match=path.name):
+        with pytest.raises(ITAError, match=path.name):
             read_label_png(path)
 
 
@@ -162,8 +162,8 @@ def test_a_cityscapes_train_id_out_of_range_is_named(tmp_path):
 def test_a_cityscapes_map_that_is_missing_cut_off_or_of_another_size_is_named(tmp_path, kind):
     build_cityscapes(tmp_path)
     name = f"gtFine/val/frankfurt/{STREET}_gtFine_{kind}.png"
-    cut_off(tmp_path / name)
-    check_refused(Cityscapes(), tmp_path, name, "cut off or damaged")
+    truncate(tmp_path / name)
+    check_refused(Cityscapes(), tmp_path, name, "truncated or damaged")
     save_png(tmp_path / name, [[7] * 6] * 5, np.uint16 if kind == "instanceIds" else np.uint8)
     check_refused(Cityscapes(), tmp_path, name, "6 x 5 pixels", "is 6 x 4")
     (tmp_path / name).unlink()
@@ -193,7 +193,7 @@ def test_a_folder_that_is_not_cityscapes_says_what_was_expected_and_what_was_fou
 
 def test_a_folder_gives_indices_into_its_class_file(tmp_path):
     expected = build_folder(tmp_path)
-    release = FolderRelease.at(tmp_path)
+    release = FolderDataset.at(tmp_path)
     assert release.splits == ("train",) and release.ignore_index == 255
     assert [category.name for category in release.categories] == ["cat", "dog, puppy", "grass"]
     assert {category.is_thing for category in release.categories} == {None}
@@ -208,7 +208,7 @@ def test_a_folder_may_have_splits_and_things(tmp_path):
         (tmp_path / part).rename(tmp_path / "validation")
         (tmp_path / part).mkdir()
         (tmp_path / "validation").rename(tmp_path / part / "validation")
-    release = FolderRelease.at(tmp_path)
+    release = FolderDataset.at(tmp_path)
     assert release.splits == ("validation",)
     assert [category.is_thing for category in release.categories] == [True, True, False]
     check_split(release, tmp_path, "validation", expected["train"])
@@ -217,7 +217,7 @@ def test_a_folder_may_have_splits_and_things(tmp_path):
 def test_the_ids_of_a_text_file_of_classes_are_the_labels(tmp_path):
     build_folder(tmp_path)
     (tmp_path / "words.txt").write_text("0:invalid_class_id\n1:cat,kitten\n2:dog\n255:sky\n")
-    release = FolderRelease.at(tmp_path, tmp_path / "words.txt")
+    release = FolderDataset.at(tmp_path, tmp_path / "words.txt")
     assert [category.name for category in release.categories] == ["cat, kitten", "dog", "sky"]
     labels = {name: image.label.tolist() for name, image in read_all(release, tmp_path, "train").items()}
     assert labels["a"] == [[255] * 6, [0] * 6, [1] * 6, [2] * 6]  # 255 is a class here, and 0 is none
@@ -227,7 +227,7 @@ def test_the_ids_of_a_text_file_of_classes_are_the_labels(tmp_path):
 def test_more_than_255_classes_have_labels_of_16_bits(tmp_path):
     build_folder(tmp_path, [f"class {number}" for number in range(300)])
     save_png(tmp_path / "labels/b.png", [[65535] * 6, [299] * 6, [2] * 6, [255] * 6], np.uint16)
-    release = FolderRelease.at(tmp_path)
+    release = FolderDataset.at(tmp_path)
     assert release.ignore_index == 65535
     label = read_all(release, tmp_path, "train")["b"].label
     assert label.dtype == np.uint16 and label[:, 0].tolist() == [65535, 299, 2, 255]
@@ -236,27 +236,27 @@ def test_more_than_255_classes_have_labels_of_16_bits(tmp_path):
 def test_an_image_without_label_and_a_label_without_image_are_named(tmp_path):
     build_folder(tmp_path)
     (tmp_path / "labels/a.png").unlink()
-    check_refused(FolderRelease.at(tmp_path), tmp_path, "labels/a.png is missing", split="train")
+    check_refused(FolderDataset.at(tmp_path), tmp_path, "labels/a.png is missing", split="train")
     save_png(tmp_path / "labels/a.png", [[0] * 6] * 4)
     (tmp_path / "images/b.jpg").unlink()
-    check_refused(FolderRelease.at(tmp_path), tmp_path, "images/b.* is missing", split="train")
+    check_refused(FolderDataset.at(tmp_path), tmp_path, "images/b.* is missing", split="train")
 
 
 def test_a_label_beyond_the_classes_and_a_label_of_few_bits_are_named(tmp_path):
     build_folder(tmp_path)
     save_png(tmp_path / "labels/a.png", [[3] * 6] * 4)
     check_refused(
-        FolderRelease.at(tmp_path), tmp_path, "labels/a.png has labels out of range: 3", split="train"
+        FolderDataset.at(tmp_path), tmp_path, "labels/a.png has labels out of range: 3", split="train"
     )
     save_png(tmp_path / "labels/a.png", [[0] * 6] * 4, bool)
-    check_refused(FolderRelease.at(tmp_path), tmp_path, "labels/a.png is a grey PNG of fewer", split="train")
+    check_refused(FolderDataset.at(tmp_path), tmp_path, "labels/a.png is a gray PNG of fewer", split="train")
 
 
 def test_two_images_of_one_name_are_named(tmp_path):
     build_folder(tmp_path)
     save_png(tmp_path / "images/a.png", np.zeros((4, 6, 3)))
     check_refused(
-        FolderRelease.at(tmp_path), tmp_path, "two files for one image: a.jpg and a.png", split="train"
+        FolderDataset.at(tmp_path), tmp_path, "two files for one image: a.jpg and a.png", split="train"
     )
 
 
@@ -274,18 +274,18 @@ def test_two_images_of_one_name_are_named(tmp_path):
 def test_a_class_file_that_cannot_be_used_is_named(tmp_path, classes, message):
     build_folder(tmp_path)
     (tmp_path / "classes.json").write_text(json.dumps(classes))
-    with pytest.raises(ReleaseError, match=message) as refusal:
-        FolderRelease.at(tmp_path)
+    with pytest.raises(ITAError, match=message) as refusal:
+        FolderDataset.at(tmp_path)
     assert "classes.json" in str(refusal.value)
 
 
 def test_a_folder_without_class_file_or_labels_says_what_was_expected(tmp_path):
     build_folder(tmp_path)
     (tmp_path / "classes.json").unlink()
-    with pytest.raises(ReleaseError, match=r"missing: classes.json; found: images/, labels/"):
-        FolderRelease.at(tmp_path)
+    with pytest.raises(ITAError, match=r"missing: classes.json; found: images/, labels/"):
+        FolderDataset.at(tmp_path)
     (tmp_path / "labels").rename(tmp_path / "masks")
-    with pytest.raises(ReleaseError, match=r"missing: labels; found: images/, masks/"):
-        FolderRelease.at(tmp_path)
-    with pytest.raises(ReleaseError, match="nowhere"):
-        FolderRelease.at(tmp_path / "nowhere")
+    with pytest.raises(ITAError, match=r"missing: labels; found: images/, masks/"):
+        FolderDataset.at(tmp_path)
+    with pytest.raises(ITAError, match="nowhere"):
+        FolderDataset.at(tmp_path / "nowhere")

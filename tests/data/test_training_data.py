@@ -14,25 +14,18 @@ from torch.utils.data import DataLoader
 
 from helpers import prepared_squares
 from helpers.tiny_checkpoint import CLASSES, tiny_config
-from ita_segmentation.data.training.augmentation import (
-    GREY,
+from ita_segmentation.data.training import (
+    CorruptImageError,
+    EvaluationCollator,
     LargeScaleJitter,
     ShortestEdgeCrop,
-    own_randomness,
-)
-from ita_segmentation.data.training.datasets import (
-    CorruptImage,
-    EvaluationCollator,
     TrainingCollator,
     load_disk,
 )
+from ita_segmentation.data.training.augmentation import GRAY, seeded
 from ita_segmentation.data.training.rows import MappedRows, ParquetRows
-from ita_segmentation.data.training.targets import (
-    TargetMap,
-    label_map_targets,
-    segment_map_targets,
-    segment_targets,
-)
+from ita_segmentation.data.training.targets import TargetMap, segment_targets, semantic_targets
+from ita_segmentation.errors import ITAError
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 
 ROWS, GROUP = 11, 3
@@ -64,8 +57,8 @@ def prepared(tmp_path_factory):
 
 def load(folder, window=None, **options):
     settings = {"train_split": "train", "eval_split": "validation", "unseen": [], "eval_images": 9}
-    jitter = LargeScaleJitter(64, 0.5, 2.0, colour=True)
-    return load_disk(str(folder), jitter=jitter, shuffle_window=window, **settings | options)
+    jitter = LargeScaleJitter(64, 0.5, 2.0, color_jitter=True)
+    return load_disk(str(folder), augmentation=jitter, shuffle_window=window, **settings | options)
 
 
 def same(first, second):
@@ -85,7 +78,7 @@ def test_crowds_void_and_unseen_classes_are_no_targets():
         {"id": 8, "class_id": 1, "isthing": True, "iscrowd": False},
         {"id": 9, "class_id": 2, "isthing": False, "iscrowd": False},
     ]
-    masks, classes = segment_targets(panoptic, segments, np.array([0, -1, 1]))
+    masks, classes = segment_targets(panoptic, segments, np.array([0, -1, 1])).masks()
     assert classes.tolist() == [0, 1]
     assert masks.int().tolist() == [[[1, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 1], [0, 0, 0, 1]]]
 
@@ -93,7 +86,7 @@ def test_crowds_void_and_unseen_classes_are_no_targets():
 def test_an_image_may_have_more_targets_than_a_byte_counts():
     ids = np.arange(1, 301).reshape(10, 30) * 50_000
     segments = [{"id": int(i), "class_id": 0, "isthing": True} for i in ids.ravel()]
-    masks, classes = segment_map_targets(ids, segments, np.array([0])).masks()
+    masks, classes = segment_targets(ids, segments, np.array([0])).masks()
     assert len(classes) == 300 and torch.equal(masks.flatten(1).int(), torch.eye(300, dtype=torch.int32))
 
 
@@ -106,8 +99,8 @@ def test_masks_are_of_targets_that_have_a_pixel_and_are_bool():
 
 @pytest.mark.parametrize("value", [2, 200, 256])
 def test_a_label_that_is_no_class_is_refused(value):
-    with pytest.raises(ValueError, match=f"holds {value}, which is no class"):
-        label_map_targets(np.array([[0, 1, 255, value]], np.uint16), np.array([0, 1]))
+    with pytest.raises(ValueError, match=f"contains {value}, which is not a class"):
+        semantic_targets(np.array([[0, 1, 255, value]], np.uint16), np.array([0, 1]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,7 +119,7 @@ def test_what_is_filled_up_is_grey_and_void():
     pil_image, maps = LargeScaleJitter(64, 0.5, 0.5, fill=True)(image, torch.ones(30, 60, dtype=torch.uint8))
     assert pil_image.shape == (3, 64, 64) and maps.shape == (64, 64)
     assert maps.sum() == 16 * 32 and maps[:16, :32].all()
-    assert (pil_image[:, :16, :32] == 9).all() and (pil_image[:, maps == 0] == GREY).all()
+    assert (pil_image[:, :16, :32] == 9).all() and (pil_image[:, maps == 0] == GRAY).all()
 
 
 def test_a_crop_that_one_class_fills_is_drawn_again():
@@ -148,27 +141,27 @@ def test_the_shortest_edge_takes_tenths_of_the_size():
     assert sizes == {50, 60, 70}
 
 
-def test_colours_change_but_never_places():
+def test_colors_change_but_never_places():
     image = torch.full((3, 40, 40), 60, dtype=torch.uint8)
     image[0] = 200
     labels = torch.ones(40, 40, dtype=torch.uint8)
     torch.manual_seed(0)
-    seen = [LargeScaleJitter(40, 1.0, 1.0, colour=True)(image, labels)[0][:, 0, 0] for _ in range(40)]
-    assert len({tuple(colour.tolist()) for colour in seen}) > 10
-    assert all(colour.argmax() == 0 for colour in seen)
+    seen = [LargeScaleJitter(40, 1.0, 1.0, color_jitter=True)(image, labels)[0][:, 0, 0] for _ in range(40)]
+    assert len({tuple(color.tolist()) for color in seen}) > 10
+    assert all(color.argmax() == 0 for color in seen)
 
 
 def test_lent_randomness_is_the_keys_alone_and_leaves_no_trace():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with own_randomness(1, 2, 3):
+    with seeded(1, 2, 3):
         inside = torch.rand(3)
     assert torch.equal(torch.rand(3), expected)
-    with own_randomness(1, 2, 3):
+    with seeded(1, 2, 3):
         assert torch.equal(torch.rand(3), inside)
     for other in ((1, 2, 4), (1, 3, 3), (2, 2, 3)):
-        with own_randomness(*other):
+        with seeded(*other):
             assert not torch.equal(torch.rand(3), inside)
 
 
@@ -206,7 +199,7 @@ def examples_of(loader, epoch):
     return [example for batch in loader for example in batch]
 
 
-def test_an_epoch_holds_each_image_once_in_an_order_and_look_of_its_own(prepared, window):
+def test_an_epoch_has_each_image_once_in_its_own_order_and_augmentation(prepared, window):
     loader = loader_of(prepared, window)
     epochs = [{e["image_id"]: e for e in examples_of(loader, epoch)} for epoch in (0, 1)]
     assert [len(epoch) for epoch in epochs] == [ROWS, ROWS] and epochs[0].keys() == epochs[1].keys()
@@ -253,7 +246,7 @@ def test_parquet_files_hold_the_rows_that_datasets_reads(prepared):
     assert all(same(mapped[position], streamed[position]) for position in (0, 5, ROWS - 1, 3 * ROWS + 4))
 
 
-def test_rows_are_shuffled_in_a_window_of_row_groups_and_no_more_are_kept(prepared):
+def test_rows_are_shuffled_in_a_window_of_row_groups_and_no_more_are_cache(prepared):
     rows = ParquetRows([prepared / "data/train-00000-of-00001.parquet"], "train", window=2 * GROUP)
     order = rows.order(torch.Generator().manual_seed(0)).tolist()
     assert sorted(order) == list(range(ROWS)) != order
@@ -269,14 +262,14 @@ def test_rows_are_shuffled_in_a_window_of_row_groups_and_no_more_are_kept(prepar
         )
         names = [rows[index]["image_id"] for index in order]
     assert names == [f"image_{index}" for index in order]
-    assert sorted(reads) == [0, 1, 2, 3] and len(rows._kept) == 2
+    assert sorted(reads) == [0, 1, 2, 3] and len(rows._cache) == 2
 
 
 def test_streaming_needs_a_prepared_data_set(tmp_path):
     datasets.Dataset.from_list(make_rows(1), features=prepared_squares.features()).save_to_disk(
         tmp_path / "a"
     )
-    with pytest.raises(ValueError, match="run_prepare"):
+    with pytest.raises(ITAError, match="ita prepare"):
         load(tmp_path / "a", window=4)
 
 
@@ -296,7 +289,7 @@ def other_size(value):
 
 DAMAGE = {
     "cut off": ("image", cut, "its image cannot be read"),
-    "no image": ("image", lambda value: {"bytes": b"hello", "path": None}, "its image cannot be read"),
+    "not an image": ("image", lambda value: {"bytes": b"hello", "path": None}, "its image cannot be read"),
     "empty": ("image", lambda value: {"bytes": b"", "path": None}, "its image cannot be read"),
     "map cut off": ("panoptic", cut, "its panoptic map cannot be read"),
     "other size": ("image", other_size, "its panoptic map has 60 x 42 pixels, its image 5 x 7"),
@@ -318,7 +311,7 @@ def damaged(request, tmp_path_factory):
 
 def test_a_corrupt_image_ends_the_run_by_its_name_in_one_line(damaged, window):
     folder, said = damaged
-    with pytest.raises(CorruptImage) as caught:
+    with pytest.raises(CorruptImageError) as caught:
         load(folder, window)[1][2]
     message = str(caught.value)
     assert "\n" not in message and message.startswith("image_2 (train[2]): ") and said in message
@@ -328,7 +321,7 @@ def test_a_worker_s_complaint_is_the_same_line(tmp_path):
     rows = make_rows(3)
     rows[2]["image"] = cut(rows[2]["image"])
     training = load(save(tmp_path, rows), window=1)[1]
-    with pytest.raises(CorruptImage, match=r"^image_2 \(train\[2\]\): .*") as caught:
+    with pytest.raises(CorruptImageError, match=r"^image_2 \(train\[2\]\): .*") as caught:
         list(DataLoader(training, batch_size=1, collate_fn=list, num_workers=1))
     assert "\n" not in str(caught.value)
 
@@ -343,7 +336,7 @@ def test_a_corrupt_image_is_passed_over_if_asked(damaged, window):
 
 
 def test_evaluation_names_a_corrupt_image_or_counts_none_of_its_pixels(damaged, window):
-    with pytest.raises(CorruptImage, match="image_2"):
+    with pytest.raises(CorruptImageError, match="image_2"):
         load(damaged[0], window)[2][2]
     evaluation = load(damaged[0], window, skip_corrupt=True)[2]
     batch = EvaluationCollator(ITAImageProcessor(), do_resize=False)([evaluation[1], evaluation[2]])
@@ -352,7 +345,7 @@ def test_evaluation_names_a_corrupt_image_or_counts_none_of_its_pixels(damaged, 
 
 def test_a_data_set_of_corrupt_images_ends_the_run(tmp_path):
     rows = [row | {"image": cut(row["image"])} for row in make_rows(3)]
-    with pytest.raises(CorruptImage):
+    with pytest.raises(CorruptImageError):
         load(save(tmp_path, rows), skip_corrupt=True)[1][0]
 
 

@@ -50,7 +50,7 @@ def segment(segment_id: int, category_id: int, isthing: bool, iscrowd: bool = Fa
     return {"id": segment_id, "category_id": category_id, "isthing": isthing, "iscrowd": iscrowd}
 
 
-def cut_off(path: Path, share: float = 0.6) -> None:
+def truncate(path: Path, share: float = 0.6) -> None:
     """Leaves only the first part of a file."""
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])

@@ -16,8 +16,7 @@ from open_clip.model import CustomTextCLIP
 
 from helpers.tiny_checkpoint import tiny_config
 from ita_segmentation.cli import train as run_train
-from ita_segmentation.data.training.arguments import augmentation_of
-from ita_segmentation.data.training.augmentation import LargeScaleJitter, ShortestEdgeCrop
+from ita_segmentation.data.training import LargeScaleJitter, ShortestEdgeCrop, build_augmentation
 from ita_segmentation.training.arguments import BadInput
 from ita_segmentation.training.clip_source import read_clip
 from modeling_ita.clip_backbone import resolve_clip_config
@@ -37,7 +36,7 @@ def read(name: str, folder: Path):
 def test_a_recipe_holds_nothing_but_arguments_of_run_train(name, tmp_path):
     model, data, _ = read(name, tmp_path)
     assert (model.clip is None) or (model.model is None)
-    assert augmentation_of(data).size == data.image_size
+    assert build_augmentation(data).size == data.image_size
     given = yaml.safe_load((RECIPES / name).read_text())
     assert data.image_size == given["image_size"] and set(model.config_changes) == set(
         given.get("model_config", {})
@@ -53,7 +52,7 @@ def test_the_recipes_of_the_paper_are_there():
 def test_a_coco_recipe_is_the_paper_s(name, tmp_path):
     _, data, training = read(name, tmp_path)
     assert (data.image_size, data.min_scale, data.max_scale, data.flip) == (1024, 0.1, 2.0, True)
-    assert isinstance(augmentation_of(data), LargeScaleJitter) and data.fill_crop
+    assert isinstance(build_augmentation(data), LargeScaleJitter) and data.fill_crop
     assert training.max_steps == 368_750 and 8 * training.per_device_train_batch_size == 16
     assert (training.learning_rate, training.weight_decay, training.max_grad_norm) == (1e-4, 0.05, 0.01)
     assert training.lr_scheduler_type == "step" and training.lr_milestones == [0.89, 0.96]
@@ -70,7 +69,7 @@ def test_a_coco_recipe_names_a_clip_that_open_clip_has_and_the_network_takes(nam
 def test_fine_tuning_starts_from_the_model_that_ships(tmp_path):
     model, data, _ = read("finetune_folder.yaml", tmp_path)
     assert (RECIPES.parent / model.model / "config.json").is_file()
-    assert isinstance(augmentation_of(data), ShortestEdgeCrop)
+    assert isinstance(build_augmentation(data), ShortestEdgeCrop)
 
 
 # ------------------------------------------------------------------------------------------------------------

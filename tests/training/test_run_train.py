@@ -14,18 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from ita_segmentation.cli import train as run_train
 from ita_segmentation.data.scenes.dataset import SPLITS, scenes_dataset
-from ita_segmentation.data.training.augmentation import LargeScaleJitter
-from ita_segmentation.data.training.datasets import (
-    IGNORE_INDEX,
+from ita_segmentation.data.training import (
+    LargeScaleJitter,
     ScenesEvaluation,
     ScenesTraining,
     TrainingCollator,
-    class_names,
     load_disk,
     scenes_classes,
-    segment_targets,
-    semantic_targets,
 )
+from ita_segmentation.data.training.classes import class_names
+from ita_segmentation.data.training.targets import IGNORE_INDEX, segment_targets, semantic_targets
+from ita_segmentation.errors import ITAError
 from ita_segmentation.training.history import read_history
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 
@@ -306,7 +305,7 @@ def test_things_are_masks_one_by_one_and_stuff_is_one_mask_per_class():
         {"id": 5, "class_id": 1, "isthing": True},
         {"id": 9, "class_id": 0, "isthing": True},
     ]
-    masks, labels = segment_targets(panoptic, segments, np.array([0, -1, 1]))
+    masks, labels = segment_targets(panoptic, segments, np.array([0, -1, 1])).masks()
     assert labels.tolist() == [0, 0, 1]
     assert [mask.nonzero().tolist() for mask in masks] == [
         [[0, 0], [0, 1]],
@@ -316,9 +315,9 @@ def test_things_are_masks_one_by_one_and_stuff_is_one_mask_per_class():
 
 
 def test_a_label_map_gives_one_mask_per_seen_class():
-    masks, labels = semantic_targets(np.array([[0, 2], [1, IGNORE_INDEX]]), np.array([0, -1, 1]))
+    masks, labels = semantic_targets(np.array([[0, 2], [1, IGNORE_INDEX]]), np.array([0, -1, 1])).masks()
     assert labels.tolist() == [0, 1] and masks.sum((1, 2)).tolist() == [1, 1]
-    masks, labels = semantic_targets(np.full((2, 3), IGNORE_INDEX), np.array([0]))
+    masks, labels = semantic_targets(np.full((2, 3), IGNORE_INDEX), np.array([0])).masks()
     assert masks.shape == (0, 2, 3) and labels.shape == (0,)
 
 
@@ -394,7 +393,7 @@ def test_scenes_saved_to_disk_keep_their_synonyms_and_their_split(tmp_path):
         train_split="train",
         eval_split="validation",
         unseen=[],
-        jitter=jitter,
+        augmentation=jitter,
         eval_images=1,
     )
     assert classes == scenes_classes() and evaluation is None
@@ -412,13 +411,13 @@ def test_a_data_set_without_class_names_or_columns_is_refused(tmp_path):
     options = {
         "train_split": "train",
         "eval_split": "validation",
-        "jitter": LargeScaleJitter(64),
+        "augmentation": LargeScaleJitter(64),
         "eval_images": 1,
     }
-    with pytest.raises(ValueError, match="no class names"):
+    with pytest.raises(ITAError, match="no class names"):
         load_disk(str(tmp_path / "plain"), unseen=[], **options)
     table.remove_columns("label").save_to_disk(tmp_path / "bare")
-    with pytest.raises(ValueError, match="needs columns"):
+    with pytest.raises(ITAError, match="needs columns"):
         load_disk(str(tmp_path / "bare"), unseen=[], **options)
     assert class_names({"a": datasets.List({"b": datasets.ClassLabel(names=["x"])})}) == ["x"]
 

@@ -1,8 +1,8 @@
-"""ADE20K: the 150 classes of the scene parsing challenge (ADEChallengeData2016), and 847 of the full data set.
+"""ADE20K: the 150 classes of the scene parsing challenge (ADEChallengeData2016), and 847 of the full dataset.
 
-What the published evaluations make of the two releases is made here as well: panoptic maps are stuff from the
-semantic annotation with the instances on top (Mask2Former's preparation), and images of the full data set are
-brought to a shortest side of at most 512 pixels (MaskFormer's).
+Follows the preparation of the published evaluations: panoptic maps are stuff from the semantic annotation with the
+instances on top (Mask2Former), and images of the full dataset are resized to a shortest side of at most 512 pixels
+(MaskFormer).
 """
 
 from __future__ import annotations
@@ -16,22 +16,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ita_segmentation.data.benchmarks.files import (
-    ImageFiles,
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.readers import (
     check_same_size,
     decode,
     files_by_stem,
     image_size,
-    missing_files,
     read_bytes,
     read_color_png,
     read_pair,
     relabel,
     require_folder,
 )
-from ita_segmentation.data.benchmarks.release import Category, LabelledImage, ReleaseError
-from ita_segmentation.data.categories import category_ids, load_categories
-from ita_segmentation.errors import one_line
+from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.errors import ITAError, one_line
 
 FOLDERS = {"train": "training", "validation": "validation"}
 
@@ -43,21 +41,21 @@ FOLDERS = {"train": "training", "validation": "validation"}
 class Ade20k150:
     """ADEChallengeData2016: 150 classes, 100 of them things.
 
-    Semantic labels are `annotations/*.png`: 0 is another class, 1..150 the classes. `annotations_instance/*.png`,
-    published apart, has the instances: R is 1..100, which of the thing classes in their order, and G the instance
+    Semantic labels are `annotations/*.png`: 0 is any other class, 1..150 the classes. `annotations_instance/*.png`,
+    a separate download, has the instances: R (1..100) is the number of the thing class, and G that of the instance
     within the image, 0 for none. Without that folder the images have no panoptic maps.
     """
 
     categories: Sequence[Category] = load_categories("ade20k-150")
     ignore_index = 255
     splits: tuple[str, ...] = ("train", "validation")
-    has_segments = True
     layout = (
         "ADEChallengeData2016: images/{training,validation}/*.jpg, annotations/{training,validation}/*.png "
         "and, for instances, annotations_instance/{training,validation}/*.png"
     )
 
-    def index(self, source: Path, split: str) -> list[ImageFiles]:
+    def index(self, source: Path, split: str) -> list[ImageEntry]:
+        """List the images of a split; see `SourceDataset.index`."""
         folder = FOLDERS[split]
         images, labels, instances = (
             f"{part}/{folder}" for part in ("images", "annotations", "annotations_instance")
@@ -68,40 +66,43 @@ class Ade20k150:
             | files_by_stem(source / labels, (".png",)).keys()
         )
         if not stems:
-            raise ReleaseError(f"{source / images} has no images (*.jpg)")
+            raise ITAError(f"{source / images} has no images (*.jpg)")
         has_instances = (source / instances).is_dir()
         return [
-            ImageFiles(
+            ImageEntry(
                 image_id=stem,
                 image=f"{images}/{stem}.jpg",
                 label=f"{labels}/{stem}.png",
                 instances=f"{instances}/{stem}.png" if has_instances else None,
+                has_segments=has_instances,
             )
             for stem in sorted(stems)
         ]
 
-    def read(self, source: Path, item: ImageFiles) -> LabelledImage:
-        image, annotation = read_pair(source, item)
+    def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
+        """Read one image; see `SourceDataset.read`."""
+        image, annotation = read_pair(source, entry)
         values = {0: self.ignore_index} | {index + 1: index for index in range(len(self.categories))}
-        label = relabel(annotation, values, self.ignore_index, source / item.label)
-        if item.instances is None:
-            return LabelledImage(item.image_id, image, label)
-        path = source / item.instances
+        label = relabel(annotation, values, self.ignore_index, source / str(entry.label))
+        if entry.instances is None:
+            return LabeledImage(entry.image_id, image, label)
+        path = source / entry.instances
         instances = read_color_png(path)
-        check_same_size(image_size(image), instances, source / item.image, path)
+        check_same_size(image_size(image), instances, source / entry.image, path)
         panoptic, segments = self._panoptic(label, instances, path)
-        return LabelledImage(item.image_id, image, label, panoptic, segments)
+        return LabeledImage(entry.image_id, image, label, panoptic, segments)
 
     def _panoptic(
         self, label: np.ndarray, instances: np.ndarray, path: Path
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Stuff of the semantic annotation with the instances on top; pixels of things without instance are void.
+        """Put the instances on top of the stuff of the semantic annotation; things without an instance become void.
 
-        As published, a stuff class that the instances cover altogether keeps its segment, of no pixels.
+        As published, a stuff class that instances cover completely keeps its segment, without pixels.
 
         Args:
             label: (H, W) uint8 class indices or 255.
-            instances: (H, W, 3) uint8 as in the release.
+            instances: (H, W, 3) uint8 of the release.
+            path: the file of the instances, for messages.
 
         Returns:
             (H, W) int32 segment ids from 1, stuff before things, and the segments.
@@ -125,7 +126,7 @@ class Ade20k150:
 
 
 def _class_of_instances(instances: np.ndarray, path: Path) -> dict[int, int]:
-    """Thing class (R, 1..100) of each instance (G, from 1) of a map (H, W, 3) uint8, in the order of instances."""
+    """Read the thing class (R, 1..100) of each instance (G, from 1) of a map (H, W, 3) uint8, by instance."""
     pairs = np.bincount((instances[..., 1].astype(np.int64) * 256 + instances[..., 0]).ravel())
     classes: dict[int, int] = {}
     for pair in np.flatnonzero(pairs).tolist():
@@ -133,11 +134,11 @@ def _class_of_instances(instances: np.ndarray, path: Path) -> dict[int, int]:
         if number == 0:
             continue
         if number in classes:
-            raise ReleaseError(
+            raise ITAError(
                 f"{path}: instance {number} (G) has two classes (R): {classes[number]} and {thing_class}"
             )
         if not 1 <= thing_class <= 100:
-            raise ReleaseError(f"{path}: instance {number} (G) has the class (R) {thing_class}, not 1..100")
+            raise ITAError(f"{path}: instance {number} (G) has the class (R) {thing_class}, not 1..100")
         classes[number] = thing_class
     return classes
 
@@ -150,37 +151,38 @@ class Ade20k847:
     """ADE20K_2021_17_01: 847 of its more than 3,000 classes, the others ignored.
 
     `index_ade20k.pkl` lists the images; in their `_seg.png` a class is (R // 10) * 256 + G. Images and labels
-    whose shortest side is above 512 pixels are brought to 512, the image bilinearly and without smoothing, the
-    labels by the nearest pixel; an image that was resized is stored as PNG, others as they are.
+    whose shortest side is above 512 pixels are resized to 512, images bilinearly without antialiasing, labels by the
+    nearest pixel. Resized images are stored as PNG; all others keep their file content.
     """
 
     categories: Sequence[Category] = load_categories("ade20k-847")
     ignore_index = 65535
     splits: tuple[str, ...] = ("train", "validation")
-    has_segments = False
     layout = (
         "ADE20K_2021_17_01: index_ade20k.pkl and images/ADE/{training,validation}/**/*.jpg "
         "with *_seg.png beside them"
     )
 
-    def index(self, source: Path, split: str) -> list[ImageFiles]:
+    def index(self, source: Path, split: str) -> list[ImageEntry]:
+        """List the images of a split; see `SourceDataset.index`."""
         require_folder(source, ["index_ade20k.pkl", "images"], self.layout)
         path = source / "index_ade20k.pkl"
         content = _load_plain_pickle(path)
         names, folders = _strings(content, "filename", path), _strings(content, "folder", path)
         if len(names) != len(folders):
-            raise ReleaseError(f"{path} has {len(names):,} names ('filename') but {len(folders):,} folders")
-        items = []
+            raise ITAError(f"{path} has {len(names):,} names ('filename') but {len(folders):,} folders")
+        entries = []
         for folder, name in zip(folders, names, strict=True):
             if name.startswith("ADE_val_") == (split == "validation"):
                 image = _inside_release(folder, name, path)
-                items.append(ImageFiles(Path(image).stem, image, image.removesuffix(".jpg") + "_seg.png"))
-        if not items:
-            raise ReleaseError(f"{path} lists no images of {split} (ADE_val_* are those of validation)")
-        return items
+                entries.append(ImageEntry(Path(image).stem, image, image.removesuffix(".jpg") + "_seg.png"))
+        if not entries:
+            raise ITAError(f"{path} lists no images of {split} (ADE_val_* are those of validation)")
+        return entries
 
-    def read(self, source: Path, item: ImageFiles) -> LabelledImage:
-        image_path, label_path = source / item.image, source / item.label
+    def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
+        """Read one image; see `SourceDataset.read`."""
+        image_path, label_path = source / entry.image, source / str(entry.label)
         image = read_bytes(image_path)
         pil_image = decode(image, image_path)
         encoded = read_color_png(label_path)
@@ -191,18 +193,18 @@ class Ade20k847:
             encoded = _resize_nearest(encoded, size)
         full_index = encoded[..., 0].astype(np.uint16) // 10 * 256 + encoded[..., 1]
         if full_index.max() > NUM_OBJECTS:
-            raise ReleaseError(
+            raise ITAError(
                 f"{label_path} has the class {full_index.max()}, above the {NUM_OBJECTS:,} of the full list"
             )
-        return LabelledImage(item.image_id, image, _FULL_TO_847[full_index])
+        return LabeledImage(entry.image_id, image, _FULL_TO_847[full_index])
 
 
 NUM_OBJECTS = 3688
-"""Object classes of the full data set; a label is one of 0 (none) to this."""
+"""Object classes of the full dataset; labels are 0 (none) to this number."""
 
 
 def _class_table(benchmark: str, num_values: int, ignore_index: int) -> np.ndarray:
-    """(num_values,) uint16: the class index of each value of a release's labels, or the ignore index."""
+    """Build (num_values,) uint16: the class index of each label value, or the ignore index."""
     table = np.full(num_values, ignore_index, np.uint16)
     ids = category_ids(benchmark)
     table[list(ids)] = np.arange(len(ids))
@@ -213,21 +215,21 @@ _FULL_TO_847 = _class_table("ade20k-847", 26 * 256, Ade20k847.ignore_index)
 
 
 def _inside_release(folder: str, name: str, path: Path) -> str:
-    """Path of a listed image relative to the release; the list begins folders with the release's own name."""
+    """Path of a listed image relative to the source; the list puts the name of the release before each folder."""
     parts = PurePosixPath(folder).parts
     inside = PurePosixPath(*parts[parts[:1] == ("ADE20K_2021_17_01",) :], name)
     if inside.is_absolute() or ".." in inside.parts or "/" in name or inside.suffix != ".jpg":
-        raise ReleaseError(f"{path} lists what is no image of the release: {folder}/{name}")
+        raise ITAError(f"{path} lists something that is not an image of the release: {folder}/{name}")
     return str(inside)
 
 
 def _strings(content: Any, key: str, path: Path) -> list[str]:
-    """The list of strings under a key of the index."""
+    """Read the list of strings under a key of the index."""
     if not isinstance(content, Mapping) or key not in content:
-        raise ReleaseError(f"{path} is not ADE20K's index: it has no {key!r}")
+        raise ITAError(f"{path} is not ADE20K's index: it has no {key!r}")
     values = content[key].tolist() if isinstance(content[key], np.ndarray) else content[key]
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ReleaseError(f"{path} is not ADE20K's index: its {key!r} is no list of strings")
+        raise ITAError(f"{path} is not ADE20K's index: its {key!r} is not a list of strings")
     return values
 
 
@@ -236,44 +238,53 @@ def _strings(content: Any, key: str, path: Path) -> list[str]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain values and numpy arrays; a pickle that asks for anything else is refused before it gets it."""
+    """Unpickles plain values and numpy arrays; refuses to import anything else."""
 
-    ADMITTED = {
+    ALLOWED = {
         ("_codecs", "encode"),  # bytes in pickles of the old protocols
         ("numpy", "dtype"),
         ("numpy", "ndarray"),
-        *(
-            (f"numpy.{core}.multiarray", name)
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        ),
-        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy._core.numeric", "_frombuffer"),
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ADMITTED:
+        """Import a class or function, if it is allowed."""
+        if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a list of images does not need")
         return super().find_class(module, name)
 
 
+# What unpickling raises on damaged files.
 _PICKLE_ERRORS = (
-    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError),
-    *(ValueError, OverflowError, MemoryError, OSError),
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    TypeError,
+    ValueError,
 )
 
 
 def _load_plain_pickle(path: Path) -> Any:
-    """The content of a pickle of plain values and numpy arrays.
+    """Read a pickle of plain values and numpy arrays.
 
     Raises:
-        ReleaseError: it is cut off or damaged, or would run code of another kind.
+        ITAError: if it is truncated or damaged, or would run code.
     """
-    missing_files([path], "the list of images")
+    content = io.BytesIO(read_bytes(path))
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file).load()
+        return _PlainUnpickler(content).load()
     except _PICKLE_ERRORS as error:
-        raise ReleaseError(f"{path} is refused or damaged: {one_line(error, 160)}") from error
+        raise ITAError(f"{path} is refused or damaged: {one_line(error, 160)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -281,7 +292,7 @@ def _load_plain_pickle(path: Path) -> Any:
 
 
 def _reduced_size(height: int, width: int, shortest: int = 512) -> tuple[int, int] | None:
-    """(height, width) with the shortest side at `shortest` pixels; None if it is not longer now."""
+    """(height, width) with the shortest side at `shortest` pixels; None if it is not longer than that."""
     if min(height, width) <= shortest:
         return None
     if width >= height:
@@ -290,9 +301,9 @@ def _reduced_size(height: int, width: int, shortest: int = 512) -> tuple[int, in
 
 
 def _resize_nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, C) -> (h, w, C): each pixel is the one at the floor of its place times the scale, as in OpenCV.
+    """Resize (H, W, C) to (h, w, C) as OpenCV's INTER_NEAREST does: each pixel is at the floor of its scaled position.
 
-    The scale is the reciprocal of a rounded quotient, which decides between two pixels now and then.
+    The scale is the reciprocal of a rounded quotient, as in OpenCV; this sometimes decides between two pixels.
     """
     rows, columns = (
         np.minimum(np.floor(np.arange(new) * (1.0 / (new / old))).astype(np.int64), old - 1)
@@ -302,7 +313,7 @@ def _resize_nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, C) uint8 -> (h, w, C) uint8 between the two nearest rows and columns, without smoothing, as in OpenCV."""
+    """Resize (H, W, C) uint8 to (h, w, C) as OpenCV's INTER_LINEAR does: without antialiasing."""
     reduced = pixels
     for axis, new in enumerate(size):
         old = pixels.shape[axis]

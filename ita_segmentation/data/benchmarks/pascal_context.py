@@ -1,4 +1,4 @@
-"""Pascal Context: images of VOC2010 with every pixel labelled, as 59 frequent classes or as all 459.
+"""Pascal Context: images of VOC2010 with every pixel labeled, as 59 frequent classes or as all 459.
 
 Both take their split from `trainval_merged.json`, the annotations of PASCAL in Detail ("phase": "train" or "val"),
 as the published evaluations do: 4,996 and 5,104 images. The 59 classes come from the masks in that file, the 459
@@ -8,28 +8,26 @@ from `trainval/*.mat`.
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ita_segmentation.data.benchmarks.files import (
-    ImageFiles,
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.readers import (
     check_same_size,
     image_size,
     read_bytes,
     read_image_bytes,
+    read_json,
     relabel,
     require_folder,
 )
-from ita_segmentation.data.benchmarks.release import Category, LabelledImage, ReleaseError
-from ita_segmentation.data.categories import category_ids, load_categories
-from ita_segmentation.errors import one_line
+from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.errors import ITAError, one_line
 
 PHASES = {"train": "train", "validation": "val"}
 DETAIL_FILE = "trainval_merged.json"
@@ -57,8 +55,8 @@ class _Mask(NamedTuple):
     counts: str
 
 
-def _keep_what_is_needed(entry: dict[str, Any]) -> Any:
-    """What stays of an object of the file, innermost objects first: most of it is parts, boundaries, occlusions."""
+def _compact(entry: dict[str, Any]) -> Any:
+    """Drop the parts, boundaries and occlusions, which are most of the file; innermost objects come first."""
     if "annos_segmentation" in entry:
         return {key: entry.get(key) for key in ("images", "annos_segmentation")}
     if "counts" in entry:
@@ -67,49 +65,41 @@ def _keep_what_is_needed(entry: dict[str, Any]) -> Any:
         if "phase" in entry:
             return _Image(int(entry["image_id"]), str(entry["file_name"]), entry["phase"])
         if "segmentation" in entry and "image_id" in entry:
-            mask = entry["segmentation"]
-            height, width = map(int, mask["size"])
-            return _Mask(
-                int(entry["image_id"]), int(entry["category_id"]), height, width, str(mask["counts"])
-            )
+            height, width = map(int, entry["segmentation"]["size"])
+            counts = str(entry["segmentation"]["counts"])
+            return _Mask(int(entry["image_id"]), int(entry["category_id"]), height, width, counts)
     except (KeyError, TypeError, ValueError):
         return entry
     return None
 
 
 def _read_detail(path: Path) -> tuple[list[_Image], list[_Mask]]:
-    """Images and masks of the file, in its order.
+    """Read the images and masks of the file, in its order.
 
     Raises:
-        ReleaseError: it is no JSON, or an entry of it is malformed.
+        ITAError: if it is not JSON, or an entry of it is malformed.
     """
-    try:
-        content = json.loads(read_bytes(path), object_hook=_keep_what_is_needed)
-    except (ValueError, RecursionError) as error:
-        raise ReleaseError(f"{path} is not JSON: {one_line(error, 120)}") from error
+    content = read_json(path, _compact)
     if not isinstance(content, dict) or set(content) != {"images", "annos_segmentation"}:
-        raise ReleaseError(
-            f"{path} is not PASCAL in Detail's: 'images' and 'annos_segmentation' were expected"
-        )
+        raise ITAError(f"{path} is not PASCAL in Detail's: 'images' and 'annos_segmentation' were expected")
     for key, kind in (("images", _Image), ("annos_segmentation", _Mask)):
         if not isinstance(content[key], list):
-            raise ReleaseError(f"{path}: {key!r} is no list")
+            raise ITAError(f"{path}: {key!r} is not a list")
         wrong = next((n for n, entry in enumerate(content[key]) if not isinstance(entry, kind)), None)
         if wrong is not None:
-            raise ReleaseError(f"{path}: entry {wrong} of {key!r} is malformed")
+            raise ITAError(f"{path}: entry {wrong} of {key!r} is malformed")
     return content["images"], content["annos_segmentation"]
 
 
-def _images_of(split: str, images: Sequence[_Image], path: Path) -> list[_Image]:
-    """The images of a split, whose names are looked at."""
+def _images_of_split(split: str, images: Sequence[_Image], path: Path) -> list[_Image]:
     chosen = [image for image in images if image.phase == PHASES[split]]
     if not chosen:
-        raise ReleaseError(f"{path} has no images of the phase {PHASES[split]!r}")
+        raise ITAError(f"{path} has no images of the phase {PHASES[split]!r}")
     for image in chosen:
         if Path(image.file_name).name != image.file_name or not image.file_name.endswith(".jpg"):
-            raise ReleaseError(f"{path} lists an image that is no name of a JPEG: {image.file_name!r}")
+            raise ITAError(f"{path} lists an image that is not the name of a JPEG: {image.file_name!r}")
     if len({image.image_id for image in chosen}) < len(chosen):
-        raise ReleaseError(f"{path} lists an image twice")
+        raise ITAError(f"{path} lists an image twice")
     return chosen
 
 
@@ -117,96 +107,93 @@ def _images_of(split: str, images: Sequence[_Image], path: Path) -> list[_Image]
 # 59 classes
 
 
-@dataclass(frozen=True)
-class DetailItem:
-    """An image and its masks: (category id, height, width, counts), in the order they are painted in."""
-
-    image: str
-    masks: tuple[tuple[int, int, int, str], ...]
-
-
 class PascalContext59:
     """VOC2010 with the merged annotations of PASCAL in Detail: 59 classes, everything else ignored.
 
-    An image's masks are painted in the order of the file, a later one over an earlier. What is visible in the end
-    must be of one of the 59 categories, whose classes are in ascending order of category ids.
+    An image's masks are painted in the order of the file, later ones over earlier ones. What is visible in the end
+    must belong to one of the 59 categories, whose classes are in ascending order of category ids.
     """
 
     categories: Sequence[Category] = load_categories("pascal-context-59")
     ignore_index = 255
     splits: tuple[str, ...] = ("train", "validation")
-    has_segments = False
     layout = f"VOC2010: JPEGImages/*.jpg and {DETAIL_FILE} (the annotations of PASCAL in Detail)"
 
-    def index(self, source: Path, split: str) -> list[DetailItem]:
+    def index(self, source: Path, split: str) -> list[ImageEntry]:
+        """List the images; see `SourceDataset.index`. `annotation` has the masks in the order of painting."""
         require_folder(source, ["JPEGImages", DETAIL_FILE], self.layout)
         path = source / DETAIL_FILE
         images, masks = _read_detail(path)
-        of_image: dict[int, list[tuple[int, int, int, str]]] = {image.image_id: [] for image in images}
+        masks_of: dict[int, list[_Mask]] = {image.image_id: [] for image in images}
         for mask in masks:
-            if mask.image_id not in of_image:
-                raise ReleaseError(f"{path} has a mask of the image {mask.image_id}, which it does not list")
-            of_image[mask.image_id].append(mask[1:])
+            if mask.image_id not in masks_of:
+                raise ITAError(f"{path} has a mask of the image {mask.image_id}, which it does not list")
+            masks_of[mask.image_id].append(mask)
         return [
-            DetailItem(f"JPEGImages/{image.file_name}", tuple(of_image[image.image_id]))
-            for image in _images_of(split, images, path)
+            ImageEntry(
+                image_id=Path(image.file_name).stem,
+                image=f"JPEGImages/{image.file_name}",
+                annotation=tuple(masks_of[image.image_id]),
+            )
+            for image in _images_of_split(split, images, path)
         ]
 
-    def read(self, source: Path, item: DetailItem) -> LabelledImage:
-        image_path = source / item.image
-        image = read_image_bytes(image_path)
+    def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
+        """Read one image; see `SourceDataset.read`."""
+        image = read_image_bytes(source / entry.image)
         width, height = image_size(image)
-        where = (
-            source / f"{DETAIL_FILE}, {image_path.name}"
-        )  # for messages: the file, and whose entries in it
+        where = f"{source / DETAIL_FILE}, {entry.image_id}.jpg"
         category_map = np.zeros((height, width), np.uint16)
-        for number, (category_id, mask_height, mask_width, counts) in enumerate(item.masks):
-            if (mask_height, mask_width) != (height, width):
-                raise ReleaseError(
-                    f"{where}: mask {number} is {mask_width} x {mask_height} pixels but the image is "
+        for number, mask in enumerate(entry.annotation):
+            if (mask.height, mask.width) != (height, width):
+                raise ITAError(
+                    f"{where}: mask {number} is {mask.width} x {mask.height} pixels but the image is "
                     f"{width} x {height}"
                 )
-            if not 0 < category_id < 65536:
-                raise ReleaseError(f"{where}: mask {number} has the category {category_id}")
-            category_map[_decode_mask(height, width, counts, f"{where}: mask {number}")] = category_id
+            if not 0 < mask.category_id < 65536:
+                raise ITAError(f"{where}: mask {number} has the category {mask.category_id}")
+            category_map[decode_mask(mask.counts, height, width, f"{where}: mask {number}")] = (
+                mask.category_id
+            )
         values = {0: self.ignore_index}
         values |= {value: index for index, value in enumerate(category_ids("pascal-context-59"))}
-        label = relabel(category_map, values, self.ignore_index, where)
-        return LabelledImage(image_path.stem, image, label)
+        return LabeledImage(entry.image_id, image, relabel(category_map, values, self.ignore_index, where))
 
 
-def _decode_mask(height: int, width: int, counts: str, where: str) -> np.ndarray:
-    """(height, width) bool of COCO's compressed run-length encoding: columns from the left, off and on in turns.
+def decode_mask(counts: str, height: int, width: int, where: str) -> np.ndarray:
+    """Decode a mask from COCO's compressed run-length encoding (runs go down the columns, background first).
 
-    pycocotools does not notice an encoding that ends too early: what it gives for the rest is left to chance.
-    """
-    lengths = _run_lengths(counts.encode())
-    if lengths is None or min(lengths, default=-1) < 0 or sum(lengths) != height * width:
-        raise ReleaseError(f"{where} is damaged: no run-length encoding of {width} x {height} pixels")
-    on = np.arange(len(lengths)) % 2 == 1
-    return np.repeat(on, lengths).reshape(width, height).T
+    pycocotools reads and writes out of bounds where an encoding is damaged, so the encoding is checked here.
 
+    Args:
+        counts: the run lengths. A number consists of groups of five bits, lowest first, each a character from "0" on
+            whose sixth bit says that more follow; the highest bit of the last group is the sign. From the fourth
+            number on, it is the difference to the one two before.
+        height: rows of the mask.
+        width: columns of the mask.
+        where: the file and mask, for messages.
 
-def _run_lengths(code: bytes) -> list[int] | None:
-    """Run lengths of the encoding; None if it is none.
+    Returns:
+        (height, width) bool.
 
-    A number is made of groups of five bits, the lowest first, each a character from "0" on with a sixth bit that says
-    that more follow; the last group's highest bit is the sign. From the fourth number on it is the difference to the
-    length two before.
+    Raises:
+        ITAError: if it is not the encoding of a mask of this size.
     """
     lengths: list[int] = []
     value = shift = 0
-    for character in code:
-        bits = character - 48
+    for bits in (character - 48 for character in counts.encode()):
         if not 0 <= bits < 64:
-            return None
+            lengths = [-1]
+            break
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
             value -= bits >> 4 << shift
             lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
             value = shift = 0
-    return None if shift else lengths
+    if shift or min(lengths, default=-1) < 0 or sum(lengths) != height * width:
+        raise ITAError(f"{where} is damaged: not a run-length encoding of {width} x {height} pixels")
+    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,41 +203,38 @@ def _run_lengths(code: bytes) -> list[int] | None:
 class PascalContext459:
     """VOC2010 with Pascal Context's own annotations: `LabelMap` of `trainval/*.mat`, 0 ignored, 1..459 the classes.
 
-    Which images are of which split stands in `trainval_merged.json`.
+    `trainval_merged.json` says which images belong to which split.
     """
 
     categories: Sequence[Category] = load_categories("pascal-context-459")
     ignore_index = 65535
     splits: tuple[str, ...] = ("train", "validation")
-    has_segments = False
     layout = (
         f"VOC2010: JPEGImages/*.jpg, trainval/*.mat and {DETAIL_FILE} (which tells training from validation)"
     )
 
-    def index(self, source: Path, split: str) -> list[ImageFiles]:
+    def index(self, source: Path, split: str) -> list[ImageEntry]:
+        """List the images of a split; see `SourceDataset.index`."""
         require_folder(source, ["JPEGImages", "trainval", DETAIL_FILE], self.layout)
         path = source / DETAIL_FILE
-        names = [image.file_name for image in _images_of(split, _read_detail(path)[0], path)]
-        return [
-            ImageFiles(Path(name).stem, f"JPEGImages/{name}", f"trainval/{Path(name).stem}.mat")
-            for name in names
-        ]
+        stems = [Path(image.file_name).stem for image in _images_of_split(split, _read_detail(path)[0], path)]
+        return [ImageEntry(stem, f"JPEGImages/{stem}.jpg", f"trainval/{stem}.mat") for stem in stems]
 
-    def read(self, source: Path, item: ImageFiles) -> LabelledImage:
-        image_path, label_path = source / item.image, source / item.label
+    def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
+        """Read one image; see `SourceDataset.read`."""
+        image_path, label_path = source / entry.image, source / str(entry.label)
         image = read_image_bytes(image_path)
         label_map = _read_label_map(label_path)
         check_same_size(image_size(image), label_map, image_path, label_path)
         values = {0: self.ignore_index} | {index + 1: index for index in range(len(self.categories))}
-        label = relabel(label_map, values, self.ignore_index, label_path)
-        return LabelledImage(item.image_id, image, label)
+        return LabeledImage(entry.image_id, image, relabel(label_map, values, self.ignore_index, label_path))
 
 
 def _read_label_map(path: Path) -> np.ndarray:
-    """(H, W) uint8 or uint16 `LabelMap` of a MATLAB file.
+    """Read the (H, W) uint8 or uint16 `LabelMap` of a MATLAB file.
 
     Raises:
-        ReleaseError: the file is missing, cut off, of another format, or has no such map.
+        ITAError: if the file is missing, truncated, of another format, or has no such map.
     """
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
@@ -259,12 +243,12 @@ def _read_label_map(path: Path) -> np.ndarray:
     try:
         content = loadmat(io.BytesIO(read_bytes(path)), variable_names=["LabelMap"])
     except (*errors, NotImplementedError, MemoryError, struct.error, zlib.error) as error:
-        raise ReleaseError(f"{path} cannot be read as a MATLAB file: {one_line(error, 120)}") from error
+        raise ITAError(f"{path} cannot be read as a MATLAB file: {one_line(error, 120)}") from error
     label_map = content.get("LabelMap")
     if label_map is None:
-        raise ReleaseError(f"{path} has no 'LabelMap'")
+        raise ITAError(f"{path} has no 'LabelMap'")
     if label_map.ndim != 2 or label_map.dtype not in (np.uint8, np.uint16):
-        raise ReleaseError(
+        raise ITAError(
             f"{path}: 'LabelMap' is {label_map.dtype} of {label_map.ndim} dimensions, not a map of 16 bits"
         )
     return label_map

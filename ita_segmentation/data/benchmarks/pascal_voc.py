@@ -9,15 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ita_segmentation.data.benchmarks.files import (
-    ImageFiles,
-    read_bytes,
-    read_pair,
-    relabel,
-    require_folder,
-)
-from ita_segmentation.data.benchmarks.release import Category, LabelledImage, ReleaseError
-from ita_segmentation.data.categories import category_ids, load_categories
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.readers import read_bytes, read_pair, relabel, require_folder
+from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.errors import ITAError
 
 LISTS = {"train": "ImageSets/Segmentation/train.txt", "validation": "ImageSets/Segmentation/val.txt"}
 
@@ -31,7 +26,6 @@ class PascalVoc:
 
     ignore_index = 255
     splits: tuple[str, ...] = ("train", "validation")
-    has_segments = False
     layout = "VOC2012: JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/Segmentation/{train,val}.txt"
 
     def __init__(self, benchmark: str):
@@ -39,19 +33,21 @@ class PascalVoc:
         classes = {value: index for index, value in enumerate(category_ids(benchmark))}
         self._indices = {0: self.ignore_index, 255: self.ignore_index} | classes
 
-    def index(self, source: Path, split: str) -> list[ImageFiles]:
+    def index(self, source: Path, split: str) -> list[ImageEntry]:
+        """List the images of a split; see `SourceDataset.index`."""
         require_folder(source, ["JPEGImages", "SegmentationClass", LISTS[split]], self.layout)
         path = source / LISTS[split]
         names = read_bytes(path).decode(errors="replace").split()
-        strange = [name for name in names if "/" in name or not name.isprintable()]
-        if strange:
-            raise ReleaseError(f"{path} is no list of image names: it has {strange[0][:40]!r}")
+        invalid = [name for name in names if "/" in name or not name.isprintable()]
+        if invalid:
+            raise ITAError(f"{path} is not a list of image names: it contains {invalid[0][:40]!r}")
         return [
-            ImageFiles(name, f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png")
+            ImageEntry(name, f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png")
             for name in dict.fromkeys(names)
         ]
 
-    def read(self, source: Path, item: ImageFiles) -> LabelledImage:
-        image, values = read_pair(source, item)
-        label = relabel(values, self._indices, self.ignore_index, source / item.label)
-        return LabelledImage(item.image_id, image, label)
+    def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
+        """Read one image; see `SourceDataset.read`."""
+        image, values = read_pair(source, entry)
+        label = relabel(values, self._indices, self.ignore_index, source / str(entry.label))
+        return LabeledImage(entry.image_id, image, label)

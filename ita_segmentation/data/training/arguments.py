@@ -1,4 +1,4 @@
-"""What a training run can be told about its data, and the data that this names."""
+"""The data arguments of a training run, and the datasets that they name."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,26 +6,29 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from ita_segmentation.data.scenes.dataset import SPLITS
-from ita_segmentation.data.training import datasets as source
 from ita_segmentation.data.training.augmentation import Augmentation, LargeScaleJitter, ShortestEdgeCrop
+from ita_segmentation.data.training.classes import TrainingClasses, scenes_classes
+from ita_segmentation.data.training.disk import load_disk
+from ita_segmentation.data.training.scenes import ScenesEvaluation, ScenesTraining
+from ita_segmentation.errors import UsageError
 
 
 @dataclass
 class ITADataArguments:
-    """What is learned from."""
+    """The data of a training run."""
 
     dataset: str = field(
         default="scenes",
         metadata={
-            "help": "'scenes', or the folder of a data set saved by `datasets` with columns image and label "
-            "(8-bit PNG of class ids, 255 ignored), or image, panoptic and segments."
+            "help": "'scenes', the folder of a prepared dataset, or of one saved by `datasets` with columns image and "
+            "label (8-bit PNG of class ids, 255 ignored), or image, panoptic and segments."
         },
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on, of a data set on disk."})
-    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, if there is one."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on (dataset on disk)."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, if it exists."})
     unseen_classes: list[str] = field(
         default_factory=list,
-        metadata={"help": "Names of classes whose masks are withheld, of a data set on disk."},
+        metadata={"help": "Names of classes whose masks are withheld (dataset on disk)."},
     )
     image_size: int = field(
         default=192, metadata={"help": "Side of the training images or crops, in pixels."}
@@ -33,74 +36,78 @@ class ITADataArguments:
     augmentation: Literal["jitter", "shortest_edge"] = field(
         default="jitter",
         metadata={
-            "help": "Of a data set on disk. 'jitter': fit the crop, times a random factor (panoptic, instance); "
-            "'shortest_edge': one of some lengths of the shortest edge, and no crop that one class fills (semantic)."
+            "help": "Of a dataset on disk. 'jitter': fit the crop, times a random factor (panoptic, instance); "
+            "'shortest_edge': a random length of the shortest edge, and no crop filled by one class (semantic)."
         },
     )
-    min_scale: float = field(default=0.1, metadata={"help": "Random scale of the augmentation: from."})
-    max_scale: float = field(default=2.0, metadata={"help": "Random scale of the augmentation: to."})
+    min_scale: float = field(default=0.1, metadata={"help": "Smallest random scale of the augmentation."})
+    max_scale: float = field(default=2.0, metadata={"help": "Largest random scale of the augmentation."})
     max_class_share: float = field(
         default=0.75,
-        metadata={"help": "Of 'shortest_edge': largest share of one class in a crop; 1: any."},
+        metadata={"help": "Largest share of one class in a crop ('shortest_edge'); 1: any."},
     )
-    flip: bool = field(default=True, metadata={"help": "Flip half of the images (data set on disk)."})
-    color_jitter: bool = field(default=False, metadata={"help": "Distort colours (data set on disk)."})
+    flip: bool = field(default=True, metadata={"help": "Flip half of the images (dataset on disk)."})
+    color_jitter: bool = field(default=False, metadata={"help": "Distort colors (dataset on disk)."})
     fill_crop: bool = field(
         default=False,
         metadata={
-            "help": "Fill images smaller than the crop up to it, grey, as the published recipe does; otherwise "
-            "they keep their size and padding takes no part in the network."
+            "help": "Pad images smaller than the crop with gray, as the published recipe does; otherwise they keep "
+            "their size, and the network does not see the padding of a batch."
         },
     )
     skip_corrupt: bool = field(
         default=False,
-        metadata={
-            "help": "Pass over images that cannot be read, and count them; otherwise they end the run."
-        },
+        metadata={"help": "Skip images that cannot be read, and count them; otherwise they end the run."},
     )
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read the parquet files of a prepared data set where they lie, instead of the memory-mapped "
-            "copy that `datasets` makes of them in its cache."
+            "help": "Read the parquet files of a prepared dataset in place, instead of the memory-mapped copy that "
+            "`datasets` makes in its cache."
         },
     )
     shuffle_window: int = field(
         default=1024,
         metadata={
-            "help": "Of streaming: how many images are shuffled among each other, and kept by a worker."
+            "help": "With streaming: how many images are shuffled among each other, and kept in memory by a worker."
         },
     )
-    scenes_seed: int = field(
-        default=SPLITS["train"].seed, metadata={"help": "Which Scenes world to train in."}
-    )
+    scenes_seed: int = field(default=SPLITS["train"].seed, metadata={"help": "Seed of Scenes for training."})
     eval_seed: int = field(
-        default=SPLITS["validation"].seed, metadata={"help": "Which Scenes world to evaluate in."}
+        default=SPLITS["validation"].seed, metadata={"help": "Seed of Scenes for evaluation."}
     )
-    eval_images: int = field(default=200, metadata={"help": "How many images an evaluation takes at most."})
+    eval_images: int = field(default=200, metadata={"help": "Evaluate on at most this many images."})
 
 
-def load_data(data: ITADataArguments, training: TrainingArguments) -> tuple[source.TrainingClasses, Any, Any]:
-    """Classes, training examples and evaluation examples (None if there are none).
+def load_data(data: ITADataArguments, training: TrainingArguments) -> tuple[TrainingClasses, Any, Any]:
+    """Load what the arguments name.
+
+    Args:
+        data: the data arguments.
+        training: the training arguments, for the seed and the length of the run.
+
+    Returns:
+        Classes, training examples and evaluation examples (None if there are none).
 
     Raises:
-        ValueError, FileNotFoundError: what `data` names cannot serve.
+        UsageError: if arguments are out of range or do not fit together.
+        ITAError: if the dataset cannot be used.
     """
     if data.image_size < 32:
-        raise ValueError(f"image_size must be at least 32 pixels, got {data.image_size}")
+        raise UsageError(f"image_size must be at least 32 pixels, got {data.image_size}")
     if data.dataset == "scenes":
         if training.max_steps <= 0 and not getattr(training, "max_minutes", None):
-            raise ValueError("Scenes has no end: give max_steps or max_minutes")
-        evaluation = source.ScenesEvaluation(data.eval_seed, data.image_size, data.eval_images)
-        return source.scenes_classes(), source.ScenesTraining(data.scenes_seed, data.image_size), evaluation
+            raise UsageError("Scenes is infinite: give max_steps or max_minutes")
+        evaluation = ScenesEvaluation(data.eval_seed, data.image_size, data.eval_images)
+        return scenes_classes(), ScenesTraining(data.scenes_seed, data.image_size), evaluation
     if data.shuffle_window < 1:
-        raise ValueError(f"shuffle_window must be at least 1, got {data.shuffle_window}")
-    return source.load_disk(
+        raise UsageError(f"shuffle_window must be at least 1, got {data.shuffle_window}")
+    return load_disk(
         data.dataset,
         train_split=data.train_split,
         eval_split=data.eval_split,
         unseen=data.unseen_classes,
-        jitter=augmentation_of(data),
+        augmentation=build_augmentation(data),
         eval_images=data.eval_images,
         seed=training.seed if training.data_seed is None else training.data_seed,
         skip_corrupt=data.skip_corrupt,
@@ -108,11 +115,25 @@ def load_data(data: ITADataArguments, training: TrainingArguments) -> tuple[sour
     )
 
 
-def augmentation_of(data: ITADataArguments) -> Augmentation:
-    """What `data` says of augmentation."""
-    scales = data.image_size, data.min_scale, data.max_scale
-    if data.augmentation == "jitter":
-        return LargeScaleJitter(*scales, data.flip, data.color_jitter, data.fill_crop)
-    if data.augmentation == "shortest_edge":
-        return ShortestEdgeCrop(*scales, data.flip, data.color_jitter, data.fill_crop, data.max_class_share)
-    raise ValueError(f"augmentation must be jitter or shortest_edge, got {data.augmentation!r}")
+def build_augmentation(data: ITADataArguments) -> Augmentation:
+    """Build the augmentation that the arguments describe.
+
+    Raises:
+        UsageError: if they are out of range.
+    """
+    kwargs: dict[str, Any] = {
+        "size": data.image_size,
+        "min_scale": data.min_scale,
+        "max_scale": data.max_scale,
+        "flip": data.flip,
+        "color_jitter": data.color_jitter,
+        "fill": data.fill_crop,
+    }
+    try:
+        if data.augmentation == "jitter":
+            return LargeScaleJitter(**kwargs)
+        if data.augmentation == "shortest_edge":
+            return ShortestEdgeCrop(**kwargs, max_class_share=data.max_class_share)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    raise UsageError(f"augmentation must be jitter or shortest_edge, got {data.augmentation!r}")

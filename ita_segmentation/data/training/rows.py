@@ -1,12 +1,10 @@
-"""Rows of a data set on disk as arrays, and the order in which an epoch takes them.
+"""Random access to the rows of a dataset on disk, and the order in which an epoch reads them.
 
-Two ways to the same rows. `MappedRows`: a `datasets.Dataset`, memory-mapped; any row is as near as any other.
-`ParquetRows`: the parquet files of a prepared data set as they lie, without the copy that `datasets` makes of them in
-its cache; a row is read with its row group, so an epoch goes through the groups in random order and shuffles within
-a window of them.
-
-Both are addressed by index, not iterated. So a sampler decides alone what is read where: batches are shared among
-processes and workers by index, and resuming in the middle of an epoch skips indices, and decodes nothing.
+`MappedRows` reads a memory-mapped `datasets.Dataset`; `ParquetRows` reads the parquet files of a prepared dataset in
+place, without the copy that `datasets` makes in its cache. Both are indexed, not iterated: a sampler alone decides
+what is read where, so processes and workers share batches by index, and resuming in the middle of an epoch skips
+indices without decoding anything. (The state of a `datasets.IterableDataset` loses its shuffle buffer, and the state
+of a stateful loader belongs to one number of workers.)
 """
 
 import io
@@ -25,23 +23,25 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ita_segmentation.errors import one_line
+from ita_segmentation.data.segment_maps import rgb_to_ids
+from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.images import DECODING_ERRORS
 from modeling_ita.image_processing_ita import image_to_rgb
 
 
-class CorruptImage(ValueError):
-    """An image, or its label map, that cannot serve; the message is one line and names it.
+class CorruptImageError(ITAError):
+    """An image or label map that cannot be used; the message is one line and names it.
 
-    A `DataLoader` raises a worker's exception again with the whole traceback as message: only its last line is kept.
+    A `DataLoader` raises the exception of a worker again with the whole traceback as its message; only the last line
+    is kept.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].rpartition("CorruptImage: ")[2])
+        super().__init__(message.strip().splitlines()[-1].rpartition("CorruptImageError: ")[2])
 
 
 class Rows(Protocol):
-    """Rows of a split, images not decoded."""
+    """Rows of a split, with encoded images."""
 
     split: str
     columns: list[str]
@@ -51,7 +51,7 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """(N,) int64: all indices, shuffled."""
+        """Shuffle all indices, (N,) int64."""
         ...
 
 
@@ -60,8 +60,8 @@ class MappedRows:
 
     Args:
         dataset: with images in `Image` columns.
-        split: how the split is called in messages.
-        limit: take so many rows at most.
+        split: the name of the split, for messages.
+        limit: use only the first rows.
     """
 
     def __init__(self, dataset: ArrowDataset, split: str, limit: int | None = None) -> None:
@@ -79,80 +79,80 @@ class MappedRows:
         return self.dataset[index]
 
     def order(self, generator: torch.Generator) -> Tensor:
+        """Shuffle all indices, (N,) int64."""
         return torch.randperm(len(self), generator=generator)
 
 
 class ParquetRows:
-    """Rows of parquet files, read where they lie.
+    """Rows of parquet files, read in place.
+
+    A row is read with its row group. An epoch visits the row groups in random order and shuffles within a window.
 
     Args:
-        files: of one split, in order.
-        split: how the split is called in messages.
-        window: how many rows are shuffled among each other, and kept in memory by each worker that reads them.
-        limit: take so many rows at most.
+        files: the files of one split, in order.
+        split: the name of the split, for messages.
+        window: how many rows are shuffled among each other, and kept in memory by each worker.
+        limit: use only the first rows.
     """
 
-    NEEDED = ("image", "label", "panoptic", "segments", "image_id")
+    COLUMNS = ("image", "label", "panoptic", "segments", "image_id")
 
     def __init__(self, files: list[Path], split: str, window: int, limit: int | None = None) -> None:
-        self.files, self.split = files, split
-        self.groups: list[tuple[int, int]] = []  # file, row group of it
-        self.starts: list[int] = []
-        total = 0
-        for number, path in enumerate(files):
+        self.split = split
+        self.groups: list[tuple[Path, int]] = []  # file, row group
+        self.starts = [0]  # first row of each group, and the number of rows
+        for path in files:
             metadata = pyarrow.parquet.read_metadata(path)
             for group in range(metadata.num_row_groups):
-                self.groups.append((number, group))
-                self.starts.append(total)
-                total += metadata.row_group(group).num_rows
-        self.total = total if limit is None else min(limit, total)
-        names = pyarrow.parquet.read_schema(files[0]).names
-        self.columns = [name for name in self.NEEDED if name in names]
-        self.num_kept = max(1, round(window * len(self.groups) / max(total, 1)))
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+                self.groups.append((path, group))
+                self.starts.append(self.starts[-1] + metadata.row_group(group).num_rows)
+        self.num_rows = self.starts[-1] if limit is None else min(limit, self.starts[-1])
+        self.columns = [name for name in self.COLUMNS if name in pyarrow.parquet.read_schema(files[0]).names]
+        self.num_cached = max(1, round(window * len(self.groups) / max(self.starts[-1], 1)))
+        self._cache: OrderedDict[int, pyarrow.Table] = OrderedDict()
 
     def __len__(self) -> int:
-        return self.total
+        return self.num_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.total:
+        if not 0 <= index < self.num_rows:
             raise IndexError(index)
         group = bisect_right(self.starts, index) - 1
-        return self._table(group).slice(index - self.starts[group], 1).to_pylist()[0]
+        return self._read_group(group).slice(index - self.starts[group], 1).to_pylist()[0]
 
     def order(self, generator: torch.Generator) -> Tensor:
-        groups = torch.randperm(len(self.groups), generator=generator)
-        starts = torch.tensor([*self.starts, self.total]).clamp(max=self.total).tolist()
+        """Shuffle all indices within windows of shuffled row groups, (N,) int64."""
+        starts = torch.tensor(self.starts).clamp(max=self.num_rows).tolist()
         parts = []
-        for window in groups.split(self.num_kept):
+        for window in torch.randperm(len(self.groups), generator=generator).split(self.num_cached):
             rows = torch.cat([torch.arange(starts[g], starts[g + 1]) for g in window.tolist()])
             parts.append(rows[torch.randperm(len(rows), generator=generator)])
         return torch.cat(parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": OrderedDict()}
+        return self.__dict__ | {"_cache": OrderedDict()}
 
-    def _table(self, group: int) -> Any:
-        """A row group, the last used ones from memory."""
-        if group not in self._kept:
-            number, place = self.groups[group]
-            with pyarrow.parquet.ParquetFile(self.files[number]) as file:
-                self._kept[group] = file.read_row_group(place, columns=self.columns, use_threads=False)
-            if len(self._kept) > self.num_kept:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(group)
-        return self._kept[group]
+    def _read_group(self, group: int) -> pyarrow.Table:
+        """Read a row group; those used last are cached."""
+        if group not in self._cache:
+            path, number = self.groups[group]
+            with pyarrow.parquet.ParquetFile(path) as file:
+                self._cache[group] = file.read_row_group(number, columns=self.columns, use_threads=False)
+            if len(self._cache) > self.num_cached:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(group)
+        return self._cache[group]
 
 
 class EpochSampler(Sampler[int]):
-    """All examples of a data set once, in an order of the epoch's own; an index says the epoch, too.
+    """All examples of a dataset once, in an order that depends on the epoch; indices include the epoch.
 
-    It yields `epoch * len(dataset) + index`. A worker process holds a copy of the data set that no `set_epoch` ever
-    reaches; what it is handed, here, is all that it needs to draw the augmentation of that epoch. So the examples are
-    the same for any number of workers and processes, and after resuming.
+    Yields `epoch * len(dataset) + index`. A worker process has a copy of the dataset that no `set_epoch` reaches, and
+    this index is all it needs to draw the augmentation of that epoch. So the examples are the same for any number of
+    workers and processes, and after resuming.
 
-    accelerate announces an epoch to the sampler, or where a resumed run's batch samplers hide it, to the data set:
-    both come to the same place.
+    accelerate announces an epoch to the sampler or, where the batch samplers of a resumed run hide it, to the dataset;
+    both set the same attribute.
 
     Args:
         dataset: has `rows`, `seed`, `epoch` and `set_epoch`.
@@ -165,6 +165,7 @@ class EpochSampler(Sampler[int]):
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
@@ -174,7 +175,7 @@ class EpochSampler(Sampler[int]):
 
 
 def seed_of(*key: int) -> int:
-    """A seed of 63 bits for a tuple of non-negative integers, unlike that of any neighbouring tuple."""
+    """Derive a 63-bit seed from non-negative integers; neighboring keys have unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -183,58 +184,56 @@ def seed_of(*key: int) -> int:
 
 
 def image_id_of(rows: Rows, index: int, row: Mapping[str, Any]) -> str:
-    """The row's `image_id`, or SPLIT[INDEX] where there is none."""
+    """The row's `image_id`, or SPLIT[INDEX] if it has none."""
     value = row.get("image_id")
     return f"{rows.split}[{index}]" if value is None else str(value)
 
 
 def read_row(rows: Rows, index: int, map_column: str) -> tuple[Tensor, np.ndarray, dict[str, Any]]:
-    """Image and label map of a row, upright and of one size, and the row.
+    """Decode the image and a map of a row, upright and of the same size.
 
     Args:
+        rows: the rows.
+        index: which row.
         map_column: "label" or "panoptic".
 
     Returns:
-        The image (3, H, W) uint8, its colours innermost in memory (torchvision resizes it faster so); the map
-        (H, W) of integers; the row as it is stored.
+        The image (3, H, W) uint8, channels last in memory (torchvision resizes it faster); the map (H, W) of integers;
+        the row.
 
     Raises:
-        CorruptImage: an image is cut off or damaged, or the two differ in size.
+        CorruptImageError: if an image is truncated or damaged, or the two differ in size.
     """
     row = rows[index]
-    name = image_id_of(rows, index, row)
-    where = f"{name} ({rows.split}[{index}])"
+    where = f"{image_id_of(rows, index, row)} ({rows.split}[{index}])"
     part = "image"
     try:
-        image = image_to_rgb(_opened(row["image"]))
+        image = image_to_rgb(_open(row["image"]))
         part = f"{map_column} map"
         labels = label_array(row[map_column])
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
-        raise CorruptImage(f"{where}: its {part} cannot be read: {one_line(error, 120)}") from error
+        raise CorruptImageError(f"{where}: its {part} cannot be read: {one_line(error, 120)}") from error
     if labels.shape != image.size[::-1]:
         sizes = f"{labels.shape[1]} x {labels.shape[0]} pixels, its image {image.width} x {image.height}"
-        raise CorruptImage(f"{where}: its {map_column} map has {sizes}")
+        raise CorruptImageError(f"{where}: its {map_column} map has {sizes}")
     return image_tensor(image), labels, row
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """An RGB PIL image as (3, H, W) uint8, colours innermost in memory."""
+    """Convert an RGB PIL image to (3, H, W) uint8, channels last in memory."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def label_array(labels: Any) -> np.ndarray:
-    """A label map as (H, W) integers: an array, or an encoded or decoded image (colours hold R + 256 G + 65536 B)."""
+    """Convert a label map to (H, W) integers: an array, or an encoded or decoded image (colors encode ids)."""
     if isinstance(labels, Mapping | Image.Image):
-        labels = ImageOps.exif_transpose(_opened(labels))
+        labels = ImageOps.exif_transpose(_open(labels))
     array = np.asarray(labels)
-    if array.ndim == 2:
-        return array
-    channels = array.astype(np.int32)
-    return channels[..., 0] | channels[..., 1] << 8 | channels[..., 2] << 16
+    return array if array.ndim == 2 else rgb_to_ids(array)
 
 
-def _opened(value: Any) -> Image.Image:
-    """A PIL image, of `{"bytes", "path"}` if it is not one yet."""
+def _open(value: Any) -> Image.Image:
+    """Open `{"bytes", "path"}`, unless it is a PIL image already."""
     if not isinstance(value, Mapping):
         return value
     return Image.open(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"]))
