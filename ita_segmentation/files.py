@@ -1,6 +1,8 @@
 """Read text files and mappings; write files atomically."""
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -69,10 +71,10 @@ def _count_values(node: yaml.Node, source: str, counted: dict[int, int], depth: 
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file.
+    """Read a UTF-8 text file.
 
     Raises:
-        ITAError: if there is none, or it is not text.
+        ITAError: there is none, or it is not text.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -80,6 +82,16 @@ def read_text(path: Path) -> str:
         raise ITAError(f"{path} is not a UTF-8 text file") from error
     except OSError as error:
         raise ITAError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def json_bytes(document: Any) -> bytes:
+    """Encode a document as JSON in UTF-8."""
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """Return a path as text that UTF-8 can hold; bytes of its name that are not UTF-8 become backslash escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
@@ -96,16 +108,23 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, one_writer: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`, for a file or a folder; it takes the place of `path` when the block ends.
 
     What stood at `path` stays until then. If the block raises, the temporary file or folder is deleted. The folder
     around it is made.
 
+    Args:
+        path: the file or folder to be written.
+        one_writer: no two processes ever write `path` at the same time. The temporary name is then always the same,
+            and what a killed process left is replaced.
+
     Raises:
         ITAError: the folder cannot be made, or the result cannot be renamed.
     """
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()
+    temporary = path.with_name(f".{short}.tmp" if one_writer else f".{short}.{os.getpid()}.tmp")
     try:
         with _named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +156,10 @@ def _delete(path: Path) -> None:
 
 
 def output_folder(path: Path) -> Path:
-    """Makes sure that `path` can be written into; a folder that is missing is made when the first file comes.
+    """Check that `path` can be written into; a folder that is missing is made with the first file.
 
     Raises:
-        ITAError: if something else stands there, or it is not writable.
+        ITAError: something else stands there, or it is not writable.
     """
     standing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not standing.is_dir():

@@ -1,5 +1,6 @@
-"""Find and read image files."""
+"""Find, read and encode image files."""
 
+import io
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +8,22 @@ from pathlib import Path
 from PIL import Image
 
 from ita_segmentation.errors import ITAError
+from ita_segmentation.files import path_text
 
 IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
-)
-# What Pillow's decoders raise on files that are cut off or made of something else.
+    ".avif",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".j2k",
+    ".jfif",
+    ".jp2",
+    ".jpe",
+    ".jpeg",
+) + ((".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"))
+"""What is taken for an image in a folder."""
 DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -24,13 +35,14 @@ DECODING_ERRORS = (
     OverflowError,
     struct.error,
 )
+"""What Pillow's decoders raise on files that are cut off or made of something else."""
 
 
 def find_images(sources: Sequence[Path]) -> list[Path]:
-    """Files as given and the images directly in the folders given, in order, each once.
+    """List the files given and the images directly in the folders given, in order, each once.
 
     Raises:
-        ITAError: if a source does not exist or a folder holds no image.
+        ITAError: a source does not exist or is not a regular file, or a folder holds no image.
     """
     found: dict[Path, Path] = {}
     for source in sources:
@@ -41,22 +53,23 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
                 if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
             ]
             if not inside:
-                raise ITAError(f"no images in the folder {source}")
-        elif source.exists():
+                raise ITAError(f"no images in the folder {path_text(source)}")
+        elif source.is_file():
             inside = [source]
+        elif source.exists():
+            raise ITAError(f"{path_text(source)} is not a regular file")
         else:
-            raise ITAError(f"no such image or folder: {source}")
+            raise ITAError(f"no such image or folder: {path_text(source)}")
         for path in inside:
             found.setdefault(path.resolve(), path)
     return list(found.values())
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image as a person sees it: upright, RGB, 8 bits.
+    """Read an image as a person sees it: upright, RGB, 8 bits.
 
     Raises:
-        ITAError: if it is empty, cut off, no image, of a kind that Pillow cannot decode, or has more pixels than
-            `image_processing_ita.MAX_IMAGE_PIXELS`.
+        ITAError: it is empty, cut off, not an image, of a kind that Pillow cannot decode, or too large.
     """
     from modeling_ita.image_processing_ita import read_image as decode
 
@@ -64,3 +77,10 @@ def read_image(path: Path) -> Image.Image:
         return decode(path)
     except ValueError as error:
         raise ITAError(str(error)) from error
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode an image as a PNG file."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()

@@ -8,6 +8,7 @@ and beneath wide ones, in a font that does not shrink with the image.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ _PALETTE_BYTES = bytes.fromhex(
 PALETTE: tuple[Color, ...] = tuple(
     zip(_PALETTE_BYTES[0::3], _PALETTE_BYTES[1::3], _PALETTE_BYTES[2::3], strict=True)
 )
+MIN_COLOR_DISTANCE = 0.16
+"""Between the colors of an image, where enough of them are that far apart; see `_color_distances`."""
 MAX_LEGEND_ENTRIES = 24
 MAX_LABEL_CHARACTERS = 40
 MAX_OVERLAY_PIXELS = 16_000_000
@@ -42,9 +45,10 @@ def color_of(index: int) -> Color:
 
 
 def assign_colors(ids: Iterable[int], before: Mapping[int, Color] | None = None) -> dict[int, Color]:
-    """Give each id of an image a color that no other id of it has, as far as the palette's 24 colors reach.
+    """Give the ids of an image colors that can be told apart.
 
-    An id keeps the color that it had `before`, else it gets that of `color_of`, else the next one that is free.
+    An id keeps the color that it had `before`; else it gets that of `color_of`, or, where that is near another's, the
+    next one of the palette that is not, or the one that is farthest from all others. Beyond 24 ids colors repeat.
 
     Args:
         ids: ids of classes or segments, the most important first: earlier ids choose first.
@@ -55,15 +59,37 @@ def assign_colors(ids: Iterable[int], before: Mapping[int, Color] | None = None)
     """
     wanted = list(dict.fromkeys(ids))
     before = before or {}
-    colors: dict[int, Color] = {}
-    taken: set[Color] = set()
+    places: dict[int, int] = {}
     for index in sorted(wanted, key=lambda one: one not in before):
-        preferred = before.get(index, color_of(index))
-        start = PALETTE.index(preferred)
-        free = (color for color in (*PALETTE[start:], *PALETTE[:start]) if color not in taken)
-        colors[index] = next(free, preferred)
-        taken.add(colors[index])
-    return {index: colors[index] for index in wanted}
+        preferred = PALETTE.index(before.get(index, color_of(index)))
+        if index not in before and places:
+            nearest = _color_distances()[:, sorted(set(places.values()))].min(axis=1)
+            order = np.roll(np.arange(len(PALETTE)), -preferred)
+            far = [place for place in order.tolist() if nearest[place] >= MIN_COLOR_DISTANCE]
+            if far or nearest.max() > 0:
+                preferred = far[0] if far else int(nearest.argmax())
+        places[index] = preferred
+    return {index: PALETTE[places[index]] for index in wanted}
+
+
+@functools.cache
+def _color_distances() -> np.ndarray:
+    """Distances in Oklab between the colors of the palette, (24, 24).
+
+    The smallest of those seen with normal vision and, times 1.6, with protanopia and deuteranopia (Machado et al.,
+    2009, on linear RGB).
+    """
+    to_cones = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
+    to_lab = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
+    protanopia = np.array([[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]])
+    deuteranopia = np.array([[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]])
+    share = np.array(PALETTE) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    distances = []
+    for vision, weight in ((np.eye(3), 1.0), (protanopia, 1.6), (deuteranopia, 1.6)):
+        lab = np.cbrt(np.clip(linear @ vision.T, 0, 1) @ to_cones.T) @ to_lab.T
+        distances.append(weight * np.linalg.norm(lab[:, None] - lab[None], axis=-1))
+    return np.min(distances, axis=0)
 
 
 def draw_overlay(

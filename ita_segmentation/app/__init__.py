@@ -1,1 +1,1 @@
-"""The page: a Gradio app in which a person uploads an image, types words and gets segments."""
+"""The web page: a Gradio app in which a person uploads an image, types class names and gets segments."""

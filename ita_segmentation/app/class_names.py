@@ -1,59 +1,70 @@
-"""Words as the page's chips give them -> a vocabulary. A chip is a class; bars stand between its synonyms."""
+"""Class names as the page's tags give them -> a vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ita_segmentation.errors import ITAError, one_line
-from modeling_ita.vocabulary import normalize_vocabulary
-
-MAX_NAME_CHARACTERS = 200
+from modeling_ita.vocabulary import normal_form, parse_classes
 
 
-def vocabulary_of_chips(chips: Any, max_classes: int) -> tuple[list[list[str]] | None, list[str]]:
-    """A vocabulary and remarks on it for the person.
+@dataclass(frozen=True)
+class NameLimits:
+    """What the class names of one request may come to.
+
+    Attributes:
+        names: number of names, synonyms included.
+        characters: number of characters of one name.
+        total_characters: number of characters of all names.
+    """
+
+    names: int = 1_000
+    characters: int = 200
+    total_characters: int = 20_000
+
+
+def read_class_list(tags: Any, limits: NameLimits) -> tuple[list[list[str]] | None, list[str]]:
+    """Read a vocabulary.
 
     Args:
-        chips: strings such as "cat" or "sofa|couch"; or one string with commas between them; None or nothing for
+        tags: strings such as "cat" or "sofa|couch"; or one string, as `parse_classes` takes it; None or nothing for
             the model's own vocabulary.
-        max_classes: most classes allowed.
+        limits: what is refused.
 
     Returns:
-        the classes, each a list of names, repeated classes left out (None: the model's own); and what was left out,
-        in sentences.
+        the classes, each a list of names, repeated classes left out (None: the model's own); and sentences for the
+        user on what was left out.
 
     Raises:
-        ITAError: for an empty or overlong word, for too many classes, and for anything that is not text.
+        ITAError: an empty or overlong name, more than the limits allow, or something other than text.
     """
-    if isinstance(chips, str):
-        chips = chips.split(",") if chips.strip() else []
-    if chips is None or (isinstance(chips, Sequence) and not chips):
+    texts = [tags] if isinstance(tags, str) else tags
+    if texts is None or (isinstance(texts, Sequence) and not any(texts)):
         return None, []
-    if not isinstance(chips, list | tuple) or not all(isinstance(chip, str) for chip in chips):
-        raise ITAError("Class words must be a list of texts, such as cat, sofa|couch.")
-    if len(chips) > max_classes:
-        raise ITAError(f"These are {len(chips):,} class words; this page takes up to {max_classes:,}.")
-    classes: dict[frozenset[str], list[str]] = {}
-    for place, chip in enumerate(chips, start=1):
-        names = _names(chip, place)
-        classes.setdefault(frozenset(name.casefold() for name in names), names)
-    left_out = len(chips) - len(classes)
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ITAError("Class names must be a list of texts, such as cat, sofa|couch.")
+    if sum(map(len, texts)) > limits.total_characters:
+        raise ITAError(
+            f"The class names have {sum(map(len, texts)):,} characters; this page takes up to "
+            f"{limits.total_characters:,}."
+        )
+    classes: list[list[str]] = []
+    for place, text in enumerate(texts, start=1):
+        try:
+            classes += parse_classes(text)
+        except ValueError as error:
+            raise ITAError(f"Class {place} cannot be used: {one_line(error, 160)}.") from error
+    names = [name for synonyms in classes for name in synonyms]
+    if len(names) > limits.names:
+        raise ITAError(f"These are {len(names):,} class names; this page takes up to {limits.names:,}.")
+    too_long = next((name for name in names if len(name) > limits.characters), None)
+    if too_long is not None:
+        raise ITAError(
+            f"A class name is longer than {limits.characters} characters: “{one_line(too_long, 40)}”."
+        )
+    different = {frozenset(map(normal_form, synonyms)): synonyms for synonyms in reversed(classes)}
+    left_out = len(classes) - len(different)
     remark = f"{left_out} repeated class{'es were' if left_out > 1 else ' was'} left out."
-    return list(classes.values()), [remark] if left_out else []
-
-
-def _names(chip: str, place: int) -> list[str]:
-    names = [" ".join(name.split()) for name in chip.split("|")]
-    if not all(names):
-        raise ITAError(
-            f"Class word {place} is empty or has an empty synonym: “{one_line(chip, 60).strip()}”."
-        )
-    if max(map(len, names)) > MAX_NAME_CHARACTERS:
-        raise ITAError(
-            f"Class word {place} is longer than {MAX_NAME_CHARACTERS} characters: “{one_line(chip, 40)}”."
-        )
-    try:
-        return normalize_vocabulary([names])[0]
-    except ValueError as error:
-        raise ITAError(f"Class word {place} cannot be used: {one_line(error, 160)}.") from error
+    return list(reversed(different.values())), [remark] if left_out else []

@@ -17,7 +17,7 @@ vocabulary = {vocabulary}
 with torch.inference_mode():
     outputs = model(**processor(images=image, return_tensors="pt"), vocabulary=vocabulary)
 size = (image.height, image.width)
-{read_out}
+{post_processing}
 """
 SEMANTIC = """\
 label_map = processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0]  # (H, W), class indices
@@ -37,16 +37,20 @@ def python_lines(
     task: str,
     threshold: float | None,
 ) -> str:
-    """A program that makes `label_map`, the same as the page's.
+    """Write a program that makes `label_map`, the same as the page's.
 
     Args:
-        checkpoint: folder or hub name.
+        checkpoint: folder or Hub id.
         image: the image's file name.
         vocabulary: classes, each a list of names; None for the checkpoint's own.
         task: "semantic", "panoptic" or "instance".
-        threshold: least score of a segment; semantic has none.
+        threshold: minimum score of a segment.
     """
-    words = None if vocabulary is None else [list(names) for names in vocabulary]
-    read_out = SEMANTIC if task == "semantic" else SEGMENTS.format(task=task, threshold=threshold)
-    classes = f"{words!r}" if words else "None  # the checkpoint's own classes"
-    return LINES.format(checkpoint=checkpoint, image=image, vocabulary=classes, read_out=read_out)
+    names = None if vocabulary is None else [list(synonyms) for synonyms in vocabulary]
+    template = SEMANTIC if task == "semantic" else SEGMENTS
+    return LINES.format(
+        checkpoint=checkpoint,
+        image=image,
+        vocabulary=f"{names!r}" if names else "None  # the checkpoint's own classes",
+        post_processing=template.format(task=task, threshold=threshold),
+    )

@@ -11,26 +11,28 @@ import numpy as np
 from PIL import Image
 
 from ita_segmentation.errors import ITAError
-from ita_segmentation.images import DECODING_ERRORS, read_image
+from ita_segmentation.images import DECODING_ERRORS, png_bytes, read_image
 from ita_segmentation.visualization import resize_labels
 
-MAX_SHOWN_SIDE = 1600  # pixels; larger images are shown smaller
-MAX_LOSSLESS_PIXELS = 400_000  # larger images are shown as JPEG
+MAX_SHOWN_SIDE = 1600
+"""In pixels; larger images are shown smaller."""
+MAX_LOSSLESS_PIXELS = 400_000
+"""Larger images are shown as JPEG."""
 
 
 def read_limited_image(path: Path, name: str, max_pixels: int) -> Image.Image:
-    """`read_image`, with a limit that is checked before anything is decoded, and the name that the person knows.
+    """Read an uploaded image within a limit that is checked before anything is decoded.
 
     Args:
         path: the uploaded file.
-        name: what the person calls it.
-        max_pixels: most pixels allowed, width times height.
+        name: what the user calls it.
+        max_pixels: maximum number of pixels, width times height.
 
     Raises:
         ITAError: what is wrong with the image, in a sentence.
     """
     if not path.is_file():
-        raise ITAError(f"{name} is no longer on the server, which forgets images. Please drop it again.")
+        raise ITAError(f"{name} is no longer on the server, which keeps no images. Please drop it again.")
     size = _size_in_header(path)
     if size is not None and size[0] * size[1] > max_pixels:
         raise ITAError(
@@ -56,25 +58,25 @@ def _size_in_header(path: Path) -> tuple[int, int] | None:
 
 
 def shown_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height at which an image of `size` (width, height) is shown."""
+    """Return (width, height) at which an image of `size` (width, height) is shown."""
     factor = min(1.0, MAX_SHOWN_SIDE / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def image_data(image: Image.Image) -> str:
-    """A data URI of an RGB image at its shown size: PNG where it is small, JPEG else."""
+    """Return a data URI of an RGB image at its shown size: PNG where it is small, else JPEG."""
     size = shown_size(image.size)
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     if size[0] * size[1] <= MAX_LOSSLESS_PIXELS:
-        return data_uri(png_bytes(image), "image/png")
+        return png_data(image)
     stream = io.BytesIO()
     image.save(stream, format="JPEG", quality=90)
-    return data_uri(stream.getvalue(), "image/jpeg")
+    return _data_uri(stream.getvalue(), "image/jpeg")
 
 
 def id_map_data(label_map: np.ndarray) -> str:
-    """A data URI of an RGB PNG at the shown size: red holds the low byte of each id and green the high one.
+    """Return a data URI of an RGB PNG at the shown size, with the low byte of each id in red and the high one in green.
 
     Args:
         label_map: (H, W), uint8 or uint16.
@@ -82,16 +84,13 @@ def id_map_data(label_map: np.ndarray) -> str:
     width, height = shown_size((label_map.shape[1], label_map.shape[0]))
     ids = resize_labels(label_map, (height, width)).astype(np.uint16)
     channels = np.stack([ids & 255, ids >> 8, np.zeros_like(ids)], axis=-1).astype(np.uint8)
-    return data_uri(png_bytes(Image.fromarray(channels)), "image/png")
+    return png_data(Image.fromarray(channels))
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
+def png_data(image: Image.Image) -> str:
+    """Return a data URI of the image as a PNG file."""
+    return _data_uri(png_bytes(image), "image/png")
 
 
-def data_uri(content: bytes, media_type: str) -> str:
-    """`content` as a `data:` address."""
+def _data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"

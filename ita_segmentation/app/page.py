@@ -1,59 +1,73 @@
-"""The page itself: Gradio Blocks around a `PageSegmenter`.
+"""The page itself: Gradio Blocks around a `GradioSegmenter`.
 
-The two parts that Gradio has no component for, the chips of class words and the view of the result, are `gr.HTML`
-with a template and a script each, in `web/`. They are fed with data only, so no word that somebody types is ever read
-as HTML; hover, click, opacity and downloads need no further request.
+The two parts that Gradio has no component for, the tags of class names and the view of the result, are `gr.HTML` with
+a template and a script each, in `web/`. They are fed with data only, so no name that somebody types is ever read as
+HTML; hover, click, opacity and downloads need no further request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ita_segmentation.app.class_names import MAX_NAME_CHARACTERS
-from ita_segmentation.app.segmenter import PageSegmenter
-from ita_segmentation.images import IMAGE_SUFFIXES
+from ita_segmentation.app.segmenter import GradioSegmenter
 from ita_segmentation.prediction.segmenter import DEFAULT_THRESHOLDS
 
 WEB = Path(__file__).parent / "web"
-MAX_EXAMPLES = 8
-CLEANING_SECONDS, UPLOADS_KEPT_SECONDS = 600, 3000  # looked for every ten minutes; gone within the hour
+CLEANING_SECONDS, UPLOADS_KEPT_SECONDS = 600, 3000
+"""Uploads are looked for every ten minutes and are gone within the hour."""
 TASK_CHOICES = [("Semantic", "semantic"), ("Panoptic", "panoptic"), ("Instance", "instance")]
-TASK_HELP = (
-    "Semantic: a class for every pixel. Panoptic: things one by one, and stuff. Instance: things alone."
-)
+TASK_HELP = "Classes of pixels; things one by one, and stuff; or things alone."
 HEAD = """\
 <div class="ita-head"><h1>Segment anything you can name</h1>
-<p>Drop an image, type the classes to look for, and see where they are. Nothing you upload is kept for longer than an
-hour.</p></div>"""
+<p>Drop an image, name the classes to look for, and see where they are. Uploads are deleted within the hour.</p>
+</div>"""
+MARK_OUTDATED = """() => {
+  window.itaInputs = (window.itaInputs || 0) + 1;
+  window.dispatchEvent(new Event('ita-inputs'));
+}"""
+MARK_ASKED = "(...inputs) => { window.itaAsked = window.itaInputs || 0; return inputs; }"
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image that is offered.
+
+    Attributes:
+        path: the file.
+        classes: the class names that go with it, such as "cat, sofa|couch"; may be empty.
+    """
+
+    path: Path
+    classes: str = ""
+
+    @property
+    def class_list(self) -> list[str]:
+        """The classes one by one."""
+        return [name.strip() for name in self.classes.split(",") if name.strip()]
 
 
 @dataclass
 class Upload:
-    """An uploaded image that nothing has looked at yet: its file here and its name there."""
+    """An uploaded image that nothing has looked at yet.
+
+    Attributes:
+        path: its file here.
+        name: what the user calls it.
+    """
 
     path: str
     name: str
 
 
-def example_images(checkpoint: Path, shipped: Path) -> list[Path]:
-    """Images of the checkpoint's own `examples` folder, or else of the folder `shipped`, in the order of names."""
-    for folder in (checkpoint / "examples", shipped):
-        found = sorted(folder.glob("*")) if folder.is_dir() else []
-        found = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
-        if found:
-            return found[:MAX_EXAMPLES]
-    return []
-
-
 def build_page(
-    segmenter: PageSegmenter, examples: Sequence[Path], concurrency: int, max_waiting: int
+    segmenter: GradioSegmenter, examples: Sequence[Example], concurrency: int, max_waiting: int
 ) -> gr.Blocks:
-    """The page, not launched yet.
+    """Build the page, not launched yet.
 
     Args:
         segmenter: what answers.
@@ -71,38 +85,53 @@ def build_page(
             with gr.Column(scale=4, min_width=320):
                 image = _image_input()
                 if examples:
-                    _example_row(examples, image)
-                words = _words_input(segmenter)
-                task = gr.Radio(TASK_CHOICES, value="semantic", label="Task", info=TASK_HELP)
+                    row = _example_row(examples)
+                names = _names_input(segmenter)
+                task = gr.Radio(
+                    TASK_CHOICES, value="semantic", label="Task", info=TASK_HELP, elem_id="ita-task"
+                )
                 threshold = gr.Slider(
                     0,
                     1,
                     step=0.01,
-                    label="Least score of a segment",
-                    info="Segments that are less sure are left out.",
+                    value=DEFAULT_THRESHOLDS["semantic"],
+                    label="Minimum score of a segment",
                     elem_id="ita-threshold",
-                    **_threshold_of("semantic"),
                 )
                 run = gr.Button("Segment", variant="primary", size="lg", elem_id="ita-run")
             with gr.Column(scale=6, min_width=320):
                 result = _result_view()
+        if examples:
+            row.click(
+                lambda place: (str(examples[place].path), examples[place].class_list),
+                row,
+                [image, names],
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
         task.change(
-            lambda chosen: gr.Slider(**_threshold_of(chosen)),
+            lambda chosen: DEFAULT_THRESHOLDS[chosen],
             task,
             threshold,
             queue=False,
             show_progress="hidden",
             api_visibility="private",
         )
+        for one in (image, names, task, threshold):
+            one.change(None, js=MARK_OUTDATED, queue=False, api_visibility="private")
 
-        def segment(image: Upload | None, words: Any, task: Any, threshold: Any) -> dict[str, Any]:
+        def segment(image: Upload | None, names: Any, task: Any, threshold: Any) -> Iterator[Any]:
             path, name = (image.path, image.name) if image else (None, None)
-            return segmenter.answer(path, words, task, threshold, name)
+            # Between two steps Gradio looks whether the user is still there.
+            for step in segmenter.answer(path, names, task, threshold, name):
+                yield gr.skip() if step is None else step
 
         run.click(
             segment,
-            [image, words, task, threshold],
+            [image, names, task, threshold],
             result,
+            js=MARK_ASKED,
             api_name="segment",
             concurrency_limit=concurrency,
             show_progress_on=[result],
@@ -112,17 +141,17 @@ def build_page(
 
 
 def _image_input() -> gr.Image:
-    """An upload that is handed on unread: limits come before decoding, and errors in words."""
+    """An upload that is handed on unread: limits come before decoding, and errors are sentences."""
     image = gr.Image(
         label="Image",
         type="filepath",
         image_mode=None,
         sources=["upload", "clipboard"],
         buttons=[],
-        height=260,
+        height=170,
         elem_id="ita-upload",
         alt_text="The image to segment",
-        placeholder="Drop an image here\n- or -\nclick to choose one",
+        placeholder="Drop an image here, or click to choose one",
     )
 
     def unread(payload: Any) -> Upload | None:
@@ -134,39 +163,32 @@ def _image_input() -> gr.Image:
     return image
 
 
-def _example_row(examples: Sequence[Path], image: gr.Image) -> None:
-    """Thumbnails; a click on one makes it the image.
+def _example_row(examples: Sequence[Example]) -> gr.Dataset:
+    """Thumbnails to choose from.
 
-    `gr.Examples` would answer the click with a new `gr.Image` in the place of `image`, which opens uploads itself.
+    `gr.Examples` would answer the click with a new `gr.Image` in the place of the upload, which opens files itself.
     """
-    row = gr.Dataset(
+    return gr.Dataset(
         components=[gr.Image(render=False)],
-        samples=[[str(path)] for path in examples],
+        samples=[[str(example.path)] for example in examples],
         type="index",
-        label="Example images",
+        label="Examples",
         elem_id="ita-examples",
     )
-    row.click(
-        lambda place: str(examples[place]),
-        row,
-        image,
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
-    )
 
 
-def _words_input(segmenter: PageSegmenter) -> gr.HTML:
+def _names_input(segmenter: GradioSegmenter) -> gr.HTML:
     own = segmenter.model.default_vocabulary or []
+    limits = segmenter.limits.names
     return gr.HTML(
         value=[],  # type: ignore[arg-type]
-        html_template=_web_file("words.html"),
-        js_on_load=_web_file("words.js"),
+        html_template=_web_file("names.html"),
+        js_on_load=_web_file("names.js"),
         apply_default_css=False,
-        elem_id="ita-words",
-        own_words=[names[0] for names in own],
-        max_classes=segmenter.limits.max_classes,
-        max_characters=MAX_NAME_CHARACTERS,
+        elem_id="ita-names",
+        own_names=[names[0] for names in own],
+        max_names=limits.names,
+        max_characters=limits.characters,
     )
 
 
@@ -179,17 +201,12 @@ def _result_view() -> gr.HTML:
     )
 
 
-def _threshold_of(task: str) -> dict[str, Any]:
-    """The slider's settings for a task; semantic segmentation gives every pixel its best class, without a limit."""
-    return {"value": DEFAULT_THRESHOLDS.get(task, 0.0), "visible": task != "semantic"}
-
-
 def _web_file(name: str) -> str:
     return (WEB / name).read_text(encoding="utf-8")
 
 
 def page_style() -> dict[str, Any]:
-    """What `Blocks.launch` takes for the look: fonts of the system, so that nothing is fetched."""
+    """Return what `Blocks.launch` takes for the look: fonts of the system, so that nothing is fetched."""
     theme = gr.themes.Soft(
         primary_hue=gr.themes.colors.teal,
         secondary_hue=gr.themes.colors.teal,
@@ -209,12 +226,15 @@ def page_style() -> dict[str, Any]:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_800",
         checkbox_label_background_fill_selected="*primary_700",
         checkbox_label_background_fill_selected_dark="*primary_700",
         input_border_color="*neutral_300",
         input_border_color_dark="*neutral_600",
         input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_300",
+        link_text_color="*primary_700",
+        link_text_color_dark="*primary_300",
         slider_color="*primary_600",
     )
     return {"theme": theme, "css": _web_file("page.css"), "footer_links": ["api", "settings"]}

@@ -1,7 +1,7 @@
-"""A web page that segments images by the words typed. It is also a Space: `--write_space` writes its folder.
+"""Serve a web page that segments images by the class names typed: `ita app`.
 
-python run_app.py --model models/ita-tiny
-python run_app.py --model models/ita-tiny --write_space my_space
+ita app --model models/ita-tiny
+ita app --model models/ita-tiny --write_space my_space    # a folder to upload as a Hugging Face Space
 """
 
 from __future__ import annotations
@@ -9,119 +9,88 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int, run_command
-from ita_segmentation.errors import ITAError
 from ita_segmentation.files import output_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def build_parser() -> ConfigArgumentParser:
-    parser = ConfigArgumentParser(description="A web page that segments images by the words typed.")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--model_name", help="what the page's Python lines call the checkpoint (its folder)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)"
+    """Build the parser of `ita app`."""
+    parser = ConfigArgumentParser(
+        description="Serve a web page that segments images by the class names typed."
     )
-    parser.add_argument("--port", type=positive_int, help="port to listen at (the first free one from 7860)")
-    parser.add_argument(
-        "--max_pixels", type=positive_int, default=25_000_000, help="most pixels of an image (%(default)s)"
+    basic = parser.add_argument_group("what is served")
+    basic.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint folder or Hub id")
+    basic.add_argument(
+        "--model_name", help="what the page's Python lines call the checkpoint (default: --model)"
     )
-    parser.add_argument(
-        "--max_classes", type=positive_int, default=2_000, help="most class words of a request (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_upload_mb", type=positive_int, default=30, help="largest file, in megabytes (%(default)s)"
-    )
-    parser.add_argument(
-        "--concurrency",
-        type=positive_int,
-        default=2,
-        help="requests worked on at the same time (%(default)s)",
-    )
-    parser.add_argument(
-        "--max_waiting", type=positive_int, default=64, help="requests that may wait in line (%(default)s)"
-    )
-    parser.add_argument(
-        "--share", action="store_true", help="also a public address, through Gradio's servers"
-    )
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    parser.add_argument(
+    basic.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    basic.add_argument(
         "--write_space",
         type=Path,
         metavar="DIR",
         help="write a Space with this model to a new folder, and stop",
     )
+    where = parser.add_argument_group("where")
+    where.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all machines (default: %(default)s)")
+    where.add_argument("--port", type=positive_int, help="(default: the first free one from 7860)")
+    where.add_argument("--share", action="store_true", help="also a public URL, through Gradio's servers")
+    limits = parser.add_argument_group("limits")
+    for name, default, text in (
+        ("max_pixels", 25_000_000, "pixels of an image"),
+        ("max_names", 1_000, "class names of a request, synonyms included"),
+        ("max_characters", 20_000, "characters of a request's class names"),
+        ("max_upload_mb", 30, "size of a file, in megabytes"),
+        ("concurrency", 2, "requests worked on at the same time"),
+        ("max_waiting", 64, "requests that may wait in line"),
+    ):
+        limits.add_argument(
+            f"--{name}", type=positive_int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
     return parser
 
 
 def main() -> NoReturn:
-    """The door: the process's arguments in, its exit status out."""
+    """Run the command with the process's arguments and exit with its status."""
     run_command(serve)
 
 
 def serve(argv: Sequence[str] | None = None) -> int:
-    """Does what the arguments say; serves until interrupted.
+    """Run the command; it serves until it is interrupted.
+
+    Args:
+        argv: arguments; None takes the process's own.
 
     Raises:
-        ITAError: what stops everything, in one line.
+        ITAError: what stops everything.
     """
     arguments = build_parser().parse_command_line(argv)
     if arguments.write_space is not None:
         from ita_segmentation.app.space import write_space
 
-        write_space(output_folder(arguments.write_space), arguments.model, ROOT, arguments.model_name)
+        write_space(output_folder(arguments.write_space), Path(arguments.model), ROOT, arguments.model_name)
         print(f"A Space is in {arguments.write_space}: upload that folder, or run app.py there.")
         return 0
-    launch(arguments)
-    return 0
-
-
-def prepare(arguments: Any) -> Any:
-    """The page (`gradio.Blocks`), with the checkpoint loaded.
-
-    Raises:
-        ITAError: if the checkpoint cannot be loaded, or Gradio is missing.
-    """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        from ita_segmentation.app.page import build_page, example_images
-    except ImportError as error:
-        raise ITAError(
-            f"the page needs more packages: pip install 'ita-segmentation[app]' ({error})"
-        ) from error
-    from ita_segmentation.app.segmenter import Limits, PageSegmenter
+    from ita_segmentation.app import server
+    from ita_segmentation.app.class_names import NameLimits
+    from ita_segmentation.app.segmenter import Limits
+    from ita_segmentation.checkpoints import load_checkpoint
 
-    model, processor = load_checkpoint(arguments.model, arguments.device)
-    limits = Limits(arguments.max_pixels, arguments.max_classes)
-    segmenter = PageSegmenter(model, processor, arguments.model_name or str(arguments.model), limits)
-    examples = example_images(arguments.model, ROOT / "examples")
-    return build_page(segmenter, examples, arguments.concurrency, arguments.max_waiting)
-
-
-def launch(arguments: Any) -> None:
-    """Serves the page until interrupted.
-
-    Raises:
-        ITAError: see `prepare`; and if the port is taken.
-    """
-    page = prepare(arguments)
-    from ita_segmentation.app.page import example_images, page_style
-
-    examples = example_images(arguments.model, ROOT / "examples")
-    try:
-        page.launch(
-            allowed_paths=[str(path.resolve()) for path in examples],
-            server_name=arguments.host,
-            server_port=arguments.port,
-            share=arguments.share,
-            max_file_size=arguments.max_upload_mb * 1_000_000,
-            run_history=False,
-            ssr_mode=False,
-            **page_style(),
-        )
-    except OSError as error:
-        raise ITAError(f"cannot serve at {arguments.host}: {error}") from error
+    model, processor = load_checkpoint(Path(arguments.model), arguments.device)
+    names = NameLimits(names=arguments.max_names, total_characters=arguments.max_characters)
+    options = server.ServerOptions(
+        host=arguments.host,
+        port=arguments.port,
+        share=arguments.share,
+        max_upload_mb=arguments.max_upload_mb,
+        concurrency=arguments.concurrency,
+        max_waiting=arguments.max_waiting,
+        examples=server.find_examples(Path(arguments.model) / "examples", ROOT / "examples"),
+    )
+    limits = Limits(max_pixels=arguments.max_pixels, names=names)
+    server.serve(model, processor, arguments.model_name or arguments.model, limits, options)
+    return 0

@@ -5,16 +5,18 @@ import sys
 from typing import NoReturn
 
 from ita_segmentation import __version__
+from ita_segmentation.cli.parser import run_command
+from ita_segmentation.errors import UsageError
 
 COMMANDS = {
-    "predict": "segment images, folders, videos or a dataset",
+    "predict": "segment images, videos or a dataset",
+    "app": "serve the web page",
     "train": "train or fine-tune a model",
     "eval": "score a model on benchmarks",
     "prepare": "convert a benchmark's official release to a dataset on disk",
     "convert": "download and convert a published checkpoint",
     "models": "list the published checkpoints",
     "export": "export a model to ONNX or torch.export",
-    "app": "serve the web page",
     "train-clip": "train the small CLIP of the Scenes dataset",
 }
 
@@ -29,19 +31,18 @@ def main() -> NoReturn:
     Exits with status 0, 1 (failure), 2 (usage) or 130 (interrupted).
     """
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in COMMANDS:
+        sys.argv[0] = "ita"
+        run_command(lambda argv: _without_command(name))
+    sys.argv = [f"ita {name}", *sys.argv[2:]]
+    # Importing is part of the command: what is missing or interrupted then is said as at any other time.
+    run_command(lambda argv: importlib.import_module(f"ita_segmentation.cli.{name.replace('-', '_')}").main())
+
+
+def _without_command(name: str) -> None:
     if name in ("-h", "--help", "help"):
         print(USAGE)
-        sys.exit(0)
-    if name in ("-V", "--version"):
+    elif name in ("-V", "--version"):
         print(f"ita {__version__}")
-        sys.exit(0)
-    if name not in COMMANDS:
-        sys.exit(_usage_error(name))
-    sys.argv = [f"ita {name}", *sys.argv[2:]]
-    importlib.import_module(f"ita_segmentation.cli.{name.replace('-', '_')}").main()
-    sys.exit(0)
-
-
-def _usage_error(name: str) -> int:
-    sys.stderr.write(f"ita: error: no such command: {name!r} (one of {', '.join(COMMANDS)})\n")
-    return 2
+    else:
+        raise UsageError(f"no such command: {name!r} (one of {', '.join(COMMANDS)})")

@@ -1,7 +1,7 @@
 """What all commands share: an argument parser with `--config`, one-line errors and exit statuses.
 
-The parser is transformers' `HfArgumentParser`, because training arguments are transformers' dataclasses; commands
-without dataclasses add their arguments as with `argparse`.
+The parser is `argparse`'s, so that `--help` imports nothing else; it becomes transformers' `HfArgumentParser`, too,
+where arguments are dataclasses, as those of training are.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
-
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import read_mapping
 
 INTERRUPTED = 130
 
 EXTRAS = {
+    "accelerate": "eval",
     "av": "video",
+    "cvat_sdk": "cvat",
     "datasets": "eval",
     "evaluate": "train",
-    "accelerate": "eval",
     "gradio": "app",
     "jinja2": "eval",
+    "label_studio_sdk": "label-studio",
     "matplotlib": "eval",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
     "openmoji": "demo",
     "peft": "lora",
-    "pycocotools": "eval",
+    "pyarrow": "eval",
+    "pycocotools": "integrations",
     "scipy": "train",
     "supervision": "integrations",
     "tensorboard": "train",
@@ -75,19 +76,30 @@ def run_command(
         sys.exit(1)
 
 
-class ConfigArgumentParser(HfArgumentParser):
+class ConfigArgumentParser(argparse.ArgumentParser):
     """An argument parser with `--config FILE` (YAML or JSON of the same arguments) and one-line errors.
 
     Command-line arguments take precedence over those in the file.
 
     Args:
-        dataclass_types: dataclasses whose fields become arguments, as in `HfArgumentParser`.
+        dataclass_types: dataclasses whose fields become arguments; `HfArgumentParser` is a base class then.
         **kwargs: as for `argparse.ArgumentParser`.
     """
 
+    def __new__(cls, dataclass_types: Any = None, **kwargs: Any) -> ConfigArgumentParser:
+        """Add the base class that imports transformers only where it is needed."""
+        if dataclass_types is None:
+            return super().__new__(cls)
+        from transformers import HfArgumentParser
+
+        return super().__new__(type(cls.__name__, (cls, HfArgumentParser), {}))
+
     def __init__(self, dataclass_types: Any = None, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.HelpFormatter)
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        kwargs.setdefault("usage", "%(prog)s [arguments]")
+        if dataclass_types is not None:
+            kwargs["dataclass_types"] = dataclass_types
+        super().__init__(allow_abbrev=False, **kwargs)
         help_text = "YAML or JSON file of these arguments; the command line takes precedence"
         self.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help_text)
 
@@ -106,6 +118,10 @@ class ConfigArgumentParser(HfArgumentParser):
             SystemExit: status 2 for everything else that is wrong, as `argparse` does; 0 for `--help`.
         """
         return self.parse_args(self.with_config(argv))
+
+    def parse_args_into_dataclasses(self, *arguments: Any, **options: Any) -> tuple[Any, ...]:
+        """Parse arguments as `HfArgumentParser` does; for parsers of dataclasses."""
+        return super().parse_args_into_dataclasses(*arguments, **options)  # type: ignore[misc]
 
     def with_config(self, argv: Sequence[str] | None = None) -> list[str]:
         """Put the arguments of the `--config` file before those of the command line, as strings."""

@@ -1,18 +1,19 @@
-"""Segments images by the words typed: an overlay with its legend, a label map and a JSON file for each.
+"""Segment images by the names of classes: `ita predict`.
 
-    python run_predict.py --model models/ita-tiny --images examples --classes "cat, sofa|couch, wall" --output out
-    python run_predict.py --model models/ita-tiny --images "photos/**/*.jpg" clip.mp4 --batch_size 4 --output out
+    ita predict --model models/ita-tiny --images examples --classes "cat, sofa|couch, wall" --output out
+    ita predict --model models/ita-tiny --images "photos/**/*.jpg" clip.mp4 --batch_size 4 --output out
     accelerate launch run_predict.py --model models/ita-tiny --dataset photos --output shards
 
 For an image NAME.jpg the output folder gets
-- NAME_overlay.png: the image with its segments in colour, and a legend;
+- NAME_overlay.png: the image with its segments in color, and a legend;
 - NAME_labels.png: one channel of 8 bits (16 where more are needed). Semantic: the index of the class in the
-  vocabulary. Panoptic and instance: the segment's id, from 1; 0 is no segment;
+  vocabulary, and the highest value where there is none. Panoptic and instance: the segment's id, from 1; 0 is none;
 - NAME_segments.json: the vocabulary, the image's dominant categories, and of each segment id, label, class index,
-  score (null for semantic, which has none), area in pixels and box [x, y, width, height];
-- NAME_coco.json where asked for: a COCO document with run-length masks.
+  score, area in pixels and box [x, y, width, height];
+- files in other tools' formats where asked for, see `ita_segmentation.integrations.formats`.
 A second image of the same name is NAME_2, and so on. An image that cannot be read is named at the end, the others
-are done all the same, and the exit status is 1. Videos: ita_segmentation/prediction/video.py; data sets: ita_segmentation/prediction/shards.py.
+are done all the same, and the exit status is 1. Videos: `ita_segmentation.prediction.video`; datasets:
+`ita_segmentation.prediction.shards`.
 """
 
 from __future__ import annotations
@@ -20,89 +21,157 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from ita_segmentation.checkpoints import load_checkpoint, set_shortest_side
 from ita_segmentation.cli.parser import run_command
-from ita_segmentation.errors import ITAError
+from ita_segmentation.cli.predict_options import read_options
+from ita_segmentation.errors import ITAError, UsageError
 from ita_segmentation.files import output_folder
-from ita_segmentation.prediction.options import read_options
-from ita_segmentation.prediction.sources import find_sources, output_names
 
-__all__ = ["main", "output_names", "predict"]
+MAX_EMPTY_LINES = 20
 
 
 def main() -> NoReturn:
-    """The door: the process's arguments in, its exit status out."""
+    """Run the command with the process's arguments and exit with its status."""
     run_command(predict)
 
 
 def predict(argv: Sequence[str] | None = None) -> int:
-    """Does what the arguments say. Returns 0, or 1 where some of several images failed.
+    """Run the command.
+
+    Args:
+        argv: arguments; None takes the process's own.
+
+    Returns:
+        0, or 1 where some of several images failed.
 
     Raises:
-        ITAError: what stops everything, in one line.
+        ITAError: what stops everything.
     """
-    arguments, vocabulary = read_options(argv)
+    arguments, vocabulary, stuff = read_options(argv)
     if arguments.dataset is not None:
-        return _predict_dataset(arguments, vocabulary)
-    return _predict_files(arguments, vocabulary)
+        return _predict_dataset(arguments, vocabulary, stuff)
+    return _predict_files(arguments, vocabulary, stuff)
 
 
-def _predict_files(arguments: argparse.Namespace, vocabulary: list[list[str]] | None) -> int:
+def _predict_files(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -> int:
+    from ita_segmentation.integrations.formats import FORMATS, run_length_entries
     from ita_segmentation.prediction.runs import FileRun
+    from ita_segmentation.prediction.sources import find_sources
 
     paths = find_sources(arguments.images)
     output_folder(arguments.output)
-    run = FileRun(paths, arguments)
-    outcome = run.work(_segmenter(arguments, vocabulary, arguments.device))
+    run = FileRun(paths, arguments.output, arguments.format, FORMATS)
+    if arguments.every is not None and not run.videos:
+        raise UsageError("--every is for videos, and there is none")
+    segmenter = _segmenter(arguments, vocabulary, stuff, arguments.device, run.keeps_overlaps)
+    outcome = run.run(
+        segmenter,
+        arguments.model,
+        every=arguments.every or 1,
+        batch_size=arguments.batch_size,
+        resume=arguments.resume,
+        run_lengths=run_length_entries,
+    )
     if outcome.images:
         shown = "*_overlay.png" if "overlay" in run.formats else "*"
         print(f"{_count(outcome.images, 'image')} segmented: see {arguments.output}/{shown}")
     if outcome.videos:
         done = f"{_count(outcome.videos, 'video')} ({_count(outcome.frames, 'frame')})"
         print(f"{done} segmented: see {arguments.output}")
-    if outcome.passed_over:
-        print(f"{outcome.passed_over} passed over: done before")
+    if outcome.skipped:
+        print(f"{outcome.skipped} skipped: done before")
+    for line in outcome.empty[:MAX_EMPTY_LINES]:
+        print(line)
+    if len(outcome.empty) > MAX_EMPTY_LINES:
+        print(f"... and {len(outcome.empty) - MAX_EMPTY_LINES} more images without a segment")
     if not outcome.failures:
         return 0
     if len(paths) == 1:
         raise ITAError(outcome.failures[0])
-    kind = "files" if run.videos else "images"
-    print(f"run_predict.py: error: {len(outcome.failures)} of {len(paths)} {kind} failed:", file=sys.stderr)
+    program, kind = Path(sys.argv[0]).name, "files" if run.videos else "images"
+    print(f"{program}: error: {len(outcome.failures)} of {len(paths)} {kind} failed:", file=sys.stderr)
     print("\n".join(f"  {failure}" for failure in outcome.failures), file=sys.stderr)
     return 1
 
 
-def _predict_dataset(arguments: argparse.Namespace, vocabulary: list[list[str]] | None) -> int:
-    import torch
+def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -> int:
+    from tqdm import tqdm
 
-    from ita_segmentation.prediction.runs import segment_dataset
-    from ita_segmentation.prediction.shards import process_of
+    from ita_segmentation.integrations.formats import run_length_entries
+    from ita_segmentation.prediction import shards
+    from ita_segmentation.prediction.rows import open_rows
 
-    rank, world, local_rank = process_of()
-    device = arguments.device
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{local_rank % torch.cuda.device_count()}"
     output_folder(arguments.output)
-    counts = segment_dataset(_segmenter(arguments, vocabulary, device), arguments)
-    share = f"process {rank} of {world}: " if world > 1 else ""
+    rank, world_size, local_rank = shards.process_of()
+    formats = tuple(dict.fromkeys(arguments.format or shards.DEFAULT_DATASET_FORMATS))
+    folder = shards.ShardFolder(arguments.output)
+    image_column = arguments.image_column or "image"
+    rows = open_rows(
+        arguments.dataset,
+        arguments.split,
+        image_column,
+        arguments.id_column,
+        part_length=folder.part_length,
+        note_length=folder.note_length,
+    )
+    device = arguments.device or _device_of(local_rank)
+    segmenter = _segmenter(arguments, vocabulary, stuff, device, keep_overlaps="coco" in formats)
+    plan = {
+        "dataset": arguments.dataset,
+        "split": arguments.split,
+        "image_column": image_column,
+        "id_column": arguments.id_column,
+        "formats": sorted(formats),
+        "model": arguments.model,
+        **shards.checkpoint_digest(Path(arguments.model)),
+        **segmenter.settings,
+    }
+    with tqdm(unit="image", desc=f"process {rank}" if world_size > 1 else None, disable=rank != 0) as bar:
+        counts = shards.segment_dataset(
+            segmenter,
+            rows,
+            folder,
+            plan,
+            formats,
+            batch_size=arguments.batch_size,
+            progress=bar.update,
+            run_lengths=run_length_entries if "coco" in formats else None,
+        )
+    share = f"process {rank} of {world_size}: " if world_size > 1 else ""
     errors = f", {counts.errors} of them with an error" if counts.errors else ""
     print(f"{share}{_count(counts.images, 'image')} segmented{errors}: see {arguments.output}/*.parquet")
     return 0
 
 
-def _segmenter(arguments: argparse.Namespace, vocabulary: list[list[str]] | None, device: str | None):
+def _device_of(local_rank: int) -> str | None:
+    import torch
+
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+
+
+def _segmenter(
+    arguments: argparse.Namespace, vocabulary: Any, stuff: Any, device: str | None, keep_overlaps: bool
+) -> Any:
+    from ita_segmentation.checkpoints import load_checkpoint, set_shortest_side
     from ita_segmentation.prediction.segmenter import Segmenter
 
-    model, processor = load_checkpoint(arguments.model, device)
+    model, processor = load_checkpoint(Path(arguments.model), device)
     set_shortest_side(processor, arguments.size)
     if vocabulary is None and model.default_vocabulary is None:
         raise ITAError(
             f"the checkpoint {arguments.model} has no classes of its own: give --classes or --vocabulary"
         )
-    with_run_lengths = "coco" in (arguments.format or ())
-    return Segmenter(model, processor, vocabulary, arguments.task, arguments.threshold, with_run_lengths)
+    return Segmenter(
+        model,
+        processor,
+        vocabulary,
+        task=arguments.task,
+        threshold=arguments.threshold,
+        stuff=stuff,
+        keep_overlaps=keep_overlaps,
+    )
 
 
 def _count(number: int, noun: str) -> str:

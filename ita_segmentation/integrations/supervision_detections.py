@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ita_segmentation.integrations.segments import Names, name_of, segments_of, size_of
+from ita_segmentation.prediction.segments import ClassNames, name_of, segments_of, size_of
 
 
-def to_detections(result: Any, names: Names) -> Any:
-    """One image's segments as `supervision.Detections`.
+def to_detections(result: Any, names: ClassNames) -> Any:
+    """Convert one image's segments to `supervision.Detections`.
 
     Args:
         result: a semantic, panoptic or instance result, see `segments_of`.
@@ -19,18 +19,17 @@ def to_detections(result: Any, names: Names) -> Any:
 
     Returns:
         `xyxy` (n, 4) float32 in pixels, right and lower side one past the last pixel; `mask` (n, H, W) bool;
-        `class_id` (n,) int64; `confidence` (n,) float32, None for a semantic result, which has none; and
-        `data["class_name"]` (n,).
+        `class_id` (n,) int64; `confidence` (n,) float32, None for a result without scores; and `data["class_name"]`
+        (n,).
 
     Raises:
-        ImportError: without supervision. ValueError: see `segments_of`, and for a class without a name.
+        ImportError: without supervision.
+        ValueError: see `segments_of`, and for a class without a name.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it warns of OpenCV's absence
-            import supervision
-    except ImportError as error:
-        raise ImportError("Detections need supervision: pip install supervision") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it warns of OpenCV's absence
+        import supervision
+
     segments = segments_of(result)
     height, width = size_of(result)
     corners = [(x, y, x + w, y + h) for x, y, w, h in (segment.box for segment in segments)]

@@ -1,8 +1,8 @@
-"""The images of a folder or of a data set's column, cut into units of work that never change.
+"""The images of a folder or of a dataset's column, cut into units of work that never change.
 
-A unit is `UNIT_SIZE` neighbouring images of one part. A folder, or a data set on disk, is one part; a stream has a
-part for each of its files (at most `MAX_PARTS`, of several files each then). Which images make a unit depends on
-nothing else, and above all not on how many processes share the work: any number can go on with what others left.
+A unit is `UNIT_SIZE` neighboring images of one part. A folder, or a dataset on disk, is one part; a stream has a part
+for each of its files (at most `MAX_PARTS`, of several files each then). Which images make a unit depends on nothing
+else, and above all not on how many processes share the work: any number can go on with what others left.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.files import path_text
 from ita_segmentation.images import IMAGE_SUFFIXES
 
 UNIT_SIZE = 256
@@ -25,7 +26,13 @@ MAX_PARTS = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """An image: its number in its part, its id, and a path, a file's bytes or a PIL image (None: there is none)."""
+    """An image of a dataset.
+
+    Attributes:
+        number: its number in its part.
+        image_id: what results call it.
+        image: a path, a URL, the bytes of a file or a PIL image; None where there is none.
+    """
 
     number: int
     image_id: str
@@ -34,19 +41,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of work: the number of its part, its own number there, its rows (read as they are asked for)."""
+    """A unit of work.
+
+    Attributes:
+        part: the number of its part.
+        number: its own number there.
+        rows: its rows, read as they are asked for.
+    """
 
     part: int
     number: int
     rows: Iterable[Row]
-
-    @property
-    def name(self) -> str:
-        return unit_name(self.part, self.number)
-
-
-def unit_name(part: int, number: int) -> str:
-    return f"{part:05d}-{number:06d}"
 
 
 IsDone = Callable[[int, int], bool]
@@ -65,9 +70,9 @@ class ListedRows:
         self._length, self._row = length, row
         self.description = {"unit_size": UNIT_SIZE, "images": length, "digest": digest}
 
-    def units(self, rank: int, world: int, is_done: IsDone) -> Iterator[Unit]:
-        """The units of process `rank` of `world` that `is_done(part, number)` does not have yet."""
-        for number in range(rank, -(-self._length // UNIT_SIZE), world):
+    def units(self, rank: int, world_size: int, is_done: IsDone) -> Iterator[Unit]:
+        """Yield the units of process `rank` of `world_size` that `is_done(part, number)` does not have yet."""
+        for number in range(rank, -(-self._length // UNIT_SIZE), world_size):
             if not is_done(0, number):
                 stop = min(self._length, (number + 1) * UNIT_SIZE)
                 yield Unit(0, number, map(self._row, range(number * UNIT_SIZE, stop)))
@@ -79,8 +84,8 @@ class StreamedRows:
     Args:
         num_parts: how many parts there are.
         part: opens one.
-        part_length: how many rows a part is known to have, None where it was never read to its end.
-        note_length: is told the length of a part that was read to its end.
+        part_length: gives the number of rows of a part, None where it was never read to its end.
+        note_length: is told the number of rows of a part that was read to its end.
     """
 
     def __init__(
@@ -94,12 +99,14 @@ class StreamedRows:
         self._part_length, self._note_length = part_length, note_length
         self.description = {"unit_size": UNIT_SIZE, "parts": num_parts}
 
-    def units(self, rank: int, world: int, is_done: IsDone) -> Iterator[Unit]:
-        """As `ListedRows.units`. Processes share the parts where there are enough, else the units of each part, and
-        rows that are another's, or done, are read but not decoded. A part that is known to be done is not opened.
+    def units(self, rank: int, world_size: int, is_done: IsDone) -> Iterator[Unit]:
+        """Yield the units of process `rank` of `world_size` that are not done yet.
+
+        Processes share the parts where there are enough, else the units of each part; rows that are another's, or
+        done, are read but not decoded. A part that is known to be done is not opened.
         """
-        by_part = self._num_parts >= world
-        for part in range(rank if by_part else 0, self._num_parts, world if by_part else 1):
+        by_part = self._num_parts >= world_size
+        for part in range(rank if by_part else 0, self._num_parts, world_size if by_part else 1):
             length = self._part_length(part)
             if length is not None and all(is_done(part, one) for one in range(-(-length // UNIT_SIZE))):
                 continue
@@ -109,7 +116,7 @@ class StreamedRows:
                 first = next(counted, None)
                 if first is None:
                     break
-                if (by_part or (part + number) % world == rank) and not is_done(part, number):
+                if (by_part or (part + number) % world_size == rank) and not is_done(part, number):
                     yield Unit(part, number, itertools.chain([first], counted))
                 deque(counted, maxlen=0)
                 count += counted.count
@@ -117,7 +124,7 @@ class StreamedRows:
 
 
 class _Counted:
-    """An iterator that knows how much it has given."""
+    """An iterator that counts what it has given."""
 
     def __init__(self, items: Iterator[Row]):
         self._items, self.count = items, 0
@@ -139,11 +146,20 @@ def open_rows(
     part_length: Callable[[int], int | None],
     note_length: Callable[[int, int], None],
 ) -> ListedRows | StreamedRows:
-    """The rows of a folder of images (at any depth), of a data set on disk, of a parquet file or folder, or of a data
-    set of the Hub; all but the first two are streamed.
+    """Open a folder of images (at any depth), a dataset on disk, parquet files, or a dataset of the Hub.
+
+    All but the first two are streamed.
+
+    Args:
+        dataset: path or name.
+        split: may be None where there is only one.
+        image_column: the column with images, paths or URLs.
+        id_column: the column that names the rows of the results; None for the image's path or the row's number.
+        part_length: see `StreamedRows`.
+        note_length: see `StreamedRows`.
 
     Raises:
-        ITAError: if it cannot be found or read, has no such split or column, or holds no image.
+        ITAError: it cannot be found or read, has no such split or column, or holds no image.
     """
     path = Path(dataset)
     if path.is_dir() and not _is_dataset(path):
@@ -152,10 +168,10 @@ def open_rows(
     columns = loaded.column_names
     for column in (image_column, id_column):
         if columns is not None and column is not None and column not in columns:
-            raise ITAError(f"the data set {dataset} has no column {column!r}: it has {', '.join(columns)}")
+            raise ITAError(f"the dataset {dataset} has no column {column!r}: it has {', '.join(columns)}")
     loaded = _undecoded(loaded, image_column)
     if hasattr(loaded, "__len__"):
-        # A data set's fingerprint is of its files and how it was made: the same one is the same rows.
+        # A dataset's fingerprint is of its files and how it was made: the same one is the same rows.
         return ListedRows(
             len(loaded),
             lambda number: _row_of(loaded[number], number, image_column, id_column),
@@ -176,27 +192,30 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _folder_rows(folder: Path) -> ListedRows:
-    names = []
-    for directory, inside, files in os.walk(folder):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        relative = os.path.relpath(directory, folder)
-        names += [
-            os.path.normpath(os.path.join(relative, name))
-            for name in files
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
+    names = sorted(os.path.relpath(path, folder) for path in _images_below(folder))
     if not names:
         raise ITAError(f"no images in the folder {folder}")
-    names.sort()
-    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return ListedRows(len(names), lambda number: Row(number, names[number], folder / names[number]), digest)
+    digest = hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()[:16]
+    return ListedRows(
+        len(names), lambda number: Row(number, path_text(names[number]), folder / names[number]), digest
+    )
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    """Regular files with the suffix of an image, at any depth; nothing hidden."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _images_below(Path(entry.path))
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
+                yield entry.path
 
 
 def _load(dataset: str, split: str | None) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ITAError("data sets need the package datasets: pip install datasets") from error
+    import datasets
+
     path = Path(dataset)
     try:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -211,14 +230,14 @@ def _load(dataset: str, split: str | None) -> Any:
             return next(iter(loaded.values()))
         if split not in loaded:
             wanted = "give --split" if split is None else f"no split {split!r}"
-            raise ITAError(f"{wanted}: the data set {dataset} has {', '.join(map(str, loaded))}")
+            raise ITAError(f"{wanted}: the dataset {dataset} has {', '.join(map(str, loaded))}")
         return loaded[split]
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise ITAError(f"the data set {dataset} cannot be read: {one_line(error, 200)}") from error
+        raise ITAError(f"the dataset {dataset} cannot be read: {one_line(error, 200)}") from error
 
 
 def _undecoded(dataset: Any, image_column: str) -> Any:
-    """The data set with images as the bytes of their files: a broken one is a row like any other."""
+    """The dataset with images as the bytes of their files: a broken one is a row like any other."""
     from datasets import Image as ImageFeature
 
     if isinstance((dataset.features or {}).get(image_column), ImageFeature):
@@ -239,6 +258,7 @@ def _row_of(example: dict[str, Any], number: int, image_column: str, id_column: 
 
 
 def batches(rows: Iterable[Row], size: int) -> Iterator[Sequence[Row]]:
+    """Yield lists of `size` rows; the last may be shorter."""
     iterator = iter(rows)
     while batch := list(itertools.islice(iterator, size)):
         yield batch

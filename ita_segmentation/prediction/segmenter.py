@@ -1,8 +1,9 @@
-"""Batches of images through the network, and what is kept of each: a label map and a description of its segments."""
+"""Segment batches of images with one checkpoint, vocabulary and task."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,38 +11,81 @@ import numpy as np
 from PIL import Image
 
 from ita_segmentation.errors import ITAError
+from ita_segmentation.prediction.segments import Segment, as_array, box_of, iterate_segments
+from ita_segmentation.visualization import resize_labels
 
 TASKS = ("semantic", "panoptic", "instance")
-DEFAULT_THRESHOLDS = {"panoptic": 0.8, "instance": 0.5}
+DEFAULT_THRESHOLDS = {"semantic": 0.5, "panoptic": 0.8, "instance": 0.5}
+MAX_GUESSES = 3
+NO_CLASS = -1
+"""In a semantic map: no class reaches the threshold."""
+SCORED_SIDE = 128
+"""Longest side, in pixels, of the maps from which the scores of semantic segments are averaged."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What an image became.
+class SegmentedImage:
+    """The segments of one image.
 
     Attributes:
-        label_map: (H, W), uint8 or uint16. Semantic: class indices; else segment ids from 1, 0 being none.
-        document: width, height, task, vocabulary, dominant_categories and segments, as in NAME_segments.json.
-        run_lengths: COCO entries without `image_id`, of whole masks (instances may overlap); empty if not asked for.
+        label_map: (H, W), uint8 or uint16. Semantic: class indices, and the highest value (255 or 65,535) where no
+            class reaches the threshold; otherwise segment ids from 1, and 0 where there is no segment.
+        task: "semantic", "panoptic" or "instance".
+        vocabulary: the classes, each a list of names.
+        segments: "id", "label", "label_id", "score" (None where the task gives none), "area" in pixels and "bbox"
+            [x, y, width, height] of each segment, largest first.
+        dominant_categories: names that the image as a whole resembles most, in order.
+        best_guesses: where there is no segment, the most probable classes as (name, score).
+        result: what `post_process_*` gave, as `segments_of` takes it; instances overlap here if the segmenter keeps
+            overlaps.
     """
 
     label_map: np.ndarray
-    document: dict[str, Any]
-    run_lengths: list[dict[str, Any]] = field(default_factory=list)
+    task: str
+    vocabulary: list[list[str]]
+    segments: list[dict[str, Any]]
+    dominant_categories: list[str] = field(default_factory=list)
+    best_guesses: list[tuple[str, float]] = field(default_factory=list)
+    result: Any = None
+
+    @property
+    def width(self) -> int:
+        """Width in pixels."""
+        return self.label_map.shape[1]
+
+    @property
+    def height(self) -> int:
+        """Height in pixels."""
+        return self.label_map.shape[0]
+
+    def masks(self) -> Iterator[Segment]:
+        """Yield the segments with their masks, one at a time."""
+        return iterate_segments(self.result)
+
+    def document(self) -> dict[str, Any]:
+        """Return the image's size, dominant categories and segments, as JSON can hold them."""
+        return {
+            "width": self.width,
+            "height": self.height,
+            "dominant_categories": self.dominant_categories,
+            "segments": self.segments,
+        }
 
 
 class Segmenter:
-    """A checkpoint with a vocabulary and a task: images in, predictions out.
+    """A checkpoint with a vocabulary and a task.
 
     Args:
-        model, processor: as `load_checkpoint` gives them.
-        vocabulary: classes, each a list of synonyms; None: the checkpoint's own. It is encoded once.
+        model: `ITAForOpenVocabSegmentation` in eval mode.
+        processor: its `ITAImageProcessor`.
+        vocabulary: classes, each a list of synonyms; None for the checkpoint's own. It is encoded once.
         task: "semantic", "panoptic" or "instance".
-        threshold: least score of a segment (None: panoptic 0.8, instance 0.5; semantic has none).
-        with_run_lengths: whether predictions carry COCO's run lengths.
+        threshold: minimum score of a segment; None for the task's own (panoptic 0.8, instance 0.5).
+        stuff: names of the classes that are stuff (not countable); None for what the checkpoint says.
+        keep_overlaps: keep what one instance hides of another in `SegmentedImage.result`.
 
     Raises:
-        ITAError: if there is no vocabulary at all.
+        ITAError: there is no vocabulary at all, or a name of `stuff` is not in it.
     """
 
     def __init__(
@@ -51,16 +95,18 @@ class Segmenter:
         vocabulary: Sequence[Sequence[str]] | None = None,
         task: str = "semantic",
         threshold: float | None = None,
-        with_run_lengths: bool = False,
+        stuff: Sequence[str] | None = None,
+        keep_overlaps: bool = False,
     ):
         from modeling_ita.vocabulary import normalize_vocabulary
 
         if vocabulary is None and model.default_vocabulary is None:
-            raise ITAError("the checkpoint has no classes of its own: give --classes or --vocabulary")
+            raise ITAError("the checkpoint has no classes of its own: name the classes")
         self.model, self.processor, self.task = model, processor, task
         self.vocabulary = None if vocabulary is None else normalize_vocabulary(vocabulary)
         self.threshold = DEFAULT_THRESHOLDS.get(task) if threshold is None else threshold
-        self.with_run_lengths = with_run_lengths
+        self.stuff_ids = None if stuff is None else self._ids_of(stuff)
+        self.keep_overlaps = keep_overlaps
 
     @property
     def classes(self) -> list[list[str]]:
@@ -68,10 +114,35 @@ class Segmenter:
         chosen = self.model.default_vocabulary if self.vocabulary is None else self.vocabulary
         return [[names] if isinstance(names, str) else list(names) for names in chosen]
 
-    def segment(self, images: Sequence[Image.Image]) -> list[Prediction | ITAError]:
-        """RGB images of any sizes, in one pass -> a prediction of each, or what was wrong with it.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on beside the image and the checkpoint, as JSON can hold it."""
+        size = {key: value for key, value in dict(self.processor.size).items() if value is not None}
+        return {
+            "task": self.task,
+            "threshold": self.threshold,
+            "size": size,
+            "stuff_ids": None if self.stuff_ids is None else sorted(self.stuff_ids),
+            "vocabulary": self.classes,
+        }
+
+    def encode(self, classes: Sequence[Sequence[str]]) -> None:
+        """Encode some of the classes ahead of `segment`, in a step of its own."""
+        import torch
+
+        with torch.inference_mode():
+            self.model.encode_vocabulary([list(names) for names in classes])
+
+    def segment(self, images: Sequence[Image.Image]) -> list[SegmentedImage | ITAError]:
+        """Segment RGB images of any sizes in one pass.
 
         A batch that memory does not hold is done image by image.
+
+        Args:
+            images: RGB images.
+
+        Returns:
+            for each image its segments, or what was wrong with it.
         """
         if not images:
             return []
@@ -82,7 +153,16 @@ class Segmenter:
                 return [error]
         return [result for image in images for result in self.segment([image])]
 
-    def _segment(self, images: Sequence[Image.Image]) -> list[Prediction]:
+    def _ids_of(self, stuff: Sequence[str]) -> set[int]:
+        from modeling_ita.vocabulary import normal_form
+
+        names = {normal_form(name): index for index, names in enumerate(self.classes) for name in names}
+        unknown = [name for name in stuff if normal_form(name) not in names]
+        if unknown:
+            raise ITAError(f"{unknown[0]!r} is named as stuff but is not among the classes")
+        return {names[normal_form(name)] for name in stuff}
+
+    def _segment(self, images: Sequence[Image.Image]) -> list[SegmentedImage]:
         import torch
 
         sizes = [(image.height, image.width) for image in images]
@@ -90,74 +170,109 @@ class Segmenter:
             with torch.inference_mode():
                 inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
                 outputs = self.model(**inputs, vocabulary=self.vocabulary)
-                results = self._read_out(outputs, sizes)
-                run_lengths = self._run_lengths(outputs, sizes, results)
+                results = self._post_process(outputs, sizes)
+                overlapping = (
+                    self._post_process(outputs, sizes, return_binary_maps=True)
+                    if self.keep_overlaps and self.task == "instance"
+                    else results
+                )
         except (MemoryError, RuntimeError) as error:
-            # A GPU out of memory has an error of its own; without one torch says it in words.
+            # A GPU out of memory has an error of its own; without one torch says it in the message.
             of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             if not (of_memory or "allocate memory" in str(error)):
                 raise
             height, width = max(sizes)
             raise ITAError(f"not enough memory for an image of {width} x {height}") from error
         return [
-            self._prediction(outputs, index, result, coco)
-            for index, (result, coco) in enumerate(zip(results, run_lengths, strict=True))
+            self._segmented(outputs, index, result, whole)
+            for index, (result, whole) in enumerate(zip(results, overlapping, strict=True))
         ]
 
-    def _read_out(self, outputs: Any, sizes: list[tuple[int, int]], **options: Any) -> list[Any]:
+    def _post_process(self, outputs: Any, sizes: list[tuple[int, int]], **options: Any) -> list[Any]:
         if self.task == "semantic":
-            return self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-        read_out = getattr(self.processor, f"post_process_{self.task}_segmentation")
-        return read_out(outputs, threshold=self.threshold, target_sizes=sizes, **options)
+            return self._semantic(outputs, sizes)
+        post_process = getattr(self.processor, f"post_process_{self.task}_segmentation")
+        return post_process(
+            outputs,
+            threshold=self.threshold,
+            target_sizes=sizes,
+            label_ids_to_fuse=self.stuff_ids,
+            **options,
+        )
 
-    def _run_lengths(
-        self, outputs: Any, sizes: list[tuple[int, int]], results: list[Any]
-    ) -> list[list[dict[str, Any]]]:
-        if not self.with_run_lengths:
-            return [[] for _ in results]
-        from ita_segmentation.integrations import coco_results
+    def _semantic(self, outputs: Any, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """Maps with the mean score of each class over its pixels.
 
-        if self.task == "instance":  # a map hides what one instance covers of another
-            results = self._read_out(outputs, sizes, return_binary_maps=True)
-        try:
-            entries = [coco_results(result, image_id=0) for result in results]
-        except ImportError as error:
-            raise ITAError(str(error)) from error
-        for entry in (entry for of_image in entries for entry in of_image):
-            del entry["image_id"]
-        return entries
+        Scores come from a small copy: those of all classes at full size would take K times the memory of an image.
+        """
+        read = self.processor.post_process_semantic_segmentation
+        factors = [min(1.0, SCORED_SIDE / max(size)) for size in sizes]
+        small = [
+            (math.ceil(height * factor), math.ceil(width * factor))
+            for (height, width), factor in zip(sizes, factors, strict=True)
+        ]
+        maps = [as_array(one) for one in read(outputs, target_sizes=sizes)]
+        scored = read(outputs, target_sizes=small, return_segmentation_scores=True)
+        return [
+            {"segmentation": ids, "scores": _mean_scores(ids, as_array(one["segmentation_scores"]))}
+            for ids, one in zip(maps, scored, strict=True)
+        ]
 
-    def _prediction(
-        self, outputs: Any, index: int, result: Any, run_lengths: list[dict[str, Any]]
-    ) -> Prediction:
-        classes = outputs.vocabulary[index]
+    def _segmented(self, outputs: Any, index: int, result: Any, overlapping: Any) -> SegmentedImage:
+        classes = [list(names) for names in outputs.vocabulary[index]]
         if self.task == "semantic":
-            labels = result
-            entries: list[dict[str, Any]] = [
-                {"id": one, "label_id": one, "score": None} for one in range(len(classes))
-            ]
+            ids, scores = as_array(result["segmentation"]), result["scores"]
+            entries = [{"id": one, "label_id": one, "score": score} for one, score in scores.items()]
         else:
-            labels, entries = result["segmentation"], result["segments_info"]
-        highest = max((entry["id"] for entry in entries), default=0)
-        if highest > 65_535:
-            raise ITAError(f"{len(classes)} classes are more than a label map of 16 bits can hold")
-        label_map = labels.cpu().numpy().astype(np.uint8 if highest < 256 else np.uint16)
+            ids, entries = as_array(result["segmentation"]), result["segments_info"]
+        label_map = _narrow(ids, max((entry["id"] for entry in entries), default=0))
+        segments = describe_segments(label_map, classes, entries)
         dominant = outputs.dominant_categories
-        document = {
-            "width": label_map.shape[1],
-            "height": label_map.shape[0],
-            "task": self.task,
-            "vocabulary": [list(names) for names in classes],
-            "dominant_categories": list(dominant[index]) if dominant else [],
-            "segments": describe_segments(label_map, classes, entries),
-        }
-        return Prediction(label_map, document, run_lengths)
+        return SegmentedImage(
+            label_map=label_map,
+            task=self.task,
+            vocabulary=classes,
+            segments=segments,
+            dominant_categories=list(dominant[index]) if dominant else [],
+            best_guesses=[] if segments else self._best_guesses(outputs, index, classes),
+            result=overlapping,
+        )
+
+    def _best_guesses(self, outputs: Any, index: int, classes: list[list[str]]) -> list[tuple[str, float]]:
+        """The classes that the task can find with the highest probability in any query, from logits, void last."""
+        best = outputs.class_queries_logits[index].float().softmax(-1)[:, : len(classes)].amax(0).tolist()
+        stuff: Any = self.stuff_ids if self.stuff_ids is not None else (outputs.stuff_ids or [[]])[index]
+        hidden = set(stuff) if self.task == "instance" else set()
+        found = [(names[0], round(score, 4)) for names, score in zip(classes, best, strict=True)]
+        kept = [guess for class_id, guess in enumerate(found) if class_id not in hidden]
+        return sorted(kept, key=lambda guess: -guess[1])[:MAX_GUESSES]
+
+
+def _narrow(ids: np.ndarray, highest: int) -> np.ndarray:
+    """(H, W) ids -> uint8, or uint16 where an id does not fit; `NO_CLASS` becomes the highest value of the type."""
+    for kind in (np.uint8, np.uint16):
+        reserved = int(ids.min(initial=0) < 0)
+        if highest + reserved <= np.iinfo(kind).max:
+            return ids.astype(kind)  # -1 wraps to the highest value
+    raise ITAError(f"the id {highest} is more than a label map of 16 bits can hold")
+
+
+def _mean_scores(ids: np.ndarray, scores: np.ndarray) -> dict[int, float]:
+    """The mean score of each class in a map (H, W) over its pixels, from scores (K, h, w)."""
+    small = resize_labels(ids, scores.shape[1:])
+    means = {}
+    for one in np.unique(ids).tolist():
+        if one != NO_CLASS:
+            inside = scores[one][small == one]
+            # A class too thin for the small map is scored by its best pixel there.
+            means[one] = round(min(1.0, float(inside.mean() if inside.size else scores[one].max())), 6)
+    return means
 
 
 def describe_segments(
     label_map: np.ndarray, classes: Sequence[Sequence[str]], entries: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """The segments that have pixels in the map, largest first.
+    """Describe the segments that have pixels in the map, largest first.
 
     Args:
         label_map: (H, W) ids.
@@ -172,9 +287,6 @@ def describe_segments(
     for entry in entries:
         if entry["id"] >= len(areas) or not areas[entry["id"]]:
             continue
-        mask = label_map == entry["id"]
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        x, y = int(columns[0]), int(rows[0])
         segments.append(
             {
                 "id": entry["id"],
@@ -182,7 +294,7 @@ def describe_segments(
                 "label_id": entry["label_id"],
                 "score": entry["score"],
                 "area": int(areas[entry["id"]]),
-                "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
+                "bbox": list(box_of(label_map == entry["id"])),
             }
         )
     return sorted(segments, key=lambda segment: -segment["area"])

@@ -1,15 +1,16 @@
-"""A data set's images -> parquet files, on any number of processes, which can be ended at any time.
+"""Segment a dataset into parquet files, on any number of processes, which can be ended at any time.
 
 The output folder gets
 - plan.json: what is segmented and how; another run in the same folder must say the same;
-- PART-UNIT.parquet: a row for each image of a unit of work (see `ita_segmentation.prediction.rows`), as a whole or not at all;
+- PART-UNIT.parquet, complete or absent: a row for each image of a unit of work (see `rows.py`);
 - parts/PART: the number of rows of each part of a stream that was read to its end.
-Processes do not talk to each other: each does the units whose number falls to it and that are not there yet.
+Processes do not communicate: each does the units whose number falls to it and that are not there yet.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,34 +20,46 @@ from typing import Any
 
 from ita_segmentation.checkpoints import WEIGHT_FILES
 from ita_segmentation.errors import ITAError, one_line
-from ita_segmentation.files import read_text, write_files
-from ita_segmentation.prediction.images import json_bytes, label_png
-from ita_segmentation.prediction.rows import Row, Unit, batches
-from ita_segmentation.prediction.segmenter import Prediction, Segmenter
+from ita_segmentation.files import atomic_path, json_bytes, read_text, write_files
+from ita_segmentation.images import DECODING_ERRORS
+from ita_segmentation.prediction.formats import label_png
+from ita_segmentation.prediction.rows import ListedRows, Row, StreamedRows, Unit, batches
+from ita_segmentation.prediction.segmenter import SegmentedImage, Segmenter
 
 DATASET_FORMATS = ("labels", "segments", "coco")
 DEFAULT_DATASET_FORMATS = ("labels", "segments")
+READING_ERRORS = (*DECODING_ERRORS, http.client.HTTPException)
+"""What is wrong with one image, and not with the dataset."""
 
 
 @dataclass
-class Counts:
-    """Images done by this process, and how many of them have an error."""
+class DatasetCounts:
+    """What one process did.
+
+    Attributes:
+        images: number of images done.
+        errors: how many of them have an error.
+    """
 
     images: int = 0
     errors: int = 0
 
 
 class ShardFolder:
-    """The output folder of a data set's run."""
+    """The output folder of a run over a dataset.
+
+    Args:
+        folder: made with the first file.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """Writes the plan, or compares it with the one that is there.
+        """Write the plan, or compare it with the one that is there.
 
         Raises:
-            ITAError: if the folder holds the results of another plan.
+            ITAError: the folder holds the results of another plan.
         """
         path = self.folder / "plan.json"
         if not path.exists():
@@ -55,7 +68,7 @@ class ShardFolder:
         try:
             there = json.loads(read_text(path))
         except ValueError as error:
-            raise ITAError(f"{path} is no plan of a run: choose another --output") from error
+            raise ITAError(f"{path} is not the plan of a run: choose another --output") from error
         asked = json.loads(json_bytes(plan))
         other = sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key))
         if other:
@@ -64,136 +77,144 @@ class ShardFolder:
             )
 
     def path(self, part: int, number: int) -> Path:
+        """Return the file of a unit."""
         return self.folder / f"{part:05d}-{number:06d}.parquet"
 
     def is_done(self, part: int, number: int) -> bool:
-        return self.path(part, number).is_file()
+        """Tell whether a unit's file is there and can be read."""
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            return parquet.read_metadata(self.path(part, number)).num_rows > 0
+        except (OSError, pyarrow.ArrowException):
+            return False
 
     def part_length(self, part: int) -> int | None:
-        """Rows of a part, None where it was never read to its end."""
+        """Return the number of rows of a part, None where it was never read to its end."""
         path = self.folder / "parts" / f"{part:05d}"
-        return int(read_text(path)) if path.is_file() else None
+        text = read_text(path).strip() if path.is_file() else ""
+        return int(text) if text.isdecimal() else None
 
     def note_length(self, part: int, length: int) -> None:
+        """Keep the number of rows of a part that was read to its end."""
         write_files({self.folder / "parts" / f"{part:05d}": f"{length}\n".encode()})
 
     def write(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes a unit's file as a whole.
+        """Write a unit's file.
 
         Raises:
-            ITAError: if it cannot be written.
+            ITAError: it cannot be written.
         """
         import pyarrow
         from pyarrow import parquet
 
         path = self.path(unit.part, unit.number)
-        # Always the same temporary name: what a killed process leaves is replaced when its unit is done again.
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            table = pyarrow.Table.from_pylist(list(rows), schema=_schema())
-            parquet.write_table(table, temporary, compression="zstd")
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ITAError(f"cannot write {path}: {error.strerror or error}") from error
+        table = pyarrow.Table.from_pylist(list(rows), schema=_schema())
+        with atomic_path(path, one_writer=True) as temporary:
+            try:
+                parquet.write_table(table, temporary, compression="zstd")
+            except OSError as error:
+                raise ITAError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def process_of() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine), as `accelerate launch` and torchrun say by the environment."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in _LAUNCHED.items())
-    return rank, world, local
+    """Return (rank, number of processes, rank on this machine), as `accelerate launch` and torchrun set them."""
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in _LAUNCH_VARIABLES.items()
+    )
+    return rank, world_size, local_rank
 
 
-_LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_LAUNCH_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
-def plan_of(
-    dataset: str,
-    split: str | None,
-    columns: Sequence[str | None],
-    description: Mapping[str, Any],
-    checkpoint: Path,
+def segment_dataset(
     segmenter: Segmenter,
+    rows: ListedRows | StreamedRows,
+    folder: ShardFolder,
+    plan: Mapping[str, Any],
     formats: Sequence[str],
-    processor_size: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What decides the results of a run."""
-    weights = [path for name in WEIGHT_FILES if (path := checkpoint / name).is_file()]
-    digest = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()[:16]
-    return {
-        "dataset": dataset,
-        "split": split,
-        "image_column": columns[0],
-        "id_column": columns[1],
-        **description,
-        "model": str(checkpoint),
-        "model_config": digest,
-        "model_bytes": sum(path.stat().st_size for path in weights),
-        "task": segmenter.task,
-        "threshold": segmenter.threshold,
-        "size": {key: value for key, value in dict(processor_size).items() if value is not None},
-        "formats": sorted(formats),
-        "vocabulary": segmenter.classes,
-    }
+    batch_size: int = 1,
+    progress: Callable[[int], object] = lambda images: None,
+    run_lengths: Callable[[SegmentedImage], list[dict[str, Any]]] | None = None,
+) -> DatasetCounts:
+    """Segment this process's share of a dataset.
 
-
-def segment_unit(
-    segmenter: Segmenter,
-    unit: Unit,
-    formats: Sequence[str],
-    batch_size: int,
-    progress: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    """The rows of a unit's file; an image that cannot be read or segmented has its `error` and nothing else.
+    Args:
+        segmenter: what segments the images.
+        rows: the images, see `open_rows`.
+        folder: where results go.
+        plan: what decides the results; the same in every process and in every later run.
+        formats: the columns that are written, of `DATASET_FORMATS`.
+        batch_size: images in one pass.
+        progress: called with the number of images done since it was called last.
+        run_lengths: gives the entries of the column of the format "coco".
 
     Raises:
-        ITAError: if the data set itself cannot be read on.
+        ITAError: what stops everything; files that are done stay.
     """
-    done: list[dict[str, Any]] = []
-    try:
-        for batch in batches(unit.rows, batch_size):
-            done += _segment_batch(segmenter, unit.part, batch, formats)
-            progress(len(batch))
-    except (OSError, ValueError) as error:  # a file of the data set, not an image of it
-        raise ITAError(f"the data set cannot be read in unit {unit.name}: {one_line(error, 200)}") from error
-    return done
+    rank, world_size, _ = process_of()
+    folder.begin({**rows.description, **plan})
+    counts = DatasetCounts()
+    for unit in rows.units(rank, world_size, folder.is_done):
+        records: list[dict[str, Any]] = []
+        try:
+            for batch in batches(unit.rows, batch_size):
+                records += _segment_batch(segmenter, unit.part, batch, formats, run_lengths)
+                progress(len(batch))
+        except (OSError, ValueError) as error:  # a file of the dataset, not an image of it
+            name = folder.path(unit.part, unit.number).stem
+            raise ITAError(f"the dataset cannot be read in unit {name}: {one_line(error, 200)}") from error
+        folder.write(unit, records)
+        counts.images += len(records)
+        counts.errors += sum("error" in one for one in records)
+    return counts
+
+
+def checkpoint_digest(checkpoint: Path) -> dict[str, Any]:
+    """Return what tells a checkpoint folder from another one, without reading its weights."""
+    weights = [path for name in WEIGHT_FILES if (path := checkpoint / name).is_file()]
+    config = checkpoint / "config.json"
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.is_file() else None
+    return {"model_config": digest, "model_bytes": sum(path.stat().st_size for path in weights)}
 
 
 def _segment_batch(
-    segmenter: Segmenter, part: int, batch: Sequence[Row], formats: Sequence[str]
+    segmenter: Segmenter,
+    part: int,
+    batch: Sequence[Row],
+    formats: Sequence[str],
+    run_lengths: Callable[[SegmentedImage], list[dict[str, Any]]] | None,
 ) -> list[dict[str, Any]]:
+    """A record for each row; that of an image that cannot be read or segmented has its `error` and nothing else."""
     from modeling_ita.image_processing_ita import read_image
 
     images: dict[int, Any] = {}
-    results: dict[int, Prediction | str] = {}
+    records: dict[int, dict[str, Any]] = {}
     for index, row in enumerate(batch):
         try:
             if row.image is None:
                 raise ValueError("there is no image in this row")
             images[index] = read_image(row.image)
-        except (ValueError, TypeError) as error:
-            results[index] = one_line(error)
-    predictions = segmenter.segment(list(images.values()))
-    for index, prediction in zip(images, predictions, strict=True):
-        results[index] = one_line(prediction) if isinstance(prediction, ITAError) else prediction
-    return [_record(part, row, results[index], formats) for index, row in enumerate(batch)]
-
-
-def _record(part: int, row: Row, result: Prediction | str, formats: Sequence[str]) -> dict[str, Any]:
-    record: dict[str, Any] = {"image_id": row.image_id, "part": part, "row": row.number}
-    if isinstance(result, str):
-        return {**record, "error": result}
-    document = result.document
-    record |= {key: document[key] for key in ("width", "height", "dominant_categories")}
-    if "labels" in formats:
-        record["label_map"] = label_png(result.label_map)
-    if "segments" in formats:
-        record["segments"] = document["segments"]
-    if "coco" in formats:
-        record["run_lengths"] = [
-            {**entry, "counts": entry["segmentation"]["counts"]} for entry in result.run_lengths
-        ]
-    return record
+        except READING_ERRORS as error:
+            records[index] = {"error": one_line(error)}
+    for index, result in zip(images, segmenter.segment(list(images.values())), strict=True):
+        if isinstance(result, ITAError):
+            records[index] = {"error": one_line(result)}
+            continue
+        record = {"width": result.width, "height": result.height}
+        records[index] = {**record, "dominant_categories": result.dominant_categories}
+        if "labels" in formats:
+            records[index]["label_map"] = label_png(result.label_map)
+        if "segments" in formats:
+            records[index]["segments"] = result.segments
+        if run_lengths is not None:
+            records[index]["run_lengths"] = run_lengths(result)
+    return [
+        {"image_id": row.image_id, "part": part, "row": row.number, **records[index]}
+        for index, row in enumerate(batch)
+    ]
 
 
 def _schema() -> Any:

@@ -1,29 +1,35 @@
-"""What is to be segmented: images, folders of them, patterns such as "photos/**/*.jpg", videos."""
+"""Find what is to be segmented: images, folders of them, patterns such as "photos/**/*.jpg", videos."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ita_segmentation.errors import ITAError
+from ita_segmentation.files import path_text
 from ita_segmentation.images import IMAGE_SUFFIXES, find_images
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
+MAX_NAME_BYTES = 200
+"""Of a result's name without its ending; file systems allow 255 for both."""
 
 
 def is_video(path: Path) -> bool:
+    """Tell whether a file is read as a video, by its suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def find_sources(given: Sequence[Path]) -> list[Path]:
-    """Files as given, the images directly in the folders given, and what the patterns match, in order, each once.
+    """List the files given, the images directly in the folders given, and what the patterns match, each once.
 
-    A name with `*`, `?` or `[` that no file has is a pattern; `**` goes through folders of any depth. Patterns match
+    A name with `*`, `?` or `[` that no file has is a pattern; `**` matches folders of any depth. Patterns match
     images and videos only, by their suffix, and nothing hidden.
 
     Raises:
-        ITAError: if a source does not exist, a folder holds no image, or a pattern matches nothing.
+        ITAError: a source does not exist, a folder holds no image, or a pattern matches nothing.
     """
     expanded: list[Path] = []
     for source in given:
@@ -34,21 +40,32 @@ def find_sources(given: Sequence[Path]) -> list[Path]:
         matches = (Path(name) for name in sorted(glob.glob(str(source), recursive=True)))
         matching = [path for path in matches if path.suffix.lower() in suffixes and path.is_file()]
         if not matching:
-            raise ITAError(f"no image or video matches {source}")
+            raise ITAError(f"no image or video matches {path_text(source)}")
         expanded += matching
     return find_images(expanded)
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each image's files: its stem; NAME_2, NAME_3, ... where another image has that name already."""
-    taken: set[str] = set()
-    stems = {path.stem.casefold() for path in paths}
+    """Name each image's results: by its stem; NAME_2, NAME_3, ... where another image has that name already.
+
+    Stems of more than 200 bytes are cut and end in a digest of the whole.
+    """
+    stems = [_short(path.stem) for path in paths]
+    reserved, taken = {stem.casefold() for stem in stems}, set[str]()
     names = []
-    for path in paths:
-        name, number = path.stem, 1
-        while name.casefold() in taken or (number > 1 and name.casefold() in stems):
+    for stem in stems:
+        name, number = stem, 1
+        while name.casefold() in taken or (number > 1 and name.casefold() in reserved):
             number += 1
-            name = f"{path.stem}_{number}"
+            name = f"{stem}_{number}"
         taken.add(name.casefold())
         names.append(name)
     return names
+
+
+def _short(stem: str) -> str:
+    encoded = os.fsencode(stem)
+    if len(encoded) <= MAX_NAME_BYTES:
+        return path_text(stem)
+    cut = encoded[: MAX_NAME_BYTES - 9].decode("utf-8", "ignore")
+    return f"{cut}-{hashlib.sha256(encoded).hexdigest()[:8]}"

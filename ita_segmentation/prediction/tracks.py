@@ -1,4 +1,4 @@
-"""Segments followed from frame to frame of a video, so that one keeps its id, and with it its colour."""
+"""Follow segments from frame to frame of a video, so that each keeps its id, and with it its color."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 
-LEAST_OVERLAP = 0.3
+MIN_IOU = 0.3
 """Intersection over union from which two segments of one class are the same."""
 MEMORY = 12
 """Frames after which a segment that is gone is forgotten."""
 
 
 class Tracks:
-    """Gives the segments of each frame ids that last: that of the segment of the same class that it overlaps most, of
-    those in the frames before, or a new one. A segment that is gone is remembered for `MEMORY` frames where nothing
-    else took its place. A class index is an id that lasts by itself: semantic maps need none of this.
+    """Gives the segments of each frame ids that last.
+
+    A segment gets the id of that segment of its class in earlier frames which its mask overlaps most, or a new one.
+    A segment that is gone is remembered for `MEMORY` frames where nothing else took its place. The class indices of
+    semantic maps last by themselves.
     """
 
     def __init__(self) -> None:
@@ -27,15 +29,15 @@ class Tracks:
     def follow(
         self, label_map: np.ndarray, segments: list[dict[str, Any]]
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """One frame's ids -> ids that last.
+        """Replace one frame's ids by ids that last.
 
         Args:
-            label_map: (H, W) segment ids of this frame, 0 being none.
+            label_map: (H, W) segment ids of this frame, 0 for none.
             segments: "id" and "label_id" of each, and whatever else.
 
         Returns:
-            the map with lasting ids, uint16, and the segments with the same. A frame of another size than the one
-            before starts afresh. After 65,535 segments ids begin again at 1.
+            the map and the segments with lasting ids, uint16. A frame of another size than the one before starts
+            again. After 65,535 segments ids begin again at 1.
         """
         chosen = self._matches(label_map, segments)
         lasting = np.zeros(int(label_map.max(initial=0)) + 1, dtype=np.uint16)
@@ -52,7 +54,7 @@ class Tracks:
         return followed, [{**segment, "id": chosen[segment["id"]]} for segment in segments]
 
     def _remember(self, followed: np.ndarray) -> None:
-        """Lays a frame's map over what is remembered of ids that are gone, and forgets the oldest of those."""
+        """Lay a frame's map over what is remembered of ids that are gone, and forget the oldest of those."""
         gone = [n for n, frame in self._last_seen.items() if self._frame - MEMORY <= frame < self._frame]
         kept = followed.copy()
         if self._map is not None and self._map.shape == followed.shape and gone:
@@ -79,7 +81,7 @@ class Tracks:
                 candidates.append((shared / (areas[new] + areas_before[old] - shared), old, new))
         chosen: dict[int, int] = {}
         for overlap, old, new in sorted(candidates, reverse=True):
-            if overlap >= LEAST_OVERLAP and new not in chosen and old not in chosen.values():
+            if overlap >= MIN_IOU and new not in chosen and old not in chosen.values():
                 chosen[new] = old
         return chosen
 

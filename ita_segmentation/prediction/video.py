@@ -1,7 +1,7 @@
-"""A video: an overlay video whose colours stay with what they mean, a line of JSON for each frame, label maps.
+"""Segment a video: an overlay video whose colors stay, a line of JSON for each frame, label maps.
 
 For a video NAME.mp4 the output folder gets
-- NAME_overlay.mp4: the frames with their segments in colour, and the legend of each at the right;
+- NAME_overlay.mp4: the frames with their segments in color, and the legend of each at the right;
 - NAME_frames.jsonl: a line for each frame: number, time in seconds, segments;
 - NAME_segments.json: what is common to all frames; how many there are; "error" if the video ended in one;
 - NAME_labels/000042.png on request: the label map of frame 42.
@@ -11,279 +11,231 @@ Ids of panoptic and instance segments last from frame to frame (see `Tracks`).
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 
 from ita_segmentation.errors import ITAError, one_line
-from ita_segmentation.files import read_text, write_files
-from ita_segmentation.prediction.images import json_bytes, label_png
-from ita_segmentation.prediction.segmenter import Prediction, Segmenter
+from ita_segmentation.files import atomic_path, json_bytes, path_text, write_files
+from ita_segmentation.prediction.formats import Item, label_png, legend_of
+from ita_segmentation.prediction.images import document_fits
+from ita_segmentation.prediction.segmenter import SegmentedImage, Segmenter
 from ita_segmentation.prediction.tracks import Tracks
 from ita_segmentation.prediction.video_files import Frame, VideoReader, VideoWriter
-from ita_segmentation.visualization import LegendEntry, color_of, paint_segments
+from ita_segmentation.visualization import (
+    Color,
+    LegendEntry,
+    assign_colors,
+    draw_legend_line,
+    legend_text,
+    paint_segments,
+)
 
+VIDEO_FORMATS = {
+    "overlay": ("_overlay.mp4",),
+    "labels": ("_labels",),
+    "segments": ("_frames.jsonl", "_segments.json"),
+    "coco": ("_frames.jsonl", "_segments.json"),
+}
+"""What a video's files are named after its own name, by format."""
 DEFAULT_VIDEO_FORMATS = ("overlay", "segments")
-TEXT_SIZE, ROW_HEIGHT, MARGIN = 15, 22, 8  # of the legend, pixels
+TEXT_SIZE, ROW_HEIGHT, MARGIN = 15, 22, 8
+"""Of the legend, in pixels."""
 MAX_LEGEND_CHARACTERS = 24
 
+RunLengths = Callable[[SegmentedImage], "list[dict[str, Any]]"]
 
-@dataclass(frozen=True)
-class VideoItem:
-    """A video, and the output folder with its name there."""
 
-    path: Path
-    base: Path
-
-    def named(self, ending: str) -> Path:
-        return self.base.with_name(self.base.name + ending)
-
-    def files(self, formats: Sequence[str]) -> list[Path]:
-        endings = {
-            "overlay": ("_overlay.mp4",),
-            "labels": ("_labels",),
-            "segments": ("_frames.jsonl", "_segments.json"),
-            "coco": ("_frames.jsonl", "_segments.json"),
-        }
-        return list(dict.fromkeys(self.named(ending) for one in formats for ending in endings[one]))
+def video_files(item: Item, formats: Sequence[str]) -> list[Path]:
+    """List the files and folders that a video becomes."""
+    return list(dict.fromkeys(item.file(ending) for one in formats for ending in VIDEO_FORMATS[one]))
 
 
 def segment_video(
     segmenter: Segmenter,
-    item: VideoItem,
+    item: Item,
     formats: Sequence[str],
-    model: Path,
+    settings: Mapping[str, Any],
     every: int = 1,
     batch_size: int = 1,
-    progress: Callable[[int], None] = lambda frames: None,
+    progress: Callable[[int], object] = lambda frames: None,
+    run_lengths: RunLengths | None = None,
 ) -> tuple[int, ITAError | None]:
-    """Segments a video; what is done of a video that breaks off is kept.
+    """Segment a video; what is done of a video that breaks off is kept.
 
     Args:
-        formats: of "overlay", "segments", "labels", and "coco" (run lengths in each line of NAME_frames.jsonl).
+        segmenter: what segments the frames.
+        item: the video.
+        formats: of `VIDEO_FORMATS`.
+        settings: what NAME_segments.json says of how it was made.
         every: frames 0, `every`, 2 `every`, ... are segmented; the overlay plays as long as the video.
+        batch_size: frames in one pass.
         progress: called with the number of frames done since it was called last.
+        run_lengths: gives the run lengths in each line of NAME_frames.jsonl, for the format "coco".
 
     Returns:
         the number of frames done, and what was wrong, if anything.
 
     Raises:
-        ITAError: if there is not one frame, or nothing can be written; no file is left then.
+        ITAError: there is not one frame, or nothing can be written; no file is left then.
     """
-    reader = VideoReader(item.path)
-    outputs = _Outputs(item, formats, reader.rate / every, segmenter)
     done, failure = 0, None
-    try:
+    with ExitStack() as stack:
+        reader = VideoReader(item.path)
+        stack.callback(reader.close)
+        outputs = _Outputs(stack, item, formats, reader.rate / every, segmenter)
         try:
-            for frame, prediction in _predictions(segmenter, reader.frames(every), batch_size):
-                outputs.add(frame, prediction)
+            for frame, result in _segmented_frames(segmenter, reader.frames(every), batch_size):
+                outputs.add(frame, result, run_lengths)
                 done += 1
                 progress(1)
         except _FrameError as error:
             failure = ITAError(one_line(error))
         if not done:
-            raise failure or ITAError(f"{item.path} holds no frame")
-        outputs.finish(_document(item, model, segmenter, reader.rate, every, done, failure))
-    finally:
+            raise failure or ITAError(f"{path_text(item.path)} holds no frame")
         outputs.close()
-        reader.close()
+    if item.file("_segments.json") in video_files(item, formats):
+        document = {
+            "video": path_text(item.path),
+            **settings,
+            "frame_rate": round(float(reader.rate), 4),
+            "every": every,
+            "frames": done,
+            "error": None if failure is None else one_line(failure),
+        }
+        write_files({item.file("_segments.json"): json_bytes(document)})
     return done, failure
 
 
-def is_done(item: VideoItem, formats: Sequence[str], model: Path, segmenter: Segmenter, every: int) -> bool:
-    """Whether a video's files are there, of this model, task and vocabulary as far as they say, and without error."""
-    files = item.files(formats)
+def is_done(item: Item, formats: Sequence[str], settings: Mapping[str, Any], every: int) -> bool:
+    """Tell whether a video's files are there and, as far as they say, made the same way and without error."""
+    files = video_files(item, formats)
     if not all(path.exists() for path in files):
         return False
-    if item.named("_segments.json") not in files:
-        return True
-    try:
-        document = json.loads(read_text(item.named("_segments.json")))
-    except (ITAError, ValueError):
-        return False
-    expected = {
-        "video": str(item.path),
-        "model": str(model),
-        "task": segmenter.task,
-        "vocabulary": segmenter.classes,
-        "every": every,
-        "error": None,
-    }
-    return isinstance(document, dict) and all(document.get(key, 0) == one for key, one in expected.items())
+    described = item.file("_segments.json")
+    expected = {"video": path_text(item.path), "every": every, "error": None, **settings}
+    return described not in files or document_fits(described, expected)
 
 
 class _FrameError(Exception):
     """A frame that could not be read or segmented: what was done before is kept."""
 
 
-def _predictions(
+def _segmented_frames(
     segmenter: Segmenter, frames: Iterator[Frame], batch_size: int
-) -> Iterator[tuple[Frame, Prediction]]:
+) -> Iterator[tuple[Frame, SegmentedImage]]:
     batch: list[Frame] = []
     failure: ITAError | None = None
-    while failure is None:
+    ended = False
+    while not ended:
         try:
             frame = next(frames, None)
         except ITAError as error:
             frame, failure = None, error
+        ended = frame is None
         if frame is not None:
             batch.append(frame)
-        if batch and (frame is None or len(batch) == batch_size):
-            results = segmenter.segment([one.image for one in batch])
-            for one, result in zip(batch, results, strict=True):
+        if batch and (ended or len(batch) == batch_size):
+            for one, result in zip(batch, segmenter.segment([one.image for one in batch]), strict=True):
                 if isinstance(result, ITAError):
                     raise _FrameError(f"frame {one.index}: {result}") from result
                 yield one, result
             batch = []
-        if frame is None and failure is None:
-            return
-    raise _FrameError(str(failure)) from failure
-
-
-def _document(
-    item: VideoItem,
-    model: Path,
-    segmenter: Segmenter,
-    rate: Fraction,
-    every: int,
-    done: int,
-    failure: ITAError | None,
-) -> dict[str, Any]:
-    return {
-        "video": str(item.path),
-        "model": str(model),
-        "task": segmenter.task,
-        "vocabulary": segmenter.classes,
-        "frame_rate": round(float(rate), 4),
-        "every": every,
-        "frames": done,
-        "error": None if failure is None else one_line(failure),
-    }
+    if failure is not None:
+        raise _FrameError(str(failure)) from failure
 
 
 class _Outputs:
-    """A video's files under temporary names, renamed at the end."""
+    """A video's files, which take their places when `stack` is closed without an error."""
 
-    def __init__(self, item: VideoItem, formats: Sequence[str], rate: Fraction, segmenter: Segmenter):
-        self._item, self._formats, self._rate = item, formats, rate
-        self._labels = [names[0] for names in segmenter.classes]
+    def __init__(
+        self, stack: ExitStack, item: Item, formats: Sequence[str], rate: Fraction, segmenter: Segmenter
+    ):
+        endings = [ending for one in formats for ending in VIDEO_FORMATS[one] if ending != "_segments.json"]
+        self._paths = {ending: stack.enter_context(atomic_path(item.file(ending))) for ending in set(endings)}
+        self._rate = rate
+        self._legend_width = legend_width(names[0] for names in segmenter.classes)
         self._tracks = None if segmenter.task == "semantic" else Tracks()
+        self._colors: dict[int, Color] = {}
         self._video: VideoWriter | None = None
         self._size = (0, 0)
-        self._stack = ExitStack()
         try:
-            item.base.parent.mkdir(parents=True, exist_ok=True)
-            if self._describes:
-                self._lines = self._stack.enter_context(
-                    self._temporary("_frames.jsonl").open("w", encoding="utf-8")
-                )
-            if "labels" in formats:
-                shutil.rmtree(self._temporary("_labels"), ignore_errors=True)
-                self._temporary("_labels").mkdir()
+            if "_labels" in self._paths:
+                self._paths["_labels"].mkdir()
+            if "_frames.jsonl" in self._paths:
+                file = self._paths["_frames.jsonl"].open("w", encoding="utf-8")
+                self._lines = stack.enter_context(file)
         except OSError as error:
-            raise ITAError(f"cannot write {error.filename}: {error.strerror or error}") from error
+            raise ITAError(f"cannot write {item.base}: {error.strerror or error}") from error
 
-    @property
-    def _describes(self) -> bool:
-        return "segments" in self._formats or "coco" in self._formats
-
-    def _temporary(self, ending: str) -> Path:
-        path = self._item.named(ending)
-        return path.with_name(f".{path.name}.tmp")
-
-    def add(self, frame: Frame, prediction: Prediction) -> None:
-        label_map, segments = prediction.label_map, prediction.document["segments"]
+    def add(self, frame: Frame, result: SegmentedImage, run_lengths: RunLengths | None) -> None:
+        label_map, segments = result.label_map, result.segments
         if self._tracks is not None:
             label_map, segments = self._tracks.follow(label_map, segments)
-        if "overlay" in self._formats:
-            self._add_overlay(frame.image, label_map, segments)
-        if "labels" in self._formats:
-            write_files({self._temporary("_labels") / f"{frame.index:06d}.png": label_png(label_map)})
-        if self._describes:
-            line = {"frame": frame.index, "time": frame.time, "segments": segments}
-            if "coco" in self._formats:
-                line["run_lengths"] = prediction.run_lengths
-            try:
+        if "_overlay.mp4" in self._paths:
+            self._add_overlay(frame.image, label_map, legend_of(segments))
+        try:
+            if "_labels" in self._paths:
+                (self._paths["_labels"] / f"{frame.index:06d}.png").write_bytes(label_png(label_map))
+            if "_frames.jsonl" in self._paths:
+                line = {"frame": frame.index, "time": frame.time, "segments": segments}
+                if run_lengths is not None:
+                    line["run_lengths"] = run_lengths(result)
                 self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-            except OSError as error:
-                raise ITAError(f"cannot write {self._lines.name}: {error.strerror or error}") from error
+        except OSError as error:
+            raise ITAError(f"cannot write the results: {error.strerror or error}") from error
 
-    def _add_overlay(self, image: Image.Image, label_map: Any, segments: list[dict[str, Any]]) -> None:
-        entries = [(one["id"], one["label"], one["score"]) for one in segments]
-        painted, present = paint_segments(image, label_map, entries)
+    def _add_overlay(self, image: Image.Image, label_map: Any, legend: list[LegendEntry]) -> None:
+        self._colors |= assign_colors((index for index, _, _ in legend), self._colors)
+        painted, present = paint_segments(image, label_map, legend, colors=self._colors)
         if self._video is None:
             self._size = painted.size
-            path = self._temporary("_overlay.mp4")
-            self._video = VideoWriter(path, self._rate, self._canvas_size())
+            self._video = VideoWriter(self._paths["_overlay.mp4"], self._rate, self._canvas_size())
         if painted.size != self._size:  # a stream may change its size; a file of ours does not
             painted = painted.resize(self._size)
         canvas = Image.new("RGB", self._canvas_size(), (255, 255, 255))
         canvas.paste(painted, (0, 0))
-        draw_legend(canvas, self._size[0], present)
+        draw_legend(canvas, self._size[0], present, self._colors)
         self._video.write(canvas)
 
     def _canvas_size(self) -> tuple[int, int]:
         """The frame and a strip for the longest name that may come, even as the encoders need it."""
-        width = self._size[0] + legend_width(self._labels)
+        width = self._size[0] + self._legend_width
         return width + width % 2, self._size[1] + self._size[1] % 2
 
-    def finish(self, document: dict[str, Any]) -> None:
-        """Gives the files their names; the description comes last."""
+    def close(self) -> None:
+        """Finish the overlay video."""
         if self._video is not None:
             self._video.close()
-        self._stack.close()
-        endings = {"overlay": "_overlay.mp4", "labels": "_labels"}
-        moved = [endings[one] for one in self._formats if one in endings]
-        try:
-            for ending in [*moved, *(["_frames.jsonl"] if self._describes else [])]:
-                target = self._item.named(ending)
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(self._temporary(ending), target)
-        except OSError as error:
-            raise ITAError(f"cannot write {error.filename}: {error.strerror or error}") from error
-        if self._describes:
-            write_files({self._item.named("_segments.json"): json_bytes(document)})
-
-    def close(self) -> None:
-        """Leaves nothing temporary."""
-        self._stack.close()
-        shutil.rmtree(self._temporary("_labels"), ignore_errors=True)
-        for ending in ("_overlay.mp4", "_frames.jsonl"):
-            self._temporary(ending).unlink(missing_ok=True)
 
 
 def legend_width(labels: Iterable[str]) -> int:
-    """Pixels that a legend of any of these names needs."""
+    """Return the pixels that a legend of any of these names needs."""
     font = ImageFont.load_default(TEXT_SIZE)
-    longest = max((font.getlength(f"{_short(label)}  0.00") for label in labels), default=0)
-    return int(longest) + 3 * MARGIN + TEXT_SIZE
+    texts = (legend_text(label, 0.0, MAX_LEGEND_CHARACTERS) for label in labels)
+    return int(max(map(font.getlength, texts), default=0)) + 3 * MARGIN + TEXT_SIZE
 
 
-def draw_legend(canvas: Image.Image, left: int, entries: Sequence[LegendEntry]) -> None:
-    """Writes as many entries as there is room for, right of `left`; largest areas are chosen, in the order of ids, so
-    that a line does not jump from frame to frame.
+def draw_legend(
+    canvas: Image.Image, left: int, entries: Sequence[LegendEntry], colors: Mapping[int, Color]
+) -> None:
+    """Draw as many entries as there is space for, to the right of `left`.
 
-    entries: largest first.
+    The largest are chosen, in the order of ids, so that a line does not jump from frame to frame.
+
+    Args:
+        canvas: what is drawn on.
+        left: the first free column.
+        entries: legend entries, largest first.
+        colors: the color of each id.
     """
     rows = max(1, (canvas.height - MARGIN) // ROW_HEIGHT)
-    font, draw = ImageFont.load_default(TEXT_SIZE), ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(TEXT_SIZE)
     for row, (index, label, score) in enumerate(sorted(entries[:rows], key=lambda entry: entry[0])):
-        x, y = left + MARGIN, MARGIN + row * ROW_HEIGHT
-        draw.rectangle((x, y, x + TEXT_SIZE, y + TEXT_SIZE), fill=color_of(index))
-        text = _short(label) if score is None else f"{_short(label)}  {score:.2f}"
-        draw.text(
-            (x + TEXT_SIZE + MARGIN, y + TEXT_SIZE // 2), text, fill=(24, 24, 24), font=font, anchor="lm"
-        )
-
-
-def _short(label: str) -> str:
-    label = " ".join(label.split())
-    return label if len(label) <= MAX_LEGEND_CHARACTERS else label[: MAX_LEGEND_CHARACTERS - 1] + "…"
+        corner = (left + MARGIN, MARGIN + row * ROW_HEIGHT)
+        text = legend_text(label, score, MAX_LEGEND_CHARACTERS)
+        draw_legend_line(canvas, corner, text, colors[index], font)

@@ -17,9 +17,12 @@ pytest.importorskip("pycocotools", reason="the page needs pycocotools")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need Chromium"),
+]
 
-WORDS = ("water", "teddy bear|teddy", "concrete", "french fries")
+NAMES = ("water", "teddy bear|teddy", "concrete", "french fries")
 RESULT = '.ita-viewer[data-state="result"]'
 PATIENCE = 45_000  # milliseconds
 
@@ -77,10 +80,10 @@ def take_example(page, place: int) -> None:
     page.wait_for_selector("#ita-upload img")
 
 
-def type_words(page, words) -> None:
-    for word in words:
-        page.fill(".ita-word", word)
-        page.press(".ita-word", "Enter")
+def type_names(page, names) -> None:
+    for name in names:
+        page.fill(".ita-input", name)
+        page.press(".ita-input", "Enter")
 
 
 def segment(page) -> None:
@@ -127,7 +130,7 @@ def test_a_person_uploads_types_segments_looks_and_downloads(visit, artefacts, a
     page = visit(accept_downloads=True)
     page.screenshot(path=artefacts / "app_start.png", full_page=True)
     upload(page, ROOT / "examples" / "scene_1.png")
-    type_words(page, WORDS)
+    type_names(page, NAMES)
     segment(page)
     assert set(classes_of(page)) <= {"water", "teddy bear", "concrete", "french fries"}
     assert len(classes_of(page)) >= 3
@@ -147,11 +150,11 @@ def test_a_person_uploads_types_segments_looks_and_downloads(visit, artefacts, a
     compile(content, name, "exec")
 
     first = next(index for index in np.unique(labels) if (labels == index).sum() > 2000)
-    label = WORDS[first].split("|")[0]
+    label = NAMES[first].split("|")[0]
     page.mouse.move(*place_of(page, labels, first))
     page.wait_for_selector(".ita-tip:not([hidden])")
     assert page.text_content(".ita-tip strong") == label
-    assert "score 0." in page.text_content(".ita-tip span")
+    assert "score " in page.text_content(".ita-tip span")
     page.screenshot(path=artefacts / "app_result.png", full_page=True)
 
     other = next(index for index in np.unique(labels) if index != first)
@@ -159,7 +162,7 @@ def test_a_person_uploads_types_segments_looks_and_downloads(visit, artefacts, a
     assert alpha_at(page, ".ita-colors", row, column) == 255
     page.mouse.click(*place_of(page, labels, first))
     assert page.get_attribute(".ita-viewer", "data-isolated") == label
-    assert alpha_at(page, ".ita-colors", row, column) == 0, "other classes lose their colour"
+    assert alpha_at(page, ".ita-colors", row, column) == 0, "other classes lose their color"
     page.screenshot(path=artefacts / "app_isolated.png", full_page=True)
     page.mouse.click(*place_of(page, labels, first))
     assert page.get_attribute(".ita-viewer", "data-isolated") == ""
@@ -173,7 +176,7 @@ def test_a_person_uploads_types_segments_looks_and_downloads(visit, artefacts, a
 def test_opacity_is_instant_and_goes_into_the_overlay(visit):
     page = visit(accept_downloads=True)
     upload(page, ROOT / "examples" / "scene_1.png")
-    type_words(page, ["water"])
+    type_names(page, ["water"])
     segment(page)
     asked = len(page.asked)
     page.evaluate("() => { const one = document.querySelector('#ita-opacity'); one.value = 25;"
@@ -186,42 +189,42 @@ def test_opacity_is_instant_and_goes_into_the_overlay(visit):
 
     expected = 0.75 * before + 0.25 * np.array(color_of(0))
     assert overlay.shape[0] > 192, "a legend stands beneath"
-    assert np.abs(overlay[:190, :190] - expected[:190, :190]).max() <= 2
+    assert np.abs(overlay[:60, :60] - expected[:60, :60]).max() <= 2, "there is water there"
 
 
-def test_chips_come_by_enter_comma_and_paste_and_go_by_their_button(visit):
+def test_tags_come_by_enter_comma_and_paste_and_go_by_their_button(visit):
     page = visit()
-    page.locator(".ita-word").press_sequentially("cat,sofa|couch,")
+    page.locator(".ita-input").press_sequentially("cat,sofa|couch,")
     page.evaluate("""() => {
         const data = new DataTransfer();
         data.setData('text', 'wall, 猫\\n🐧, , CAT');
-        document.querySelector('.ita-word').dispatchEvent(new ClipboardEvent('paste', { clipboardData: data }));
+        document.querySelector('.ita-input').dispatchEvent(new ClipboardEvent('paste', { clipboardData: data }));
     }""")
-    chips = page.locator(".ita-chip")
-    assert [" ".join(one.locator("span").all_text_contents()) for one in chips.all()] == [
+    tags = page.locator(".ita-tag")
+    assert [" ".join(one.locator("span").all_text_contents()) for one in tags.all()] == [
         *("cat", "sofa couch", "wall", "猫", "🐧")
     ]
     assert "already" in page.text_content(".ita-remark"), "a repeated class is not added"
     page.get_by_label("Remove sofa or couch").click()
-    assert chips.count() == 4
-    page.press(".ita-word", "Backspace")
-    assert chips.count() == 3
-    page.fill(".ita-word", ",".join(f"word {number}" for number in range(2000)))
-    page.press(".ita-word", "Enter")
-    assert chips.count() == 2000 and "3 left out" in page.text_content(".ita-remark")
+    assert tags.count() == 4
+    page.press(".ita-input", "Backspace")
+    assert tags.count() == 3
+    page.fill(".ita-input", ";".join(f"name {number}" for number in range(1000)))
+    page.press(".ita-input", "Enter")
+    assert tags.count() == 1000 and "3 left out" in page.text_content(".ita-remark")
     page.click(".ita-clear")
-    assert chips.count() == 0
+    assert tags.count() == 0
 
 
-def test_hostile_words_and_file_names_are_text(visit, tmp_path):
+def test_hostile_names_and_file_names_are_text(visit, tmp_path):
     page = visit()
     evil = "<img src=x onerror=document.title='broken'>"
     shutil.copy(ROOT / "examples" / "scene_1.png", tmp_path / f"{evil}.png")
     upload(page, tmp_path / f"{evil}.png")
-    type_words(page, [evil, "`${document.title='broken'}` {{value}}", "</script><script>alert(1)</script>"])
+    type_names(page, [evil, "`${document.title='broken'}` {{value}}", "</script><script>alert(1)</script>"])
     segment(page)
     assert "broken" not in page.title()
-    assert page.locator(".ita-viewer img, .ita-words img, .ita-viewer script").count() == 0
+    assert page.locator(".ita-viewer img, .ita-names img, .ita-viewer script").count() == 0
     told = page.text_content(".ita-legend") + page.text_content(".ita-absent")
     assert evil in told
     assert page.broken == []
@@ -259,24 +262,63 @@ def test_two_people_at_once_get_their_own_answers(visit):
     first, second = visit(), visit()
     upload(first, ROOT / "examples" / "scene_1.png")
     upload(second, ROOT / "examples" / "scene_2.jpg")
-    type_words(first, ["water", "concrete"])
-    type_words(second, ["sky", "tent"])
+    type_names(first, ["water", "concrete"])
+    type_names(second, ["sky", "tent"])
     for page in (first, second):
         page.click("#ita-run")
-    for page, words, name in (
+    for page, names, name in (
         (first, {"water", "concrete"}, "scene_1"),
         (second, {"sky", "tent"}, "scene_2"),
     ):
         page.wait_for_selector(RESULT)
-        assert set(classes_of(page)) <= words and classes_of(page)
+        assert set(classes_of(page)) <= names and classes_of(page)
         assert name in page.get_attribute(".ita-image", "aria-label")
+
+
+def test_an_example_brings_its_classes_and_changed_inputs_mark_the_result_as_outdated(visit):
+    page = visit(viewport={"width": 1280, "height": 800})
+    take_example(page, 0)
+    page.wait_for_selector(".ita-tag")
+    assert "teddy bear" in page.locator(".ita-tag .ita-name").all_text_contents()
+    button = page.locator("#ita-run").bounding_box()
+    assert button["y"] + button["height"] <= 800, "the button is above the fold"
+    segment(page)
+    note = page.locator(".ita-stale")
+    assert not note.is_visible()
+    page.click(".ita-tag button >> nth=0")
+    note.wait_for(state="visible")
+    segment(page)
+    note.wait_for(state="hidden")
+    page.locator("label", has_text="Panoptic").click()
+    note.wait_for(state="visible")
+
+
+def test_what_has_the_focus_is_seen(visit):
+    page = visit()
+    outline = "() => getComputedStyle(document.querySelector('#ita-task label')).outlineStyle"
+    assert page.evaluate(outline) == "none"
+    page.focus("#ita-task input")
+    assert page.evaluate(outline) == "solid"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_has_enough_contrast(theme, visit):
+    page = visit(f"/?__theme={theme}", color_scheme=theme)
+    contrast = (ROOT / "tests" / "helpers" / "contrast.js").read_text(encoding="utf-8")
+    assert page.evaluate(contrast)[0][0] >= 4.5, page.evaluate(contrast)[:3]
+    take_example(page, 0)
+    segment(page)
+    page.mouse.move(0, 0)
+    page.click("summary >> nth=-1")
+    lowest = page.evaluate(contrast)[0]
+    assert lowest[0] >= 4.5, lowest
 
 
 def test_keyboard_dark_mode_and_a_narrow_screen(visit, artefacts):
     page = visit("/?__theme=dark", viewport={"width": 390, "height": 844}, color_scheme="dark")
     take_example(page, 1)
     page.locator("label", has_text="Panoptic").click()
-    type_words(page, ["sky", "tent", "zebra"])
+    type_names(page, ["sky", "tent", "zebra"])
     page.focus("#ita-run")
     page.keyboard.press("Enter")
     page.wait_for_selector(RESULT)
@@ -289,7 +331,7 @@ def test_keyboard_dark_mode_and_a_narrow_screen(visit, artefacts):
     wide = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide <= 0, "nothing is wider than the screen"
     page.screenshot(path=artefacts / "app_narrow_dark.png", full_page=True)
-    unnamed = page.evaluate("""() => [...document.querySelectorAll('.ita-words input, .ita-viewer input')]
+    unnamed = page.evaluate("""() => [...document.querySelectorAll('.ita-names input, .ita-viewer input')]
         .filter((one) => !one.labels.length).length""")
     assert unnamed == 0
     assert json.dumps(page.broken) == "[]"

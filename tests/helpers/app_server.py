@@ -21,10 +21,17 @@ CHECKPOINT = ROOT / "models" / "ita-tiny"
 
 @dataclass
 class Server:
-    """A page that answers: its address and its process's id."""
+    """A page that answers.
+
+    Attributes:
+        address: its URL.
+        process: the id of its process.
+        folder: where it keeps uploads.
+    """
 
     address: str
     process: int
+    folder: Path
 
 
 @functools.cache
@@ -61,7 +68,7 @@ def running_page(
         try:
             address = f"http://127.0.0.1:{port}"
             wait_until_up(process, address)
-            yield Server(address, process.pid)
+            yield Server(address, process.pid, Path(uploads))
         except AssertionError:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace")[-4000:])

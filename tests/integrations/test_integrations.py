@@ -1,21 +1,32 @@
 """Predictions in other tools' formats: what was segmented is what those tools read."""
 
+import contextlib
 import io
 import json
-import sys
+import threading
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
+from helpers.tiny_checkpoint import save_tiny_checkpoint
+from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.integrations import (
     coco_document,
     coco_panoptic,
     coco_results,
+    label_studio_task,
+    labeling_config,
+    mask_polygons,
     segments_of,
     to_detections,
 )
+from ita_segmentation.prediction import SegmentedImage
 
 NAMES = ["sky", ["dog", "puppy"], "grass"]
 SEMANTIC = torch.tensor([[0, 0, 0, 0], [2, 1, 1, 2], [2, 1, 2, 2]])
@@ -194,14 +205,158 @@ def test_a_document_names_what_does_not_belong():
         coco_document(images, [entry], NAMES[:2])
 
 
-@pytest.mark.parametrize(
-    ("package", "call"),
-    [
-        ("supervision", lambda: to_detections(PANOPTIC, NAMES)),
-        ("pycocotools", lambda: coco_results(PANOPTIC, 1)),
-    ],
-)
-def test_a_package_that_is_missing_is_one_clear_line(package, call, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
-        call()
+# Polygons
+
+
+def blobs(seed: int, size: tuple[int, int] = (40, 60)) -> np.ndarray:
+    """A mask with holes, islands in them, and parts that touch at corners."""
+    noise = np.random.default_rng(seed).integers(0, 255, size, np.uint8)
+    return np.asarray(Image.fromarray(noise).filter(ImageFilter.GaussianBlur(seed % 3))) > 128
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_polygons_give_the_mask_back_with_its_holes(seed, tmp_path):
+    coco = pytest.importorskip("pycocotools.coco")
+    mask = blobs(seed)
+    result = {"segmentation": mask[None], "segments_info": [{"id": 1, "label_id": 0, "score": 0.5}]}
+    entries = coco_results(result, image_id=1, polygons=True)
+    assert len(entries[0]["segmentation"]) == len(mask_polygons(mask))
+    images = [{"id": 1, "file_name": "a.png", "width": 60, "height": 40}]
+    (tmp_path / "a.json").write_text(json.dumps(coco_document(images, entries, ["blob"])))
+    loaded = coco.COCO(str(tmp_path / "a.json"))
+    assert (loaded.annToMask(loaded.loadAnns(loaded.getAnnIds())[0]) == mask).all()
+
+
+def test_a_polygon_of_a_ring_is_one_outline_with_a_cut():
+    ring = np.ones((5, 5), bool)
+    ring[2, 2] = False
+    [outline] = mask_polygons(ring)
+    assert {tuple(point) for point in outline.tolist()} >= {(0, 0), (5, 0), (5, 5), (0, 5), (2, 2), (3, 3)}
+    assert mask_polygons(np.zeros((3, 3), bool)) == []
+
+
+# Label Studio
+
+
+def segmented(masks: np.ndarray) -> SegmentedImage:
+    entries = [{"id": n + 1, "label_id": n % 2, "score": 0.9 - n / 10} for n in range(len(masks))]
+    return SegmentedImage(
+        label_map=np.zeros(masks.shape[1:], np.uint8),
+        task="instance",
+        vocabulary=[["cat", "kitten"], ['"dog" & co']],
+        segments=[],
+        result={"segmentation": masks, "segments_info": entries},
+    )
+
+
+def iou(one: np.ndarray, other: np.ndarray) -> float:
+    return (one & other).sum() / (one | other).sum()
+
+
+@pytest.mark.parametrize("size", [(40, 60), (300, 500)])
+def test_brush_masks_come_back_from_label_studios_own_converter(size):
+    brush = pytest.importorskip("label_studio_sdk.converter.brush")
+    masks = np.stack([blobs(seed, size) for seed in (0, 2)])
+    masks[1, :, : size[1] // 2] = True  # long runs
+    task = json.loads(json.dumps(label_studio_task(segmented(masks), "/data/a.png", "ita")))
+    [prediction] = task["predictions"]
+    assert task["data"] == {"image": "/data/a.png"}
+    assert prediction["score"] == pytest.approx(0.85)
+    assert [one["score"] for one in prediction["result"]] == [0.9, 0.8]
+    for region, mask in zip(prediction["result"], masks, strict=True):
+        assert (region["original_height"], region["original_width"]) == size
+        decoded = brush.decode_rle(region["value"]["rle"]).reshape(*size, 4)[..., 3] > 0
+        assert iou(decoded, mask) >= 0.98
+    assert [one["value"]["brushlabels"] for one in prediction["result"]] == [["cat"], ['"dog" & co']]
+
+
+def test_label_studios_converter_makes_coco_of_the_polygons(tmp_path):
+    converter = pytest.importorskip("label_studio_sdk.converter")
+    from pycocotools import mask as mask_utils
+
+    mask = np.zeros((40, 60), bool)
+    mask[5:30, 10:50] = True
+    mask[12:20, 20:35] = False
+    task = label_studio_task(segmented(mask[None]), "a.png", polygons=True)
+    config = labeling_config([["cat"], ["dog"]], polygons=True)
+    task = {"id": 1, "data": task["data"], "annotations": [{"id": 1, **task["predictions"][0]}]}
+    (tmp_path / "tasks.json").write_text(json.dumps([task]))
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    converter.Converter(config, str(tmp_path), download_resources=False).convert_to_coco(
+        str(tmp_path / "tasks.json"), str(tmp_path / "coco"), is_dir=False
+    )
+    document = json.loads((tmp_path / "coco" / "result.json").read_text())
+    [annotation] = document["annotations"]
+    decoded = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(annotation["segmentation"], 40, 60)))
+    assert iou(decoded.astype(bool), mask) >= 0.98
+
+
+def test_a_labeling_config_holds_every_class_whatever_its_name():
+    labels = ElementTree.fromstring(labeling_config(segmented(np.ones((1, 2, 2), bool)).vocabulary)).iter(
+        "Label"
+    )
+    assert [label.get("value") for label in labels] == ["cat", '"dog" & co']
+
+
+# CVAT
+
+
+@pytest.fixture
+def cvat_function(tmp_path):
+    pytest.importorskip("cvat_sdk")
+    from ita_segmentation.integrations.cvat import create
+
+    model = save_tiny_checkpoint(tmp_path / "model")
+    return create(str(model), classes="cat, dog|puppy", device="cpu")
+
+
+def test_cvat_is_told_the_labels_and_gets_masks_or_polygons(cvat_function):
+    from cvat_sdk.auto_annotation import DetectionFunctionSpec
+    from cvat_sdk.masks import decode_mask
+
+    assert isinstance(cvat_function.spec, DetectionFunctionSpec)
+    assert [(label.id, label.name) for label in cvat_function.spec.labels] == [(0, "cat"), (1, "dog")]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+
+    def detect(threshold=None, polygons=False):
+        context = SimpleNamespace(frame_name="a.png", conf_threshold=threshold, conv_mask_to_poly=polygons)
+        return cvat_function.detect(context, image)
+
+    shapes = detect(threshold=0.0)
+    [result] = cvat_function.segmenter.segment([image])
+    masks = sorted(result.masks(), key=lambda segment: -segment.area)
+    assert [shape.label_id for shape in shapes] == [segment.label_id for segment in masks] != []
+    for shape, segment in zip(shapes, masks, strict=True):
+        assert (shape.type.value, shape.frame) == ("mask", 0)
+        assert (decode_mask(shape.points, image_width=60, image_height=40) == segment.mask).all()
+    assert {shape.type.value for shape in detect(threshold=0.0, polygons=True)} == {"polygon"}
+    assert detect(threshold=1.0) == []
+    detect()
+    assert cvat_function.segmenter.threshold == 0.5, "a threshold holds for its own request only"
+
+
+def test_the_example_backend_answers_label_studio(tmp_path, monkeypatch):
+    backend = pytest.importorskip("examples.label_studio_backend")
+    model = save_tiny_checkpoint(tmp_path / "model")
+    Image.new("RGB", (60, 40), "green").save(tmp_path / "a.png")
+    monkeypatch.setattr(backend, "read_image", lambda url: Image.open(tmp_path / "a.png").convert("RGB"))
+    monkeypatch.setattr(backend.Backend, "checkpoint", load_checkpoint(model, "cpu"), raising=False)
+    monkeypatch.setattr(backend.Backend, "task", "semantic", raising=False)
+    server = backend.HTTPServer(("127.0.0.1", 0), backend.Backend)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def ask(path: str, **document) -> dict:
+        body = json.dumps(document).encode() if document else None
+        url = f"http://127.0.0.1:{server.server_port}{path}"
+        with contextlib.suppress(urllib.error.HTTPError):
+            return json.load(urllib.request.urlopen(url, body, timeout=30))
+        return {}
+
+    try:
+        assert ask("/health")["status"] == "UP"
+        config, task = labeling_config([["cat"], ["dog"]]), {"data": {"image": "http://a/a.png"}}
+        [prediction] = ask("/predict", label_config=config, tasks=[task])["results"]
+        assert {one["value"]["brushlabels"][0] for one in prediction["result"]} <= {"cat", "dog"}
+        assert ask("/predict", label_config=config, tasks=[{"data": {"image": "/etc/hosts"}}]) == {}
+    finally:
+        server.shutdown()

@@ -1,5 +1,5 @@
-// The result: image, colours, legend, downloads. Runs with `element`, `props` and `watch`; `props.value` is what
-// ita_segmentation.app.segmenter.view_of_prediction gives. Hover, click and opacity need no server. Names are written as text only.
+// The result: image, colors, legend, downloads. Runs with `element`, `props` and `watch`; `props.value` is what
+// `view_of_result` gives. Hover, click and opacity need no server. Names are written as text only.
 const part = (name) => element.querySelector(name);
 const root = part('.ita-viewer'), stage = part('.ita-stage'), tip = part('.ita-tip'), legend = part('.ita-legend');
 const layers = ['.ita-image', '.ita-colors', '.ita-marks'].map(part);
@@ -8,7 +8,7 @@ const opacity = part('#ita-opacity');
 const OUTLINE_SHADE = 0.45, VEIL = [18, 18, 24, 190], REST_OPACITY = 55;
 
 let view = null, ids = null, segmentOf = new Map(), classOf = new Map(), boxOf = new Map();
-let isolated = null, hovered = null, drawn = 0;
+let isolated = null, hovered = null, drawn = 0, asked = 0;
 
 const percent = (share) => (share < 0.001 ? '< 0.1' : (100 * share).toFixed(share < 0.1 ? 1 : 0)) + ' %';
 const counted = (count, noun) => count.toLocaleString('en') + ' ' + noun + (count === 1 ? '' : 's');
@@ -190,13 +190,15 @@ function summarize() {
   const what = view.classes.length
     ? counted(view.segments.length, 'segment') + ' of ' + view.classes.length +
       (view.classes.length === 1 ? ' class' : ' classes')
-    : 'No segment is sure enough: try a lower least score, or other words';
+    : 'No segment is sure enough: try a lower minimum score, or other class names';
   const where = view.width.toLocaleString('en') + ' × ' + view.height.toLocaleString('en') + ' pixels';
   part('.ita-summary').textContent = what + ' · ' + where + ' · ' + view.seconds.toFixed(1) + ' s.' + alone;
 }
 
 async function show() {
   const turn = (drawn += 1), value = props.value;
+  asked = window.itaAsked || 0;
+  markOutdated();
   tip.hidden = true;
   part('.ita-message').textContent = value && value.error ? value.error : '';
   if (!value || value.error) {
@@ -221,7 +223,7 @@ async function show() {
   part('.ita-remarks').textContent = view.remarks.join(' ');
   const absent = part('.ita-absent'), hidden = view.absent_count - view.absent.length;
   absent.hidden = !view.absent.length;
-  absent.querySelector('summary').textContent = 'Not found: ' + counted(view.absent_count, 'word');
+  absent.querySelector('summary').textContent = 'Not found: ' + view.absent_count.toLocaleString('en') + (view.absent_count === 1 ? ' class' : ' classes');
   absent.querySelector('p').textContent = view.absent.join(', ') + (hidden ? ', and ' + hidden + ' more' : '');
   part('pre').textContent = view.python;
   const names = view.classes.slice(0, 8).map((entry) => entry.name).join(', ');
@@ -232,6 +234,11 @@ async function show() {
   root.dataset.isolated = '';
   root.dataset.state = 'result';
   root.dataset.run = view.run;
+}
+
+// The page counts changes of its inputs, and notes the count when Segment is pressed.
+function markOutdated() {
+  root.classList.toggle('ita-outdated', (window.itaInputs || 0) !== asked);
 }
 
 function setOpacity() {
@@ -281,8 +288,8 @@ function save(blob, ending) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-function bytesOf(address) {
-  return Uint8Array.from(atob(address.slice(address.indexOf(',') + 1)), (one) => one.charCodeAt(0));
+function bytesOf(uri) {
+  return Uint8Array.from(atob(uri.slice(uri.indexOf(',') + 1)), (one) => one.charCodeAt(0));
 }
 
 const downloads = {
@@ -328,6 +335,7 @@ part('.ita-downloads').addEventListener('click', (event) => {
   if (what && view) downloads[what]();
 });
 part('.ita-copy').addEventListener('click', copy);
+window.addEventListener('ita-inputs', markOutdated);
 opacity.addEventListener('input', setOpacity);
 opacity.value = REST_OPACITY;
 setOpacity();

@@ -1,11 +1,13 @@
-"""A data set into parquet: fixed units of work, any number of processes, ended at any time."""
+"""A dataset into parquet: fixed units of work, any number of processes, ended at any time."""
 
+import http.server
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,9 +17,6 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from helpers.tiny_checkpoint import save_tiny_checkpoint
-from ita_segmentation.checkpoints import load_checkpoint
-from ita_segmentation.cli import predict as run_predict
 from ita_segmentation.errors import ITAError
 from ita_segmentation.prediction import rows
 
@@ -26,28 +25,9 @@ UNIT_SIZE = 4
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return load_checkpoint(checkpoint, "cpu")
-
-
-@pytest.fixture
-def predict(checkpoint, loaded, monkeypatch):
-    """Runs the door as process `rank` of `world`, with units of four images."""
-    monkeypatch.setattr(run_predict, "load_checkpoint", lambda path, device: loaded)
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
     monkeypatch.setattr(rows, "UNIT_SIZE", UNIT_SIZE)
-
-    def run(*arguments, rank: int = 0, world: int = 1) -> int:
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        return run_predict.predict(["--model", str(checkpoint), *map(str, arguments)])
-
-    return run
 
 
 def png(seed: int) -> bytes:
@@ -134,7 +114,7 @@ def test_a_streamed_column_is_done_file_by_file_with_ids_of_a_column(predict, tm
     assert (output / "parts" / "00000").read_text() == "6\n"
 
 
-def test_a_data_set_on_disk_is_read_by_row(predict, tmp_path):
+def test_a_dataset_on_disk_is_read_by_row(predict, tmp_path):
     table_of(5).save_to_disk(tmp_path / "data")
     given = ["--dataset", tmp_path / "data", "--image_column", "photo", "--format", "coco"]
     assert predict(*given, "--output", tmp_path / "out") == 0
@@ -163,13 +143,73 @@ def test_processes_share_the_work_and_another_number_of_them_goes_on(kind, predi
         given += ["--image_column", "photo", "--id_column", "name"]
     assert predict(*given, "--output", tmp_path / "whole") == 0
     output = tmp_path / "out"
-    assert predict(*given, "--output", output, rank=1, world=2) == 0
+    assert predict(*given, "--output", output, rank=1, world_size=2) == 0
     first = {path: path.read_bytes() for path in output.glob("*.parquet")}
     assert 0 < len(first) < len(list((tmp_path / "whole").glob("*.parquet")))
     for rank in range(3):
-        assert predict(*given, "--output", output, rank=rank, world=3) == 0
+        assert predict(*given, "--output", output, rank=rank, world_size=3) == 0
     assert results(output) == results(tmp_path / "whole")
     assert all(path.read_bytes() == content for path, content in first.items())
+
+
+def test_a_file_that_is_empty_or_cut_off_is_not_done(predict, tmp_path):
+    source, output = folder_of(tmp_path / "in", 10), tmp_path / "out"
+    assert predict("--dataset", source, "--output", output) == 0
+    before = results(output)
+    (output / "00000-000000.parquet").write_bytes(b"")
+    cut = output / "00000-000001.parquet"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert predict("--dataset", source, "--output", output) == 0
+    assert results(output) == before
+
+
+def test_what_a_killed_process_leaves_is_replaced(predict, tmp_path):
+    source, output = folder_of(tmp_path / "in", 3), tmp_path / "out"
+    assert predict("--dataset", source, "--output", output) == 0
+    (output / "00000-000000.parquet").rename(output / ".00000-000000.parquet.tmp")
+    assert predict("--dataset", source, "--output", output) == 0
+    assert len(results(output)) == 3
+    assert not list(output.glob(".*"))
+
+
+def test_one_bad_url_in_a_column_is_a_row_with_its_error(predict, tmp_path):
+    class Rude(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.wfile.write(b"ICY 200 OK\r\n\r\n" if "status" in self.path else b"")
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Rude)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    urls = [
+        f"{address}/status",
+        f"{address}/empty",
+        "http://127.0.0.1:99999999/a.png",
+        "http://[::1/a.png",
+        "",
+        None,
+    ]
+    paths = [*urls, str(tmp_path / "good.png")]
+    (tmp_path / "good.png").write_bytes(png(0))
+    datasets.Dataset.from_dict({"url": paths}).to_parquet(tmp_path / "urls.parquet")
+    try:
+        given = [
+            "--dataset",
+            tmp_path / "urls.parquet",
+            "--image_column",
+            "url",
+            "--output",
+            tmp_path / "out",
+        ]
+        assert predict(*given) == 0
+    finally:
+        server.shutdown()
+    found = [
+        row for path in (tmp_path / "out").glob("*.parquet") for row in parquet.read_table(path).to_pylist()
+    ]
+    assert [row["error"] is None for row in sorted(found, key=lambda row: row["row"])] == [False] * 6 + [True]
 
 
 def test_a_part_that_is_done_is_not_read_again(predict, tmp_path, monkeypatch, capsys):
@@ -207,9 +247,10 @@ def test_a_folder_of_another_run_is_left_alone(predict, tmp_path):
         (["--dataset", "{tmp}/broken.parquet"], "cannot be read"),
         (["--dataset", "{tmp}/empty", "--format", "overlay"], "not overlay"),
         (["--dataset", "{tmp}/empty", "--every", "2"], "--every is for videos"),
+        (["--images", "{tmp}/empty", "--split", "train"], "--split is for --dataset"),
     ],
 )
-def test_a_data_set_that_cannot_be_read_is_one_line(arguments, message, predict, tmp_path):
+def test_a_dataset_that_cannot_be_read_is_one_line(arguments, message, predict, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "data").mkdir()
     table_of(2).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
@@ -219,7 +260,7 @@ def test_a_data_set_that_cannot_be_read_is_one_line(arguments, message, predict,
     assert not (tmp_path / "out").exists()
 
 
-SLOW_DOOR = """
+SLOW_COMMAND = """
 import sys, time
 sys.path.insert(0, {root!r})
 from ita_segmentation.prediction import rows, segmenter
@@ -234,17 +275,18 @@ run_predict.main()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_killed_lose_nothing(checkpoint, predict, tmp_path):
     source, output = folder_of(tmp_path / "in", 24, broken=9), tmp_path / "out"
-    door = tmp_path / "door.py"
-    door.write_text(SLOW_DOOR.format(root=str(ROOT), seconds=0.3))
+    command_file = tmp_path / "predict.py"
+    command_file.write_text(SLOW_COMMAND.format(root=str(ROOT), seconds=0.3))
     # What `accelerate launch` runs for several processes; of CPUs it makes but one.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     given = ["--dataset", str(source), "--output", str(output), "--task", "panoptic"]
     command = [
         sys.executable,
         *launch,
-        str(door),
+        str(command_file),
         "--model",
         str(checkpoint),
         *given,

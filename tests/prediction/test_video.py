@@ -8,44 +8,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.tiny_checkpoint import save_tiny_checkpoint
-from ita_segmentation.checkpoints import load_checkpoint
-from ita_segmentation.cli import predict as run_predict
 from ita_segmentation.errors import ITAError
 
 av = pytest.importorskip("av")
 RATE, FRAMES = 10, 12
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return load_checkpoint(checkpoint, "cpu")
-
-
-@pytest.fixture
-def predict(checkpoint, loaded, monkeypatch):
-    monkeypatch.setattr(run_predict, "load_checkpoint", lambda path, device: loaded)
-    return lambda *arguments: run_predict.predict(["--model", str(checkpoint), *map(str, arguments)])
-
-
-def clip(path: Path, container: str = "mp4", noise: bool = False) -> Path:
+def clip(path: Path, container: str = "mp4", noise: bool = False, sound: bool = False) -> Path:
     """Twelve frames of 64 x 48 pixels: bright above, dark below."""
     generator = np.random.default_rng(0)
     with av.open(str(path), "w", format=container) as output:
         stream = output.add_stream("mpeg4", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.gop_size = 2
+        track = output.add_stream("aac", rate=16_000, layout="mono") if sound else None
         for _ in range(FRAMES):
             pixels = np.zeros((48, 64, 3), np.uint8)
             pixels[:24] = 220
             if noise:
                 pixels = generator.integers(0, 255, pixels.shape, np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            if track is not None:
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.float32), "fltp", "mono")
+                silence.sample_rate = 16_000
+                output.mux(track.encode(silence))
         output.mux(stream.encode(None))
     return path
 
@@ -142,6 +128,23 @@ def test_a_video_that_breaks_off_keeps_the_frames_before(predict, tmp_path):
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
 
 
+def test_a_video_with_sound_that_breaks_off_is_named(predict, tmp_path):
+    whole = clip(tmp_path / "whole.mkv", "matroska", noise=True, sound=True).read_bytes()
+    path, output = tmp_path / "cut.mkv", tmp_path / "out"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ITAError, match=r"cut\.mkv is cut off"):
+        predict("--images", path, "--output", output, "--every", 4)
+
+
+def test_every_without_a_video_and_formats_of_images_alone_are_refused(predict, tmp_path, noise):
+    with pytest.raises(ITAError, match="for videos"):
+        predict("--images", noise(tmp_path / "a.png"), "--output", tmp_path / "out", "--every", 2)
+    with pytest.raises(ITAError, match="label-studio is for images"):
+        predict(
+            "--images", clip(tmp_path / "a.mp4"), "--output", tmp_path / "out", "--format", "label-studio"
+        )
+
+
 @pytest.mark.parametrize("content", [b"", b"this is no video"])
 def test_what_is_no_video_is_one_line_and_leaves_nothing(content, predict, tmp_path):
     path, output = tmp_path / "a.mp4", tmp_path / "out"
@@ -162,11 +165,11 @@ def test_a_video_that_fails_stops_neither_images_nor_videos(predict, tmp_path, c
     assert "1 of 3 files failed" in printed.err
 
 
-def test_resume_passes_over_a_finished_video(predict, tmp_path, capsys):
+def test_resume_skips_a_finished_video(predict, tmp_path, capsys):
     given = ["--images", clip(tmp_path / "a.mp4"), "--output", tmp_path / "out", "--every", 6]
     assert predict(*given) == 0
     capsys.readouterr()
     assert predict(*given, "--resume") == 0
-    assert capsys.readouterr().out == "1 passed over: done before\n"
+    assert capsys.readouterr().out == "1 skipped: done before\n"
     assert predict(*given[:-1], 4, "--resume") == 0
     assert "3 frames" in capsys.readouterr().out

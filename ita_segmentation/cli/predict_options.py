@@ -1,0 +1,126 @@
+"""The arguments of `ita predict`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ita_segmentation.class_names import read_vocabulary
+from ita_segmentation.cli.parser import ConfigArgumentParser, fraction, positive_int
+from ita_segmentation.errors import UsageError, one_line
+
+TASKS = ("semantic", "panoptic", "instance")
+FORMATS = ("overlay", "labels", "segments", "coco", "coco-polygons", "label-studio", "label-studio-polygons")
+DATASET_FORMATS = ("labels", "segments", "coco")
+DATASET_OPTIONS = ("split", "image_column", "id_column")
+
+
+def build_parser() -> ConfigArgumentParser:
+    """Build the parser of `ita predict`."""
+    parser = ConfigArgumentParser(
+        description="Segment images, videos or a dataset by the names of classes.",
+        epilog='example: ita predict --model models/ita-tiny --images photos --classes "cat, sofa|couch" --output out',
+    )
+    basic = parser.add_argument_group("input and output")
+    basic.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint folder or Hub id")
+    source = basic.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="FILE_OR_DIR",
+        help='images, videos, folders of images, or patterns such as "photos/**/*.jpg" (quoted)',
+    )
+    source.add_argument(
+        "--dataset",
+        metavar="PATH_OR_NAME",
+        help="folder of images at any depth, or a dataset -> parquet files",
+    )
+    basic.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    basic.add_argument(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"what is written: {', '.join(FORMATS)} (default: overlay labels segments; videos without labels, "
+        "--dataset without overlay)",
+    )
+    basic.add_argument("--resume", action="store_true", help="skip images and videos whose results are there")
+
+    what = parser.add_argument_group("what is segmented")
+    names = what.add_mutually_exclusive_group()
+    names.add_argument(
+        "--classes", help='such as "cat, sofa|couch, wall" (default: the checkpoint\'s own classes)'
+    )
+    names.add_argument(
+        "--vocabulary", type=Path, metavar="FILE", help="JSON list of classes, or lines id:name,synonym,..."
+    )
+    what.add_argument(
+        "--stuff", metavar="NAMES", help='which of the classes are not countable, such as "sky, wall"'
+    )
+    what.add_argument("--task", choices=TASKS, default="semantic", help="(default: %(default)s)")
+    what.add_argument(
+        "--threshold",
+        type=fraction,
+        help="minimum score of a segment, 0 to 1 (default: panoptic 0.8, instance 0.5)",
+    )
+
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--size", type=positive_int, help="shortest side fed to the network, in pixels")
+    how.add_argument("--batch_size", type=positive_int, default=1, help="images in one pass (default: 1)")
+    how.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    how.add_argument(
+        "--every", type=positive_int, help="segment only every N-th frame of a video (default: 1)"
+    )
+
+    dataset = parser.add_argument_group("columns of --dataset")
+    dataset.add_argument("--split", help="may be left out where there is only one")
+    dataset.add_argument("--image_column", help="(default: image)")
+    dataset.add_argument("--id_column", help="names the rows of the results (default: the image's path)")
+    return parser
+
+
+def read_options(
+    argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[list[str]] | None, list[str] | None]:
+    """Parse and check the command line.
+
+    Returns:
+        the arguments, the vocabulary (None: the checkpoint's own) and the names of stuff (None: the checkpoint's).
+
+    Raises:
+        ITAError: arguments that do not fit together, or a vocabulary that cannot be read.
+    """
+    arguments = build_parser().parse_command_line(argv)
+    formats = arguments.format or ()
+    if arguments.dataset is None:
+        for name in DATASET_OPTIONS:
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--{name} is for --dataset")
+    elif arguments.every is not None:
+        raise UsageError("--every is for videos, which --images takes")
+    elif any(one not in DATASET_FORMATS for one in formats):
+        unknown = next(one for one in formats if one not in DATASET_FORMATS)
+        raise UsageError(f"--dataset writes {', '.join(DATASET_FORMATS)}, not {unknown}")
+    vocabulary = None if arguments.classes is None else parse_names(arguments.classes, "--classes")
+    if arguments.vocabulary is not None:
+        vocabulary = read_vocabulary(arguments.vocabulary)
+    stuff = None
+    if arguments.stuff is not None:
+        stuff = [name for names in parse_names(arguments.stuff, "--stuff") for name in names]
+    return arguments, vocabulary, stuff
+
+
+def parse_names(text: str, option: str) -> list[list[str]]:
+    """Parse "cat, sofa|couch".
+
+    Raises:
+        UsageError: no class in it, or an empty name.
+    """
+    from modeling_ita.vocabulary import parse_classes
+
+    try:
+        return parse_classes(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {one_line(error)}") from error

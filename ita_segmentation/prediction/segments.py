@@ -1,0 +1,119 @@
+"""Results of `post_process_*` as lists of masks: the common ground of label maps, data sets and exchange formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+ClassNames = Sequence[Any] | Mapping[int, str]
+"""Class names: a vocabulary (names, or lists of synonyms) or a configuration's `id2label`."""
+IGNORE_INDEX = 255
+"""The value of pixels without a class in the semantic maps of `ITAImageProcessor`."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One region of an image.
+
+    Attributes:
+        id: the segment's number in its map; for a semantic map the index of the class.
+        label_id: index of the class in the vocabulary.
+        mask: (H, W) bool, with at least one pixel.
+        score: 0 to 1; None where the result has none.
+    """
+
+    id: int
+    label_id: int
+    mask: np.ndarray
+    score: float | None
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return int(np.count_nonzero(self.mask))
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(x, y, width, height) in pixels of the smallest box around the mask."""
+        return box_of(self.mask)
+
+
+def segments_of(result: Any) -> list[Segment]:
+    """List the segments of one image that have pixels.
+
+    Args:
+        result: an item of `post_process_semantic_segmentation` ((H, W) class indices, array or tensor; negative ones
+            are no class), of `post_process_panoptic_segmentation`, or of `post_process_instance_segmentation`, with a
+            map or with `return_binary_maps`. A semantic map may also come as {"segmentation": map, "scores": {class
+            index: score}, "ignore_index": value of pixels without a class}.
+
+    Returns:
+        the segments in the order of `segments_info`; by class for a semantic map.
+
+    Raises:
+        ValueError: anything else, run lengths included.
+    """
+    return list(iterate_segments(result))
+
+
+def iterate_segments(result: Any) -> Iterator[Segment]:
+    """Yield what `segments_of` lists, one mask at a time."""
+    if not isinstance(result, Mapping) or "segments_info" not in result:
+        yield from _semantic_segments(result)
+        return
+    if isinstance(result["segmentation"], list):
+        raise ValueError("run lengths do not tell the image's size: use return_binary_maps=True")
+    maps, entries = as_array(result["segmentation"]), result["segments_info"]
+    if maps.ndim == 3 and len(maps) != len(entries):
+        raise ValueError(f"{len(maps)} masks, but {len(entries)} segments")
+    for index, entry in enumerate(entries):
+        mask = maps[index].astype(bool) if maps.ndim == 3 else maps == entry["id"]
+        if mask.any():
+            yield Segment(int(entry["id"]), int(entry["label_id"]), mask, entry.get("score"))
+
+
+def _semantic_segments(result: Any) -> Iterator[Segment]:
+    options = result if isinstance(result, Mapping) else {}
+    classes = as_array(options["segmentation"] if options else result)
+    if classes.ndim != 2 or classes.dtype.kind not in "iu":
+        raise ValueError(
+            f"a semantic result is a map (H, W) of class indices, got {classes.dtype} {classes.shape}"
+        )
+    scores = options.get("scores") or {}
+    for one in np.unique(classes).tolist():
+        if one >= 0 and one != options.get("ignore_index"):
+            yield Segment(one, one, classes == one, scores.get(one))
+
+
+def size_of(result: Any) -> tuple[int, int]:
+    """Return (height, width) of a result's maps."""
+    maps = as_array(result["segmentation"] if isinstance(result, Mapping) else result)
+    return int(maps.shape[-2]), int(maps.shape[-1])
+
+
+def name_of(names: ClassNames, label_id: int) -> str:
+    """Return the first name of a class.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    try:
+        name = names[label_id]
+    except (IndexError, KeyError) as error:
+        raise ValueError(f"class {label_id} is not among the {len(names)} names given") from error
+    return name if isinstance(name, str) else str(name[0])
+
+
+def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return (x, y, width, height) of the smallest box around a mask that has a pixel."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
+
+
+def as_array(values: Any) -> np.ndarray:
+    """Return an array, or a tensor of any device, as an array."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
