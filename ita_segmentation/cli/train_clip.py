@@ -1,103 +1,85 @@
-"""Trains the small CLIP of the Scenes world from scratch.
+"""`ita train-clip`: train the small CLIP of Scenes, a synthetic dataset, from scratch.
 
-    python run_train_clip.py --config recipes/scenes_clip.yaml --output outputs/scenes_clip
+    ita train-clip --config recipes/scenes_clip.yaml --output outputs/scenes_clip
 
 Writes `open_clip_config.json` and `open_clip_model.safetensors` (for `open_clip.model.CustomTextCLIP`) and
-`results.json`. A text tower that an earlier run left in the output folder is used again.
+`results.json`. A text tower that an earlier run left in the output folder is reused.
 """
 
-import argparse
-import hashlib
-import json
-import sys
-import time
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
-import yaml
-from safetensors.torch import save_file
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
 from tqdm import tqdm
 
-from ita_segmentation.training.scenes_clip.trainer import TEXT_NAME, ScenesClipRecipe, ScenesClipTrainer
+from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
+from ita_segmentation.files import output_folder
+from ita_segmentation.training.scenes_clip.recipe import ScenesClipRecipe
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the small CLIP of the Scenes world from scratch.")
-    parser.add_argument(
-        "--config", type=Path, help="YAML or JSON recipe; recipes/scenes_clip.yaml is the shipped one"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model, made if missing")
-    parser.add_argument(
-        "--minutes", type=float, help="wall-clock minutes of the vision stages, over the recipe's"
-    )
-    parser.add_argument("--max_steps", type=int, help="most steps of the vision stages, over the recipe's")
-    parser.add_argument("--seed", type=int, help="random seed, over the recipe's")
-    return parser.parse_args(arguments)
+def build_parser() -> ConfigArgumentParser:
+    """Build the parser of the command line: the output and every field of the recipe."""
+    parser = ConfigArgumentParser(description="Train the small CLIP of Scenes from scratch.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the model")
+    defaults = ScenesClipRecipe()
+    for field in dataclasses.fields(ScenesClipRecipe):
+        default = getattr(defaults, field.name)
+        options: dict[str, Any] = {"default": default, "help": field.metadata["help"]}
+        if isinstance(default, dict):
+            options |= {"type": json.loads, "metavar": "JSON"}
+        elif isinstance(default, tuple):
+            options |= {"type": int, "nargs": "+", "metavar": "N"}
+        else:
+            options |= {"type": type(default), "metavar": "N"}
+        parser.add_argument(f"--{field.name}", **options)
+    return parser
 
 
-def read_recipe(arguments: argparse.Namespace) -> ScenesClipRecipe:
-    """The recipe file with the command line's values over it.
+def main() -> NoReturn:
+    """Run the command with the process's arguments and exit."""
+    run_command(train_clip)
+
+
+def train_clip(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate and save the CLIP that the arguments describe.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        ValueError, OSError: the file is missing or holds what no recipe can.
+        ITAError: if an argument is out of range or the output cannot be written.
     """
-    values: Any = {}
-    if arguments.config is not None:
-        try:
-            values = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{arguments.config} is not YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{arguments.config} must hold a mapping of keys to values")
-    for key in ("minutes", "max_steps", "seed"):
-        if getattr(arguments, key) is not None:
-            values[key] = getattr(arguments, key)
-    return ScenesClipRecipe.from_dict(values)
+    arguments = vars(build_parser().parse_command_line(argv))
+    output = output_folder(arguments.pop("output"))
+    arguments.pop("config", None)
+    recipe = ScenesClipRecipe(**arguments)
 
+    import torch
 
-def train_or_reuse_text(trainer: ScenesClipTrainer, path: Path) -> None:
-    """The text tower: the one at `path` if it was trained for the same words and recipe, or else a new one."""
-    recipe = trainer.recipe
-    made_for = [
-        trainer.vocabulary.classes,
-        recipe.clip,
-        recipe.text_steps,
-        recipe.text_batch_size,
-        recipe.seed,
-    ]
-    fingerprint = hashlib.sha256(json.dumps([*made_for, recipe.text_learning_rate]).encode()).hexdigest()
-    mark = path.with_suffix(".sha256")
-    if path.exists() and mark.exists() and mark.read_text() == fingerprint:
-        trainer.load_text(path)
-        return
+    from ita_segmentation.training.scenes_clip.trainer import ScenesClipTrainer
+
+    torch.set_num_threads(recipe.num_threads)
+    trainer = ScenesClipTrainer(recipe)
     with tqdm(total=recipe.text_steps, desc="text", mininterval=2) as bar:
 
-        def show(step: int, loss: float) -> None:
+        def show_text(step: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        trainer.train_text(show)
-    save_file({name: tensor.contiguous() for name, tensor in trainer.clip.text.state_dict().items()}, path)
-    mark.write_text(fingerprint)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    try:
-        recipe = read_recipe(options)
-        options.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"run_train_clip.py: error: {error}", file=sys.stderr)
-        return 2
-    torch.set_num_threads(recipe.num_threads)
-    trainer = ScenesClipTrainer(recipe)
-    train_or_reuse_text(trainer, options.output / TEXT_NAME)
+        trainer.train_text(output, show_text)
 
     start = time.monotonic()
     averages: dict[str, float] = {}
-    form = "vision {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
-    with tqdm(total=1.0, bar_format=form, mininterval=5) as bar:
+    bar_format = "vision {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
+    with tqdm(total=1.0, bar_format=bar_format, mininterval=5) as bar:
 
         def show(done: float, measured: dict[str, float]) -> None:
             for key, value in measured.items():
@@ -108,13 +90,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         def checkpoint() -> None:
             bar.write(json.dumps(trainer.evaluate(150)))
-            trainer.save(options.output)
+            trainer.save(output)
 
         trainer.train_vision(show, checkpoint)
-    results: dict[str, Any] = dict(trainer.evaluate())
-    results["images_seen"] = trainer.images_seen
-    results["steps"] = trainer.steps
-    results["vision_minutes"] = round((time.monotonic() - start) / 60, 2)
-    trainer.save(options.output, results)
+    results: dict[str, Any] = {
+        **trainer.evaluate(),
+        "images_seen": trainer.images_seen,
+        "steps": trainer.steps,
+        "vision_minutes": round((time.monotonic() - start) / 60, 2),
+    }
+    trainer.save(output, results)
     print(json.dumps(results, indent=2))
     return 0

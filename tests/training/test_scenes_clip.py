@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from ita_segmentation.cli import train_clip as run_train_clip
 from ita_segmentation.data.scenes import scenes_vocabulary
+from ita_segmentation.errors import ITAError
+from ita_segmentation.training.scenes_clip import ScenesClipRecipe, ScenesClipTrainer, load_clip
 from ita_segmentation.training.scenes_clip.images import ImageSource, Regions
 from ita_segmentation.training.scenes_clip.text import (
     CaptionSampler,
@@ -22,13 +24,11 @@ from ita_segmentation.training.scenes_clip.text import (
 from ita_segmentation.training.scenes_clip.trainer import (
     CONFIG_NAME,
     RESULTS_NAME,
+    TEXT_NAME,
     WEIGHTS_NAME,
-    ScenesClipRecipe,
-    ScenesClipTrainer,
     build_clip,
     caption_set_loss,
     dense_embeddings,
-    load_clip,
     pool_regions,
 )
 from modeling_ita.configuration_ita import VILD_TEMPLATES
@@ -46,29 +46,27 @@ CLIP = {
 }
 
 
-def tiny_recipe(**changes):
-    values = {
-        "clip": CLIP,
-        "minutes": 5.0,
-        "max_steps": 6,
-        "text_steps": 2,
-        "text_batch_size": 4,
-        "pixels_per_batch": 4 * 32 * 32,
-        "single_sizes": [32],
-        "captioned_sizes": [32],
-        "region_sizes": [32],
-        "calibration_batches": 2,
-        "evaluation_size": 32,
-        "evaluation_images": 10,
-        "num_threads": 1,
-    }
-    return ScenesClipRecipe.from_dict({**values, **changes})
+TINY = {
+    "clip": CLIP,
+    "minutes": 5.0,
+    "max_steps": 4,
+    "text_steps": 2,
+    "text_batch_size": 4,
+    "pixels_per_batch": 4 * 32 * 32,
+    "single_sizes": [32],
+    "captioned_sizes": [32],
+    "region_sizes": [32],
+    "calibration_batches": 2,
+    "evaluation_size": 32,
+    "evaluation_images": 10,
+    "num_threads": 1,
+}
 
 
 @pytest.fixture(scope="module")
 def trainer():
     torch.set_num_threads(1)
-    trainer = ScenesClipTrainer(tiny_recipe())
+    trainer = ScenesClipTrainer(ScenesClipRecipe(**TINY))
     trainer.clip.text.requires_grad_(False).eval()
     trainer.bank = concept_vectors(
         len(trainer.vocabulary.classes), 32, steps=20
@@ -168,52 +166,49 @@ def test_the_image_tower_learns(trainer):
 
 
 def test_one_command_writes_files_that_open_clip_loads_strictly(tmp_path, capsys):
-    recipe = tmp_path / "recipe.json"
-    values = {
-        name: getattr(tiny_recipe(), name)
-        for name in ("clip", "text_steps", "text_batch_size", "num_threads")
-    }
-    values |= {"pixels_per_batch": 4096, "single_sizes": [32], "captioned_sizes": [32], "region_sizes": [32]}
-    values |= {"calibration_batches": 2, "evaluation_size": 32, "evaluation_images": 10}
-    recipe.write_text(json.dumps(values))
-    output = tmp_path / "out"
-    command = [
-        "--config",
-        str(recipe),
-        "--output",
-        str(output),
-        "--minutes",
-        "5",
-        "--max_steps",
-        "4",
-        "--seed",
-        "1",
-    ]
-    assert run_train_clip.main(command) == 0
+    recipe, output = tmp_path / "recipe.json", tmp_path / "out"
+    recipe.write_text(json.dumps(TINY))
+    command = ["--config", str(recipe), "--output", str(output), "--seed", "1"]
+    assert run_train_clip.train_clip(command) == 0
     clip = CustomTextCLIP(**json.loads((output / CONFIG_NAME).read_text()))
     clip.load_state_dict(load_file(output / WEIGHTS_NAME), strict=True)
     results = json.loads((output / RESULTS_NAME).read_text())
     assert {"single_thing_seen", "single_thing_unseen", "region_thing", "region_stuff"} <= set(results)
-    assert results["steps"] == 4 and math.isfinite(results["vision_minutes"])
-    assert not list(output.glob("*.partial"))
+    assert results["steps"] == 4
+    assert results["recipe"]["seed"] == 1
+    assert math.isfinite(results["vision_minutes"])
+    assert {path.name for path in output.iterdir()} == {CONFIG_NAME, RESULTS_NAME, TEXT_NAME, WEIGHTS_NAME}
     loaded = load_clip(output)
-    assert not loaded.training and torch.isfinite(loaded.visual(torch.randn(1, 3, 64, 64))).all()
+    assert not loaded.training
+    assert torch.isfinite(loaded.visual(torch.randn(1, 3, 64, 64))).all()
+
+
+def test_a_text_tower_is_reused_only_for_the_same_settings(tmp_path):
+    def losses(**changes):
+        return ScenesClipTrainer(ScenesClipRecipe(**TINY | changes)).train_text(tmp_path)
+
+    assert len(losses()) == 2
+    assert losses() == []
+    assert len(losses(text_steps=3)) == 3
+    (tmp_path / TEXT_NAME).write_bytes(b"damaged")
+    assert len(losses(text_steps=3)) == 3
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", "unknown key 'learning_rat'"),
+        ("learning_rat: 1", "unknown argument 'learning_rat'"),
         ("minutes: 0", "must be positive"),
+        ("minutes: .nan", "must be positive"),
         ("region_sizes: [100]", "multiples of 32"),
-        ("[1, 2]", "mapping"),
+        ("[1, 2]", "must be a mapping"),
         ("clip: {embed_dim: 8}", "lacks vision_cfg"),
     ],
 )
-def test_a_bad_recipe_ends_with_one_clear_line(tmp_path, capsys, text, message):
+def test_a_bad_recipe_ends_with_one_clear_line(tmp_path, text, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
-    assert run_train_clip.main(["--config", str(recipe), "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    with pytest.raises(ITAError, match=message) as caught:
+        run_train_clip.train_clip(["--config", str(recipe), "--output", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

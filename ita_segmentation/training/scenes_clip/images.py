@@ -1,7 +1,7 @@
-"""Batches of Scenes images for its small CLIP: single things, textures, captioned scenes, regions of scenes.
+"""Batches of Scenes for its small CLIP: single things, textures, captioned scenes, regions of scenes.
 
-The split is kept here. Regions, the only batches with masks, are cut from scenes of seen classes alone; images
-that may show any class carry nothing but the list of what their caption names.
+This is where unseen classes stay unseen: regions, the only batches with masks, come from scenes of seen classes; images
+that may show any class come with nothing but the classes that their caption names.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MIN_REGION_AREA = 40
 
 @dataclass
 class CaptionedImages:
-    """Images with what their captions name.
+    """Images with the classes that their captions name.
 
     Attributes:
-        pixel_values: (B, 3, S, S) float32, normalised.
-        named: class ids that each caption names; the first one is what the image shows above all.
+        pixel_values: (B, 3, S, S) float32, normalized.
+        named: class ids that each caption names; the first one is the main one.
         single: (B,) bool, whether the image shows one thing or one texture.
     """
 
@@ -41,7 +41,7 @@ class Regions:
     """Scenes with the masks of their segments.
 
     Attributes:
-        pixel_values: (B, 3, S, S) float32, normalised.
+        pixel_values: (B, 3, S, S) float32, normalized.
         weights: (R, S / 8, S / 8) float32, the share of each cell that the region covers.
         images: (R,) int64, the image that each region lies in.
         class_ids: (R,) int64.
@@ -54,14 +54,18 @@ class Regions:
 
 
 def to_pixel_values(images: Sequence[np.ndarray]) -> Tensor:
-    """(H, W, 3) uint8 images of one size -> (B, 3, H, W) float32, normalised as CLIP's are, channels last."""
+    """Convert (H, W, 3) uint8 images of one size to (B, 3, H, W) float32, normalized for CLIP, channels last."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (CLIP_MEAN, CLIP_STD))
     return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 class ImageSource:
-    """Draws batches in a fixed order: the n-th image of a source is the same in every run with its seed."""
+    """Draws batches in a fixed order: the n-th image is the same in every run with the same seed.
+
+    Args:
+        seed: random seed.
+    """
 
     def __init__(self, seed: int):
         vocabulary = scenes_vocabulary()
@@ -77,7 +81,7 @@ class ImageSource:
         return self.drawn
 
     def singles(self, batch_size: int, size: int) -> CaptionedImages:
-        """Three quarters single things of any class, captioned with the thing; a quarter textures alone."""
+        """Draw single things of any class (three quarters), captioned with the thing, and textures (a quarter)."""
         images, named = [], []
         for _ in range(batch_size):
             image = (object_image if self.rng.random() < 0.75 else stuff_image)(
@@ -88,10 +92,10 @@ class ImageSource:
         return CaptionedImages(to_pixel_values(images), named, torch.ones(batch_size, dtype=torch.bool))
 
     def captioned(self, batch_size: int, size: int) -> CaptionedImages:
-        """Images of any class whose caption names everything that they show.
+        """Draw images of any class whose caption names everything that they show.
 
-        A third single things, 15% textures alone, a quarter one smaller thing (every second one unseen) on some
-        textures, the rest crowded scenes.
+        A third are single things, 15% textures, a quarter have one smaller thing (every second one unseen) on some
+        textures, and the others are crowded scenes.
         """
         images, named, single = [], [], []
         for kind in self.rng.choice(4, size=batch_size, p=(0.33, 0.15, 0.25, 0.27)):
@@ -121,8 +125,8 @@ class ImageSource:
         return CaptionedImages(to_pixel_values(images), named, torch.tensor(single))
 
     def regions(self, batch_size: int, size: int, classes: str = "seen") -> Regions:
-        """Scenes of seen classes (or, to evaluate, of all) with every segment's mask, averaged over 8 px cells."""
-        images, weights, image_files, class_ids = [], [], [], []
+        """Draw scenes of seen classes (or, to evaluate, of all) with every segment's mask, averaged over 8 px cells."""
+        images, weights, image_indices, class_ids = [], [], [], []
         cells = size // REGION_STRIDE
         for number in range(batch_size):
             image = scene(self.seed, self._next(), size, classes)
@@ -132,11 +136,11 @@ class ImageSource:
                 if mask.sum() < MIN_REGION_AREA:
                     continue
                 weights.append(mask.reshape(cells, REGION_STRIDE, cells, REGION_STRIDE).mean((1, 3)))
-                image_files.append(number)
+                image_indices.append(number)
                 class_ids.append(segment["class_id"])
         return Regions(
             to_pixel_values(images),
             torch.from_numpy(np.stack(weights)).float(),
-            torch.tensor(image_files),
+            torch.tensor(image_indices),
             torch.tensor(class_ids),
         )

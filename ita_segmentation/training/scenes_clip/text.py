@@ -1,10 +1,9 @@
-"""The text tower of the small CLIP of Scenes: names, synonyms and captions -> fixed concept vectors.
+"""The text tower of the small CLIP of Scenes: maps names, synonyms and captions to fixed vectors.
 
-A tower trained together with the images learns the stuff words and little else: a short cut. Here it is
-trained first and then locked (in the manner of arXiv 2111.07991): each concept of the Scenes vocabulary gets a
-fixed unit vector, as far from all others as the width allows; every name of a concept, bare or in a prompt
-template, maps to its vector; a caption that names several concepts maps to their normalised sum. Words that name
-no concept map to one more vector, that of ``other``.
+Trained together with the images, a tower takes a shortcut and learns the names of stuff and little else. Here it is
+trained first and then locked (as in arXiv 2111.07991): each class of Scenes gets a fixed unit vector, as far from all
+others as the width allows; every name of a class, alone or in a prompt template, maps to its vector; a caption that
+names several classes maps to their normalized sum. Other names map to one more vector, that of "other".
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ OTHER_NAMES = ["other", "background", "thing", "something"]
 
 
 def concept_vectors(num_concepts: int, width: int, seed: int = 0, steps: int = 150) -> Tensor:
-    """Unit vectors that keep away from each other: a random start, then descent on the largest cosines.
+    """Make unit vectors far from each other: random ones, then descent on the largest cosines.
 
-    Returns a float32 tensor (num_concepts, width).
+    Returns:
+        (num_concepts, width) float32.
     """
     generator = torch.Generator().manual_seed(seed)
     vectors = F.normalize(torch.randn(num_concepts, width, generator=generator), dim=-1).requires_grad_(True)
@@ -37,7 +37,7 @@ def concept_vectors(num_concepts: int, width: int, seed: int = 0, steps: int = 1
 
 
 def caption_of(things: Sequence[str], stuff: Sequence[str]) -> str:
-    """A plain sentence that names every given thing and stuff: ``"a cat, a dog and a cup on grass, sky"``."""
+    """Write a sentence that names all things and stuff: "a cat, a dog and a cup on grass, sky"."""
     named = [f"a {name}" for name in things]
     sentence = " and ".join([", ".join(named[:-1]), named[-1]]) if len(named) > 1 else "".join(named)
     ground = ", ".join(stuff)
@@ -45,12 +45,12 @@ def caption_of(things: Sequence[str], stuff: Sequence[str]) -> str:
 
 
 class CaptionSampler:
-    """Random prompts and captions with the concepts that each one names.
+    """Draws prompts and captions with the classes that each one names.
 
     Args:
-        classes: names of each class, synonyms included (things and stuff).
+        classes: names and synonyms of each class.
         is_thing: whether each class is a thing.
-        templates: prompt templates with one ``{}``.
+        templates: prompt templates with one `{}`.
     """
 
     def __init__(self, classes: Sequence[Sequence[str]], is_thing: Sequence[bool], templates: Sequence[str]):
@@ -60,17 +60,17 @@ class CaptionSampler:
         self.templates = ["{}", *templates]
 
     def name(self, concept: int, rng: random.Random) -> str:
-        """One of the concept's names; the first as often as all its synonyms together."""
+        """Draw one of the concept's names; the first as often as all others together."""
         names = self.classes[concept]
         return names[0] if rng.random() < 0.5 else rng.choice(names)
 
     def prompt(self, concept: int, rng: random.Random) -> str:
-        """A name of the concept, bare or in a template."""
+        """Draw a name of the concept, alone or in a template."""
         template = "{}" if rng.random() < 0.2 else rng.choice(self.templates)
         return template.format(self.name(concept, rng))
 
     def caption(self, concepts: Sequence[int], rng: random.Random) -> str:
-        """A sentence that names all the concepts, things first."""
+        """Write a sentence that names all concepts, things first."""
         stuff = set(self.stuff)
         return caption_of(
             [self.name(c, rng) for c in concepts if c not in stuff],
@@ -78,7 +78,7 @@ class CaptionSampler:
         )
 
     def sample(self, rng: random.Random) -> tuple[str, list[int]]:
-        """A prompt of one concept or, two times in five, a caption of several; with its concepts."""
+        """Draw a prompt of one concept or, two times in five, a caption of several; with its concepts."""
         if rng.random() < 0.6:
             concept = rng.randrange(len(self.classes))
             return self.prompt(concept, rng), [concept]
@@ -94,7 +94,7 @@ def encode_names(
     classes: Sequence[Sequence[str]],
     templates: Sequence[str],
 ) -> Tensor:
-    """One row for each class: its names in all templates, normalised, averaged, normalised. (K, D) float32."""
+    """Encode the K classes: names in all templates, normalized, averaged, normalized; (K, D) float32."""
     rows = []
     for names in classes:
         prompts = [template.format(name) for name in names for template in ("{}", *templates)]
@@ -113,12 +113,17 @@ def train_text_tower(
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Trains the tower on random prompts and captions until they map to their concepts' vectors.
+    """Train the tower on random prompts and captions to map them to their concepts' vectors.
 
     Args:
-        text_tower: tokens (B, L) int64 -> embeddings (B, D); trained in place.
-        tokenize: strings -> tokens (B, L), padded to the tower's context.
-        on_step: called with the step's number and loss, for a progress bar.
+        text_tower: tokens (B, L) int64 to embeddings (B, D); trained in place.
+        tokenize: strings to tokens (B, L), padded to the tower's context.
+        sampler: draws prompts and captions.
+        steps: number of steps.
+        batch_size: texts in a batch.
+        learning_rate: peak learning rate.
+        seed: random seed.
+        on_step: called with the step's number and loss.
 
     Returns:
         The loss (one minus the mean cosine) of each step.
@@ -154,7 +159,7 @@ def train_text_tower(
             texts.append(text)
             targets.append(vectors[concepts].sum(0))
         tokens = tokenize(texts)
-        # Unseen words in the place of "other": any token that no name and no template uses.
+        # Other texts: any token that no name and no template uses, in place of "other".
         for row in unknown:
             for place in range(1, int((tokens[row] == end_token).nonzero()[0])):
                 if int(tokens[row, place]) not in used:
@@ -180,7 +185,7 @@ def synonym_accuracy(
     classes: Sequence[Sequence[str]],
     bank: Tensor,
 ) -> float:
-    """Share of all names, bare, whose nearest row of ``bank`` (K, D) is their own class."""
+    """Compute the share of all names whose nearest row of `bank` (K, D) is their own class."""
     names = [(name, index) for index, synonyms in enumerate(classes) for name in synonyms]
     embeddings = F.normalize(encode_text(tokenize([name for name, _ in names])), dim=-1)
     nearest = (embeddings @ bank.T).argmax(-1)

@@ -1,19 +1,20 @@
-"""The small CLIP of Scenes, trained from scratch: text tower first, then an image tower that learns to meet it.
+"""The small CLIP of Scenes, trained from scratch: first the text tower, then an image tower that learns to match it.
 
-The road is that of locked-text tuning turned around (arXiv 2111.07991): `scenes_clip_text` gives every concept a
-place; here a trunk with BatchNorm learns, by cross-entropy over the names of all classes and a contrastive loss
-within the batch (arXiv 2103.00020), first single things and textures at 64 px, then in turn
+This is locked-image tuning (arXiv 2111.07991) with the roles of the towers exchanged. An image trunk with BatchNorm
+learns, by cross-entropy over the names of all classes and a contrastive loss within the batch (arXiv 2103.00020), first
+from single things and textures at 64 px, then alternately from
 
-* captioned images of all classes. A caption says what is there and not where: each cell of the dense feature must
-  be one of the named classes, and each named class must be the answer of some cell;
-* regions of scenes of *seen* classes, pooled over their masks, against the seen names alone.
+* captioned images of all classes. A caption says what is in an image but not where: each cell of the dense feature must
+  be one of the named classes, and each named class must be predicted by some cell;
+* regions of scenes of *seen* classes, pooled over their masks, with the names of seen classes only.
 
-So no mask of an unseen class is ever used, and nothing but its captions teaches it. Towards the end BatchNorm's
-statistics are measured anew and then kept, so that training ends with what evaluation computes.
+So no mask of an unseen class is ever used; it is learned from captions alone. Towards the end BatchNorm's statistics
+are measured again and then kept, so that training ends with the statistics that evaluation uses.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -26,11 +27,13 @@ from typing import Any
 import torch
 from open_clip.model import CustomTextCLIP
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ita_segmentation.data.scenes import object_image, scenes_vocabulary, stuff_image
+from ita_segmentation.data.scenes import SPLITS, object_image, scenes_vocabulary, stuff_image
+from ita_segmentation.files import write_files
 from ita_segmentation.training.scenes_clip.images import (
     CaptionedImages,
     ImageSource,
@@ -50,12 +53,12 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 RESULTS_NAME = "results.json"
 TEXT_NAME = "text_tower.safetensors"
-VALIDATION_SEED = 1_000_003
+VALIDATION_SEED = SPLITS["validation"].seed
 MAX_LOGIT_SCALE = 100.0
 
 
 def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
-    """The untrained model of an open_clip configuration, its logit scale at 15."""
+    """Build the untrained model of an open_clip configuration, with a logit scale of 15."""
     clip = CustomTextCLIP(**config)
     nn.init.constant_(clip.logit_scale, math.log(15.0))
     clip.visual.to(memory_format=torch.channels_last)
@@ -63,31 +66,31 @@ def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
 
 
 def dense_embeddings(clip: CustomTextCLIP, pixel_values: Tensor) -> Tensor:
-    """(B, 3, H, W) -> the embedding of each cell of the trunk's last stage, (B, D, H / 32, W / 32).
+    """Embed each cell of the trunk's last stage: (B, 3, H, W) to (B, D, H / 32, W / 32).
 
-    The head (average pool, linear projection without bias) is linear, so projecting cells first and pooling them
-    after gives the embedding of the pooled cells.
+    The head (average pool, linear projection without bias) is linear, so projecting cells before
+    pooling them gives the embedding of the pooled cells.
     """
     features = clip.visual.trunk.forward_features(pixel_values)
     return F.conv2d(features, clip.visual.head.proj.weight[:, :, None, None])
 
 
 def pool_regions(cells: Tensor, weights: Tensor, images: Tensor) -> Tensor:
-    """Cells (B, D, h, w) averaged over regions: weights (R, 4h, 4w), images (R,) -> (R, D)."""
+    """Average cells (B, D, h, w) over regions with weights (R, 4h, 4w) in images (R,): (R, D)."""
     fine = F.interpolate(cells, size=weights.shape[-2:], mode="bilinear", align_corners=False)
     pooled = torch.einsum("rdhw,rhw->rd", fine[images], weights)
     return pooled / weights.sum((1, 2)).clamp_min(1e-6)[:, None]
 
 
 def caption_set_loss(log_probabilities: Tensor, named: Tensor) -> Tensor:
-    """Where the caption's things are is not known; that every cell shows one, and each shows somewhere, is.
+    """Ask that every cell shows one of the named classes and that each of them is shown somewhere.
 
     Args:
         log_probabilities: (B, N, K) of N cells over K classes.
         named: (B, K) bool, the classes that the caption names.
 
     Returns:
-        Scalar: minus log probability that a cell is of a named class, plus that the best cell of a class is of it.
+        Scalar: negative log probability that a cell has a named class, plus that the best cell of a class has it.
     """
     outside = log_probabilities.masked_fill(~named[:, None], -1e4)
     inside = -torch.logsumexp(outside, dim=-1).mean()
@@ -96,10 +99,13 @@ def caption_set_loss(log_probabilities: Tensor, named: Tensor) -> Tensor:
 
 
 class ScenesClipTrainer:
-    """Trains and measures one model; `train_text`, `train_vision`, `evaluate`, `save`, in this order."""
+    """Train and evaluate one model: call `train_text`, `train_vision`, `evaluate` and `save` in this order.
+
+    Args:
+        recipe: the settings.
+    """
 
     def __init__(self, recipe: ScenesClipRecipe):
-        recipe.check()
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.vocabulary = scenes_vocabulary()
@@ -115,44 +121,56 @@ class ScenesClipTrainer:
 
     # Text
 
-    def train_text(self, on_step: Callable[[int, float], None] | None = None) -> list[float]:
-        """Trains the text tower, locks it, and encodes the classes; returns the losses."""
-        losses = train_text_tower(
-            self.clip.text,
-            self.tokenize,
-            self.sampler,
-            steps=self.recipe.text_steps,
-            batch_size=self.recipe.text_batch_size,
-            learning_rate=self.recipe.text_learning_rate,
-            seed=self.recipe.seed,
-            on_step=on_step,
-        )
-        self.lock_text()
-        return losses
+    def train_text(
+        self, folder: Path | None = None, on_step: Callable[[int, float], None] | None = None
+    ) -> list[float]:
+        """Train the text tower, lock it, and encode the classes.
 
-    def load_text(self, path: Path) -> None:
-        """Takes a text tower trained before instead."""
-        self.clip.text.load_state_dict(load_file(path))
-        self.lock_text()
+        Args:
+            folder: where the tower is saved, and reused from if it was trained with the same classes and settings.
+            on_step: called with the step's number and loss.
 
-    def lock_text(self) -> None:
-        """Freezes the text tower and encodes the classes."""
+        Returns:
+            The losses; empty if the tower was reused.
+        """
+        recipe, losses = self.recipe, []
+        path = None if folder is None else folder / TEXT_NAME
+        settings = [recipe.text_steps, recipe.text_batch_size, recipe.seed, recipe.text_learning_rate]
+        content = json.dumps([self.vocabulary.classes, recipe.clip, *settings])
+        trained_for = {"settings": hashlib.sha256(content.encode()).hexdigest()}
+        if path is not None and _metadata(path) == trained_for:
+            self.clip.text.load_state_dict(load_file(path))
+        else:
+            losses = train_text_tower(
+                self.clip.text,
+                self.tokenize,
+                self.sampler,
+                steps=recipe.text_steps,
+                batch_size=recipe.text_batch_size,
+                learning_rate=recipe.text_learning_rate,
+                seed=recipe.seed,
+                on_step=on_step,
+            )
+            if path is not None:
+                write_files({path: _safetensors(self.clip.text, trained_for)})
         self.clip.text.requires_grad_(False).eval()
         self.bank = encode_names(
             self.clip.encode_text, self.tokenize, self.vocabulary.classes, VILD_TEMPLATES
         )
+        return losses
 
     # Losses
 
     def logit_scale(self) -> Tensor:
+        """Compute the logit scale, at most 100."""
         return self.clip.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
     def logits(self, embeddings: Tensor, bank: Tensor | None = None) -> Tensor:
-        """(..., D) -> (..., K) scaled cosines with the class rows."""
+        """Compute scaled cosines (..., K) of embeddings (..., D) with the class embeddings."""
         return self.logit_scale() * F.normalize(embeddings, dim=-1) @ (self.bank if bank is None else bank).T
 
     def captioned_loss(self, batch: CaptionedImages, dense: bool) -> Tensor:
-        """Name, caption and, if `dense`, cell losses of captioned images."""
+        """Compute the losses of captioned images: names, captions and, if `dense`, cells."""
         cells = dense_embeddings(self.clip, batch.pixel_values)
         pooled = cells.mean((2, 3))
         named = torch.zeros(len(batch.named), len(self.vocabulary.classes))
@@ -178,16 +196,17 @@ class ScenesClipTrainer:
         return loss
 
     def caption(self, ids: list[int]) -> str:
+        """Draw a prompt for one class, or a caption for several."""
         return self.sampler.prompt(ids[0], self.rng) if len(ids) == 1 else self.sampler.caption(ids, self.rng)
 
     def region_loss(self, batch: Regions) -> Tensor:
-        """Cross-entropy of mask-pooled regions of seen classes over the seen names.
+        """Compute the cross-entropy of mask-pooled regions of seen classes over the seen classes.
 
         Raises:
-            ValueError: the batch holds a region of an unseen class.
+            ValueError: if the batch contains a region of an unseen class.
         """
         if not self.seen[batch.class_ids].all():
-            raise ValueError("a region batch holds an unseen class, whose masks must not be used")
+            raise ValueError("a region batch contains an unseen class, whose masks must not be used")
         embeddings = pool_regions(
             dense_embeddings(self.clip, batch.pixel_values), batch.weights, batch.images
         )
@@ -202,11 +221,15 @@ class ScenesClipTrainer:
         checkpoint: Callable[[], None] | None = None,
         checkpoint_minutes: float = 5.0,
     ) -> list[float]:
-        """Trains the image tower; returns the losses.
+        """Train the image tower.
 
         Args:
-            on_step: called after each step with the share of the schedule done and what was measured.
+            on_step: called after each step with the share of the schedule done and the losses.
             checkpoint: called every `checkpoint_minutes`.
+            checkpoint_minutes: minutes between two calls.
+
+        Returns:
+            The losses.
         """
         recipe = self.recipe
         optimizer = self._optimizer()
@@ -270,7 +293,7 @@ class ScenesClipTrainer:
 
     @torch.no_grad()
     def calibrate(self, source: ImageSource) -> None:
-        """Measures BatchNorm's statistics over captioned images and seen scenes of all sizes, each alike."""
+        """Measure BatchNorm's statistics on captioned images and seen scenes of all sizes, equally weighted."""
         norms = [m for m in self.clip.visual.modules() if isinstance(m, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
@@ -290,9 +313,9 @@ class ScenesClipTrainer:
 
     @torch.no_grad()
     def evaluate(self, images: int | None = None) -> dict[str, float | int]:
-        """Zero-shot accuracy over all names of the vocabulary, in percent, on images of a seed of their own.
+        """Measure zero-shot accuracy over all classes, in percent, on images of another seed.
 
-        Single images (96 px) and mask-pooled segments of crowded scenes (`evaluation_size`, masks at 8 px cells
+        Single images (96 px) and mask-pooled segments of crowded scenes (`evaluation_size`; masks of 8 px cells,
         thresholded at one half as the segmenter's classifier does with `dense_upsample=4`).
         """
         self.clip.visual.eval()
@@ -329,31 +352,37 @@ class ScenesClipTrainer:
         return results
 
     def save(self, output: Path, results: dict[str, Any] | None = None) -> None:
-        """Writes the configuration, the weights and, if given, the results; each file whole or not at all."""
-        output.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: tensor.detach().clone().contiguous() for name, tensor in self.clip.state_dict().items()
+        """Write the weights, the configuration and, if given, the results; all files or none."""
+        files = {
+            output / WEIGHTS_NAME: _safetensors(self.clip, {"format": "pt"}),
+            output / CONFIG_NAME: _json(self.recipe.clip),
         }
-        _replace(output / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        _replace(output / CONFIG_NAME, lambda path: _write_json(path, self.recipe.clip))
         if results is not None:
             recipe = {key: value for key, value in asdict(self.recipe).items() if key != "clip"}
-            _replace(output / RESULTS_NAME, lambda path: _write_json(path, {**results, "recipe": recipe}))
+            files[output / RESULTS_NAME] = _json({**results, "recipe": recipe})
+        write_files(files)
 
 
 def load_clip(folder: Path) -> CustomTextCLIP:
-    """The model that `ScenesClipTrainer.save` wrote, in eval mode; every tensor must fit."""
-    clip = CustomTextCLIP(**json.loads((folder / CONFIG_NAME).read_text()))
+    """Load the model that `ScenesClipTrainer.save` wrote, in eval mode."""
+    clip = CustomTextCLIP(**json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
     clip.load_state_dict(load_file(folder / WEIGHTS_NAME))
     return clip.eval()
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside `path`, then moves the finished file into place."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
+def _safetensors(module: nn.Module, metadata: dict[str, str]) -> bytes:
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+    return save(state, metadata)
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    """Read the metadata of a safetensors file; None if it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()
+    except (OSError, SafetensorError):
+        return None
