@@ -20,6 +20,8 @@ from .ops import mask_mean, valid_cells
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 STRIDES = (4, 8, 16, 32)
+LARGEST_CLIP_SIZE = 100_000
+CLIP_LIMITS = {"layers": 1000, "vocab_size": 10_000_000}
 
 
 @dataclass
@@ -61,6 +63,8 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
     if missing:
         raise ValueError(f"the CLIP configuration lacks {', '.join(missing)}")
     vision, text = config["vision_cfg"], config["text_cfg"]
+    for part, sizes in (("", {"embed_dim": config["embed_dim"]}), ("vision_cfg", vision), ("text_cfg", text)):
+        _check_clip_sizes(part, sizes)
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
         raise ValueError(
             f"CLIP {name!r} has a text tower from the Hub, which is not supported: use an open_clip one"
@@ -70,6 +74,21 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
     if vision.get("timm_model_name"):
         vision["timm_model_pretrained"] = False
     return config
+
+
+def _check_clip_sizes(part: str, sizes: Any) -> None:
+    """Check that no size in a part of an open_clip configuration is negative or absurd.
+
+    Raises:
+        ValueError: one is, or the part is not a mapping.
+    """
+    if not isinstance(sizes, dict):
+        raise ValueError(f"{part} of the CLIP configuration must be a mapping, got {sizes!r:.60}")
+    for name, value in sizes.items():
+        most = CLIP_LIMITS.get(name, LARGEST_CLIP_SIZE)
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, int | float) and not 0 <= number <= most for number in numbers):
+            raise ValueError(f"{name} of the CLIP configuration must be from 0 to {most}, got {value!r:.60}")
 
 
 class _WithoutFilling(TorchFunctionMode):
