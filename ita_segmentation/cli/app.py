@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint, resolve_checkpoint
 from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int, run_command
 from ita_segmentation.files import output_folder
 
@@ -23,7 +24,7 @@ def build_parser() -> ConfigArgumentParser:
         description="Serve a web page that segments images by the class names typed."
     )
     basic = parser.add_argument_group("what is served")
-    basic.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint folder or Hub id")
+    basic.add_argument("--model", required=True, metavar="DIR_OR_ID", help=MODEL_HELP)
     basic.add_argument(
         "--model_name", help="what the page's Python lines call the checkpoint (default: --model)"
     )
@@ -71,16 +72,16 @@ def serve(argv: Sequence[str] | None = None) -> int:
     if arguments.write_space is not None:
         from ita_segmentation.app.space import write_space
 
-        write_space(output_folder(arguments.write_space), Path(arguments.model), ROOT, arguments.model_name)
+        checkpoint = resolve_checkpoint(arguments.model)
+        write_space(output_folder(arguments.write_space), checkpoint, ROOT, arguments.model_name)
         print(f"A Space is in {arguments.write_space}: upload that folder, or run app.py there.")
         return 0
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from ita_segmentation.app import server
     from ita_segmentation.app.class_names import NameLimits
     from ita_segmentation.app.segmenter import Limits
-    from ita_segmentation.checkpoints import load_checkpoint
 
-    model, processor = load_checkpoint(Path(arguments.model), arguments.device)
+    model, processor = load_checkpoint(arguments.model, arguments.device)
     names = NameLimits(names=arguments.max_names, total_characters=arguments.max_characters)
     options = server.ServerOptions(
         host=arguments.host,
@@ -89,7 +90,7 @@ def serve(argv: Sequence[str] | None = None) -> int:
         max_upload_mb=arguments.max_upload_mb,
         concurrency=arguments.concurrency,
         max_waiting=arguments.max_waiting,
-        examples=server.find_examples(Path(arguments.model) / "examples", ROOT / "examples"),
+        examples=server.find_examples(resolve_checkpoint(arguments.model) / "examples", ROOT / "examples"),
     )
     limits = Limits(max_pixels=arguments.max_pixels, names=names)
     server.serve(model, processor, arguments.model_name or arguments.model, limits, options)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ita_segmentation.checkpoints import load_checkpoint
+from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
 from ita_segmentation.errors import ITAError, one_line
@@ -23,7 +23,7 @@ from ita_segmentation.images import read_image
 
 def build_parser() -> ConfigArgumentParser:
     parser = ConfigArgumentParser(description="Exports a checkpoint to ONNX or to a graph of torch's.")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR_OR_ID", help=MODEL_HELP)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--format", choices=("onnx", "torch"), default="onnx")
     words = parser.add_mutually_exclusive_group()

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ita_segmentation.checkpoints import load_checkpoint, resolve_checkpoint, set_shortest_side
 from ita_segmentation.cli.parser import run_command
 from ita_segmentation.cli.predict_options import read_options
 from ita_segmentation.errors import ITAError, UsageError
@@ -125,7 +126,7 @@ def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any)
         "id_column": arguments.id_column,
         "formats": sorted(formats),
         "model": arguments.model,
-        **shards.checkpoint_digest(Path(arguments.model)),
+        **shards.checkpoint_digest(resolve_checkpoint(arguments.model)),
         **segmenter.settings,
     }
     with tqdm(unit="image", desc=f"process {rank}" if world_size > 1 else None, disable=rank != 0) as bar:
@@ -154,10 +155,9 @@ def _device_of(local_rank: int) -> str | None:
 def _segmenter(
     arguments: argparse.Namespace, vocabulary: Any, stuff: Any, device: str | None, keep_overlaps: bool
 ) -> Any:
-    from ita_segmentation.checkpoints import load_checkpoint, set_shortest_side
     from ita_segmentation.prediction.segmenter import Segmenter
 
-    model, processor = load_checkpoint(Path(arguments.model), device)
+    model, processor = load_checkpoint(arguments.model, device)
     set_shortest_side(processor, arguments.size)
     if vocabulary is None and model.default_vocabulary is None:
         raise ITAError(

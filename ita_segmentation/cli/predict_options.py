@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ita_segmentation.checkpoints import MODEL_HELP
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser, fraction, positive_int
 from ita_segmentation.errors import UsageError, one_line
@@ -23,7 +24,7 @@ def build_parser() -> ConfigArgumentParser:
         epilog='example: ita predict --model models/ita-tiny --images photos --classes "cat, sofa|couch" --output out',
     )
     basic = parser.add_argument_group("input and output")
-    basic.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint folder or Hub id")
+    basic.add_argument("--model", required=True, metavar="DIR_OR_ID", help=MODEL_HELP)
     source = basic.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--images",

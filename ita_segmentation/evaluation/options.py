@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ita_segmentation.checkpoints import load_checkpoint, set_shortest_side
+from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint, resolve_checkpoint, set_shortest_side
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser, fraction, positive_int
 from ita_segmentation.errors import ITAError, one_line
@@ -25,7 +25,12 @@ def build_parser() -> ConfigArgumentParser:
     """The arguments of `run_eval.py`."""
     parser = ConfigArgumentParser(description="Scores a checkpoint on benchmarks.")
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="checkpoint folder: ITA, or another transformers model")
+    add(
+        "--model",
+        required=True,
+        metavar="DIR_OR_ID",
+        help=f"{MODEL_HELP}; ITA, or another transformers model",
+    )
     add("--benchmarks", nargs="+", required=True, metavar="NAME", help="`scenes`, or data sets in --data_dir")
     add("--data_dir", type=Path, metavar="DIR", help="where run_prepare.py put the data sets")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
@@ -178,8 +183,8 @@ class Candidate:
         from ita_segmentation.evaluation.baselines.predictors import is_baseline
 
         self.options, self.accelerator = options, accelerator
-        self.path = Path(options.model)
-        self.is_baseline = is_baseline(self.path)
+        self.is_baseline = is_baseline(Path(options.model))
+        self.path = Path(options.model) if self.is_baseline else resolve_checkpoint(options.model)
         self.templates = read_templates(options.templates)
         if self.is_baseline and (options.sliding_window or options.tta or options.templates):
             raise ITAError("--sliding_window, --tta and --templates are for ITA checkpoints")
