@@ -51,7 +51,9 @@ def true_classes(sample: dict[str, Any], ignore_index: int) -> list[int]:
     return [int(label) for label in labels[order] if label != ignore_index]
 
 
-def count_matches(model: Any, processor: Any, sample: dict[str, Any], class_of: dict[str, int], counts: Counter):
+def count_matches(
+    model: Any, processor: Any, sample: dict[str, Any], class_of: dict[str, int], counts: Counter
+):
     """Match queries to the image's segments as training does, and count the text queries among them."""
     segments = {one["id"]: one["category_id"] for one in sample["segments"]}
     if not segments:
@@ -86,7 +88,8 @@ def diagnose(model: Any, processor: Any, benchmark: Any, limit: int, seed: int) 
     tasks = benchmark.tasks & TASKS
     variants = ("computed", "true", "random", "none")
     scores = {
-        name: BenchmarkScores(len(classes), benchmark.ignore_index, benchmark.is_thing, tasks) for name in variants
+        name: BenchmarkScores(len(classes), benchmark.ignore_index, benchmark.is_thing, tasks)
+        for name in variants
     }
     found, matches = Counter[Any](), Counter[str]()
     for index, row in zip(range(limit), benchmark.rows(), strict=False):
@@ -138,7 +141,9 @@ def main() -> None:
     parser.add_argument("--benchmark", default="scenes", help="scenes, or a prepared benchmark in --data_dir")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--limit", type=int, default=80, help="images")
-    parser.add_argument("--source", choices=("features", "thumbnail", "cells"), help="in place of the checkpoint's")
+    parser.add_argument(
+        "--source", choices=("features", "thumbnail", "cells"), help="in place of the checkpoint's"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random categories")
     arguments = parser.parse_args()
     model, processor = load_checkpoint(Path(arguments.model))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from measure import ROOMS
+from measure import STAGES
 from speed import machine, run
 from tqdm import tqdm
 
@@ -57,11 +57,11 @@ def quantities(result: dict[str, Any]) -> dict[str, float]:
     """What is drawn of a result: seconds of the backbone, of all after it and of its parts, and GiB above the model."""
     seconds = result["seconds"]
     after = seconds["total"] - seconds["backbone"]
-    rooms = {room: seconds[room] for room in ROOMS if room not in ("backbone", "dcu")}
+    stages = {stage: seconds[stage] for stage in STAGES if stage not in ("backbone", "dcu")}
     return {
         "backbone": seconds["backbone"],
         "after the backbone": after,
-        **rooms,
+        **stages,
         "GiB": result["peak_bytes"] / 2**30,
     }
 

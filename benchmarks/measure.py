@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, Vocabulary, normalize_vocabulary
-from modeling_ita.classification import Opinions
-from modeling_ita.image_processing_ita import semantic_map
+from modeling_ita import modeling_ita as model_module
+from modeling_ita.postprocessing import semantic_map
 
 NAMES_PER_CLASS = 403 / 150  # ADE20K's 150 classes have 403 names
-ROOMS = ("backbone", "dcu", "dem", "ita", "classification", "read-out")
+STAGES = ("backbone", "dcu", "dem", "ita", "classification", "post-processing")
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -52,31 +52,31 @@ def made_up_vocabulary(classes: int) -> Vocabulary:
 
 
 class Stopwatch:
-    """Seconds spent in each room since `reset`; a room within a room is not counted twice."""
+    """Seconds spent in each stage of a call; a stage within a stage is not counted twice."""
 
     def __init__(self, model: ITAForOpenVocabSegmentation) -> None:
         self.seconds: dict[str, float] = {}
         self._inside = False
-        for room, owner, method in (
+        for stage, owner, method in (
             ("backbone", model.clip_backbone, "forward"),
-            ("dcu", model, "_embed_images"),
-            ("dcu", model, "_unearth"),
+            ("dcu", model, "_select_dominant"),
             ("dem", model.detail_enhancement, "forward"),
             ("ita", model.image_text_aggregation, "forward"),
-            ("classification", model, "_opinions"),
-            ("classification", Opinions, "classify"),
+            ("classification", model.mask_classifier, "forward"),
+            ("classification", model_module, "class_logits"),
+            ("classification", model_module, "ensemble_log_probs"),
         ):
-            setattr(owner, method, self.timed(room, getattr(owner, method)))
+            setattr(owner, method, self.timed(stage, getattr(owner, method)))
 
-    def timed(self, room: str, function: Callable) -> Callable:
+    def timed(self, stage: str, function: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self.time(room):
+            with self.time(stage):
                 return function(*args, **kwargs)
 
         return run
 
     @contextmanager
-    def time(self, room: str) -> Iterator[None]:
+    def time(self, stage: str) -> Iterator[None]:
         if self._inside:
             yield
             return
@@ -85,7 +85,7 @@ class Stopwatch:
             yield
         finally:
             self._inside = False
-            self.seconds[room] = self.seconds.get(room, 0.0) + time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def memory(field: str) -> int:
@@ -101,11 +101,10 @@ def measure(
     classes: int,
     repeats: int,
     batch: int = 1,
-    shortlist: int | None = None,
 ) -> dict[str, Any]:
     """Times of the first call and of the middle one (by ratio) of `repeats` warm ones, on `batch` images of a size.
 
-    Returns: seconds of each room, `rest` and `total` (network and semantic read-out at the image's own size);
+    Returns: seconds of each stage, `rest` and `total` (network and semantic post-processing at the image's own size);
     `ratio`, its total as a multiple of the backbone in the same call; the first call's total; and the
     highest memory above the loaded model's in bytes.
     """
@@ -116,12 +115,12 @@ def measure(
     vocabulary = made_up_vocabulary(classes)
     stopwatch = Stopwatch(model)
     loaded = memory("VmRSS")
-    CLEAR_REFS.write_text("5")  # the highest value starts anew
+    CLEAR_REFS.write_text("5")  # resets the peak
     calls = []
     for _ in range(repeats + 1):
         stopwatch.seconds = {}
         start = time.perf_counter()
-        _segment(model, stopwatch, pixels, mask, vocabulary, (height, width), shortlist)
+        _segment(model, stopwatch, pixels, mask, vocabulary, (height, width))
         total = time.perf_counter() - start
         rest = total - sum(stopwatch.seconds.values())
         calls.append(stopwatch.seconds | {"rest": rest, "total": total})
@@ -135,7 +134,6 @@ def measure(
         "names": len(vocabulary.names),
         "batch": batch,
         "queries": model.config.num_learned_queries + model.config.num_dominant_categories,
-        "shortlist": shortlist,
         "seconds": middle,
         "ratio": middle["total"] / middle["backbone"],
         "ratios": [call["total"] / call["backbone"] for call in warm],
@@ -152,10 +150,9 @@ def _segment(
     mask: Tensor,
     vocabulary: Vocabulary,
     size: tuple[int, int],
-    shortlist: int | None,
 ) -> None:
-    outputs = model(pixels, pixel_mask=mask, vocabulary=vocabulary, class_shortlist=shortlist)
-    with stopwatch.time("read-out"):
+    outputs = model(pixels, pixel_mask=mask, vocabulary=vocabulary)
+    with stopwatch.time("post-processing"):
         for image in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
             semantic_map(*image, size, size)
 
@@ -168,7 +165,6 @@ def main() -> None:
     parser.add_argument("--classes", type=int, required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--shortlist", type=int, help="class_shortlist; without, every class can be found")
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
@@ -176,7 +172,7 @@ def main() -> None:
     os.environ["ITA_TEXT_CACHE"] = "off"  # made-up embeddings are nothing to keep
     model = build(args.clip, args.queries)
     size = (args.height, args.width)
-    print(json.dumps(measure(model, *size, args.classes, args.repeats, args.batch, args.shortlist)))
+    print(json.dumps(measure(model, *size, args.classes, args.repeats, args.batch)))
 
 
 if __name__ == "__main__":

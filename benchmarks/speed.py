@@ -1,4 +1,4 @@
-"""Speed and memory of the network and the semantic read-out, beside the frozen backbone in the same process.
+"""Speed and memory of the network and the semantic post-processing, beside the frozen backbone in the same process.
 
 Each size and vocabulary is measured in a process of its own (`measure.py`). Writes `speed.json` and `speed.md`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import ROOMS
+from measure import STAGES
 from tqdm import tqdm
 
 MEASURE = Path(__file__).with_name("measure.py")
@@ -51,7 +51,7 @@ def run(
         *(str(part) for key, value in settings.items() for part in (f"--{key}", value)),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
         raise RuntimeError(f"{size[0]} x {size[1]}, {classes} classes: {reason}")
@@ -66,10 +66,10 @@ def machine(threads: int) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table; times in milliseconds, memory in GiB."""
-    heads = ["size", "classes", "names", *ROOMS, "rest", "total", "x backbone", "first call", "GiB"]
+    heads = ["size", "classes", "names", *STAGES, "rest", "total", "x backbone", "first call", "GiB"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for result in results:
-        milliseconds = [f"{1000 * result['seconds'][room]:.0f}" for room in (*ROOMS, "rest", "total")]
+        milliseconds = [f"{1000 * result['seconds'][stage]:.0f}" for stage in (*STAGES, "rest", "total")]
         cells = [
             f"{result['height']} x {result['width']}",
             str(result["classes"]),
