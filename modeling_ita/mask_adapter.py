@@ -34,6 +34,11 @@ class ConvNeXtBlock(nn.Module):
         self.linear1 = nn.Linear(channels, 4 * channels)
         self.linear2 = nn.Linear(4 * channels, channels)
         self.scale = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the scale, so that the block starts close to the identity."""
+        nn.init.constant_(self.scale, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, C, h, w) -> (R, C, h, w)."""
@@ -67,17 +72,6 @@ class MaskAdapter(nn.Module):
         self.block1, self.block2, self.block3 = (ConvNeXtBlock(channels) for _ in range(3))
         self.norm = ChannelNorm(channels, eps=1e-5)
         self.maps = nn.Conv2d(channels, num_maps, 1)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialize as ConvNeXt does; a block starts close to the identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, ConvNeXtBlock):
-                nn.init.constant_(module.scale, 1e-6)
 
     def forward(self, context: Tensor, masks: Tensor) -> Tensor:
         """Compute the semantic activation maps of masks.

@@ -39,7 +39,7 @@ from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
 from .dominant_categories import DominantCategories
 from .image_text_aggregation import Attention, ImageTextAggregation
-from .mask_adapter import MaskAdapter
+from .mask_adapter import ConvNeXtBlock
 from .mask_classifier import MaskClassifier
 from .set_criterion import SetCriterion
 from .text import TextEncoder
@@ -116,7 +116,7 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
             | DominantCategories
             | DetailEnhancement
             | ImageTextAggregation
-            | MaskAdapter,
+            | ConvNeXtBlock,
         ):
             module.reset_parameters()
 

@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from helpers.parity_checkpoint import FAMILY, load_parity, original_tensors, untold_settings
 from ita_segmentation.conversion import convert_checkpoint
+from modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.image_processing_ita import ITAImageProcessor, semantic_scores
 
 RELATIVE = 1e-4  # of a tensor's largest entry: float32 sums in another order
@@ -165,3 +166,16 @@ def test_training_leaves_the_mask_classifier_alone(case):
     assert model.image_text_aggregation.learned_queries.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.mask_classifier.parameters())
     model.zero_grad()
+
+
+def test_an_adapter_that_a_checkpoint_lacks_starts_anew(tmp_path):
+    description, _ = load_parity("fcclip_convnext_tiny")
+    convert(description).save_pretrained(tmp_path)
+    model = ITAForOpenVocabSegmentation.from_pretrained(
+        tmp_path, mask_pooling="adapter", adapter_dim=16, text_transfer="post_norm"
+    )
+    parameters = dict(model.mask_classifier.named_parameters())
+    assert all(parameter.abs().max() < 10 for parameter in parameters.values())  # also not NaN
+    assert parameters["pooling.adapter.block2.scale"].tolist() == pytest.approx([1e-6] * 16)
+    weights = [parameter for parameter in parameters.values() if parameter.ndim > 1]
+    assert min(weight.std() for weight in weights) > 0.01
