@@ -14,7 +14,6 @@ absent at any moment. `datasets`' own builder starts again after it was killed a
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -23,41 +22,30 @@ import shutil
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-from PIL import Image
 from tqdm import tqdm
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
-from ita_segmentation.data.benchmarks.readers import image_size
+from ita_segmentation.data.benchmarks.base import ImageEntry, SourceDataset
 from ita_segmentation.data.dataset_card import dataset_card
+from ita_segmentation.data.encoding import encode_row, features_of
 from ita_segmentation.data.prepared import INCOMPLETE, columns_of
-from ita_segmentation.data.segment_maps import ids_to_rgb
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.files import atomic_path, write_files
-from ita_segmentation.images import DECODING_ERRORS
-
-if TYPE_CHECKING:
-    from datasets import Features
 
 IMAGES_PER_SHARD = 128
 ROWS_PER_GROUP = 32
 MANIFEST = ".prepare.json"
 PROBLEMS_FILE = "problems.txt"
-ORIENTATION = 0x0112
-"""The EXIF tag for the orientation: 2..8 are rotations and reflections; 1, or no such tag, is upright."""
-
 Manifest = Mapping[str, Mapping[str, str]]
 """For each split, the names of its shards and their fingerprints."""
 
@@ -202,34 +190,10 @@ def _size_and_date(path: Path) -> tuple[int, int] | None:
 @lru_cache(maxsize=16)
 def code_digest(module: str) -> str:
     """Digest the code that reads releases and writes shards, and the module of one release."""
-    paths = {Path(__file__), *Path(__file__).parent.glob("benchmarks/*.py")}
+    here = Path(__file__)
+    paths = {here, here.with_name("encoding.py"), *here.parent.glob("benchmarks/*.py")}
     paths.add(Path(str(sys.modules[module].__file__)))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
-
-
-def features_of(dataset: SourceDataset, has_segments: bool) -> Features:
-    """Describe the columns of a prepared dataset; the features name the classes, and which of them are things."""
-    from datasets import ClassLabel, Features, Image, List, Value
-
-    names = ClassLabel(names=[category.name for category in dataset.categories])
-    columns: dict[str, Any] = {"image": Image(), "label": Image()}
-    if has_segments:
-        segment = {
-            "id": Value("int32"),
-            "category_id": names,
-            "isthing": Value("bool"),
-            "iscrowd": Value("bool"),
-        }
-        columns |= {"panoptic": Image(), "segments": List(segment)}
-    columns["classes"] = List(names)
-    if _knows_things(dataset):
-        things = [category.name for category in dataset.categories if category.is_thing]
-        columns["things"] = List(ClassLabel(names=things))
-    return Features(columns | {"ignore_index": Value("int32"), "image_id": Value("string")})
-
-
-def _knows_things(dataset: SourceDataset) -> bool:
-    return all(category.is_thing is not None for category in dataset.categories)
 
 
 def _read_manifest(config: PrepareConfig) -> Manifest:
@@ -393,9 +357,10 @@ def write_shard(config: PrepareConfig, shard: Shard) -> list[str]:
     """
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
+    has_segments = "panoptic" in shard.schema.names
     for entry in shard.entries:
         try:
-            rows.append(_row(config.dataset, config.dataset.read(config.source, entry), shard.schema))
+            rows.append(encode_row(config.dataset, config.dataset.read(config.source, entry), has_segments))
         except ITAError as error:
             problems.append(str(error))
     if not problems:
@@ -405,75 +370,6 @@ def write_shard(config: PrepareConfig, shard: Shard) -> list[str]:
                 table, path, row_group_size=ROWS_PER_GROUP, use_dictionary=False, write_statistics=False
             )
     return problems
-
-
-def _row(dataset: SourceDataset, image: LabeledImage, schema: pyarrow.Schema) -> dict[str, Any]:
-    """Turn an image into a row of the dataset, with its maps encoded.
-
-    Raises:
-        ITAError: if the maps do not fit the image as stored, or contain something that is not a class or segment.
-    """
-    if image.image_id != image.image_id.encode(errors="replace").decode():
-        raise ITAError(f"{ascii(image.image_id)}: the name of the image is not valid UTF-8")
-    width, height = image_size(image.image)
-    for what, array in (("label", image.label), ("panoptic map", image.panoptic)):
-        if array is not None and array.shape != (height, width):
-            raise ITAError(f"{image.image_id}: its {what} is {array.shape}, its image {(height, width)}")
-    if (image.panoptic is not None) != ("panoptic" in schema.names):
-        lacks = "lacks" if image.panoptic is None else "has"
-        raise ITAError(f"{image.image_id} {lacks} segments, unlike others")
-    present = _classes_in(dataset, image)
-    orientation = _orientation(image)
-    row: dict[str, Any] = {
-        "image": {"bytes": image.image, "path": None},
-        "label": _png(image.label, orientation),
-        "classes": present,
-        "ignore_index": dataset.ignore_index,
-        "image_id": image.image_id,
-    }
-    if image.panoptic is not None:
-        row["panoptic"] = _png(ids_to_rgb(image.panoptic), orientation)
-        row["segments"] = image.segments
-    if _knows_things(dataset):
-        things = [index for index, category in enumerate(dataset.categories) if category.is_thing]
-        row["things"] = [things.index(index) for index in present if index in things]
-    return row
-
-
-def _classes_in(dataset: SourceDataset, image: LabeledImage) -> list[int]:
-    """List the classes in an image's label, ascending."""
-    dtype = np.uint8 if dataset.ignore_index == 255 else np.uint16
-    if image.label.dtype != dtype:
-        raise ITAError(f"{image.image_id}: its label is {image.label.dtype}, not {np.dtype(dtype)}")
-    values = np.flatnonzero(np.bincount(image.label.ravel())).tolist()
-    present = [value for value in values if value != dataset.ignore_index]
-    if present and present[-1] >= len(dataset.categories):
-        raise ITAError(f"{image.image_id}: its label contains {present[-1]}, which is not a class")
-    return present
-
-
-def _orientation(image: LabeledImage) -> int | None:
-    """Read how an image is to be rotated or reflected, 2..8 as in EXIF; None if it is stored upright.
-
-    Raises:
-        ITAError: if its EXIF data is damaged.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = Image.open(io.BytesIO(image.image)).getexif().get(ORIENTATION)
-    except DECODING_ERRORS as error:
-        raise ITAError(f"{image.image_id}: its image's EXIF is damaged: {one_line(error, 80)}") from error
-    return value if value in range(2, 9) else None
-
-
-def _png(array: np.ndarray, orientation: int | None) -> dict[str, Any]:
-    """Encode a map, (H, W) uint8 or uint16 or (H, W, 3) uint8, with the orientation of its image."""
-    buffer, exif = io.BytesIO(), Image.Exif()
-    if orientation is not None:
-        exif[ORIENTATION] = orientation
-    Image.fromarray(array).save(buffer, "PNG", **({"exif": exif} if orientation else {}))
-    return {"bytes": buffer.getvalue(), "path": None}
 
 
 # ------------------------------------------------------------------------------------------------------------

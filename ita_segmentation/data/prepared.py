@@ -18,7 +18,6 @@ image have the same EXIF tag, so that `datasets` and `decode_row` rotate both.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ita_segmentation.data.decoding import open_image
 from ita_segmentation.data.segment_maps import rgb_to_ids
 from ita_segmentation.errors import ITAError
 
@@ -200,4 +200,4 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _image(value: Any) -> Image.Image:
     """A PIL image, decoded if it is not yet."""
-    return Image.open(io.BytesIO(value["bytes"])) if isinstance(value, Mapping) else value
+    return open_image(value["bytes"]) if isinstance(value, Mapping) else value

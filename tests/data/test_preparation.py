@@ -13,33 +13,19 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, PngImagePlugin
 
-from helpers.miniature_releases import (
-    build_ade20k_150,
-    build_ade20k_847,
-    build_coco_panoptic,
-    build_pascal_context_59,
-    build_pascal_context_459,
-    save_png,
-    truncate,
+from helpers.miniature_releases import save_png, truncate
+from helpers.miniature_streets import (
+    BUILDERS,
+    build_cityscapes,
+    build_folder,
+    build_pascal_voc,
+    save_palette_png,
 )
-from helpers.miniature_streets import build_cityscapes, build_folder, build_pascal_voc, save_palette_png
 from helpers.prepare_checks import files_of, many_images, refusal, run
 from ita_segmentation.cli import prepare as cli
 from ita_segmentation.data import count_rows, decode_row, load_prepared, preparation
 from ita_segmentation.data.benchmarks import SOURCE_DATASETS
 from ita_segmentation.errors import ITAError
-
-BUILDERS = {
-    "ade20k-150": build_ade20k_150,
-    "ade20k-847": build_ade20k_847,
-    "pascal-context-59": build_pascal_context_59,
-    "pascal-context-459": build_pascal_context_459,
-    "pascal-voc-20": build_pascal_voc,
-    "pascal-voc-21": lambda folder: build_pascal_voc(folder, "pascal-voc-21"),
-    "coco-panoptic": build_coco_panoptic,
-    "cityscapes": build_cityscapes,
-    "folder": build_folder,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -408,6 +394,12 @@ def test_a_named_pipe_and_a_name_that_is_not_utf8_are_bad_images_too(tmp_path, m
     pipe, name = (tmp_path / "out/problems.txt").read_text().splitlines()
     assert pipe.endswith("labels/b.png is not a regular file")
     assert name == r"'\udcff\udce9': the name of the image is not valid UTF-8"
+
+
+def test_postscript_that_is_called_a_photograph_is_not_opened(tmp_path, mine):
+    Image.new("RGB", (6, 4)).save(mine / "images/a.jpg", "EPS")
+    refusal("folder", mine, tmp_path / "out")
+    assert (tmp_path / "out/problems.txt").read_text() == f"{mine}/images/a.jpg is not an image\n"
 
 
 def test_an_image_whose_exif_cannot_be_read_is_named(tmp_path, mine):

@@ -1,12 +1,11 @@
 """COCO panoptic: miniature releases become what was worked out by hand, and each defect is answered by its name."""
 
 import json
-import pickle
 
 import numpy as np
 import pytest
 
-from helpers.miniature_releases import build_coco_panoptic, save_png, save_segment_ids, truncate
+from helpers.miniature_releases import build_coco_panoptic, save_png, save_segment_ids
 from helpers.release_checks import check_refused, check_split, read_all
 from ita_segmentation.data.benchmarks.coco import CocoPanoptic
 
@@ -33,15 +32,9 @@ def change_segment(source, **values):
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize("maps_beside", [False, True])
-def test_coco_reads_as_worked_out_by_hand(tmp_path, split, maps_beside):
-    expected = build_coco_panoptic(tmp_path, maps_beside)
+def test_maps_may_be_unpacked_beside_the_annotations(tmp_path, split):
+    expected = build_coco_panoptic(tmp_path, maps_beside=True)
     check_split(CocoPanoptic(), tmp_path, split, expected[split])
-
-
-def test_items_can_be_sent_to_other_processes(coco):
-    items = CocoPanoptic().index(coco, "validation")
-    assert pickle.loads(pickle.dumps(items)) == items
 
 
 def test_an_image_of_many_small_segments_reads_right(coco):
@@ -66,15 +59,7 @@ def test_an_image_without_any_segment_is_void_all_over(coco):
     assert image.label.tolist() == [[255] * 6] * 4
 
 
-@pytest.mark.parametrize("name", [IMAGE, MAP])
-def test_a_missing_or_shortened_file_is_named(coco, name):
-    truncate(coco / name)
-    check_refused(CocoPanoptic(), coco, name, "truncated")
-    (coco / name).unlink()
-    check_refused(CocoPanoptic(), coco, name, "missing")
-
-
-def test_a_map_of_another_size_or_without_colours_is_named(coco):
+def test_a_map_of_another_size_or_without_colors_is_named(coco):
     save_segment_ids(coco / MAP, np.zeros((4, 5)))
     check_refused(CocoPanoptic(), coco, MAP, "5 x 4", "6 x 4")
     save_png(coco / MAP, np.zeros((4, 6)))

@@ -74,13 +74,6 @@ def test_an_image_is_the_same_in_another_process():
     assert there.stdout.strip() == here["found"]
 
 
-def test_an_image_does_not_depend_on_the_ones_drawn_before_it():
-    alone = scene(4, 9, 64, "all").image.tobytes()
-    for index in range(9):
-        scene(4, index, 64, "all")
-    assert scene(4, 9, 64, "all").image.tobytes() == alone
-
-
 def test_other_seeds_and_indices_give_other_images():
     images = [scene(seed, index, 64, "all").image.tobytes() for seed in (0, 1) for index in (0, 1)]
     assert len({hashlib.sha256(image).digest() for image in images}) == 4
@@ -116,7 +109,7 @@ def test_a_mask_lies_where_its_thing_is_painted():
 
 
 def test_the_thing_in_front_is_the_one_that_the_ground_truth_names():
-    """Where a red and a green thing overlap, each one's mask holds its own colour alone."""
+    """Where a red and a green thing overlap, each one's mask holds its own color alone."""
     vocabulary = scenes_vocabulary()
     snow, tomato, broccoli = (vocabulary.names.index(name) for name in ("snow", "tomato", "broccoli"))
     for index in range(40):
@@ -230,17 +223,11 @@ def test_the_dataset_knows_its_class_names_and_which_are_seen(streaming):
     assert [[row["name"], *row["synonyms"]] for row in table] == vocabulary.classes
 
 
-def test_the_splits_have_different_images():
-    train = scenes_dataset("train", num_images=1, size=32)[0]["image"]
-    validation = scenes_dataset("validation", num_images=1, size=32)[0]["image"]
-    assert not np.array_equal(np.asarray(train), np.asarray(validation))
-
-
 def test_the_dataset_is_drawn_anew_when_an_argument_or_the_drawing_changes(monkeypatch):
     first = scenes_dataset("train", num_images=2, size=32)
     assert scenes_dataset("train", num_images=2, size=32).cache_files == first.cache_files
     assert scenes_dataset("train", num_images=2, size=32, seed=1).cache_files != first.cache_files
-    monkeypatch.setattr(dataset_module, "_drawn_by", lambda: "another drawing")
+    monkeypatch.setattr(dataset_module, "_code_digest", lambda: "another drawing")
     assert scenes_dataset("train", num_images=2, size=32).cache_files != first.cache_files
 
 
@@ -252,8 +239,8 @@ def test_a_stream_can_be_shared_among_workers():
 
 
 def test_no_two_textures_look_alike():
-    """Mean colour and contrast of the textures, at the size of a thumbnail, tell any two of them apart."""
-    looks = []
+    """Mean color and contrast of the textures, at the size of a thumbnail, tell any two of them apart."""
+    statistics = []
     for class_id in scenes_vocabulary().stuff_ids:
         images = [
             np.asarray(Image.fromarray(stuff_image(0, index, 64, [class_id]).image), float)
@@ -261,7 +248,7 @@ def test_no_two_textures_look_alike():
         ]
         detail = [np.abs(np.diff(image.mean(-1), axis=axis)).mean() for image in images for axis in (0, 1)]
         color = np.mean([image.mean((0, 1)) for image in images], axis=0)
-        looks.append([*color, *(8 * np.reshape(detail, (8, 2)).mean(0))])
-    points = np.array(looks)
+        statistics.append([*color, *(8 * np.reshape(detail, (8, 2)).mean(0))])
+    points = np.array(statistics)
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1) + 1e9 * np.eye(len(points))
     assert distances.min() > 10

@@ -1,6 +1,7 @@
 """What training reads from a disk: targets, augmentation, order, resuming, streaming, corrupt images."""
 
 import io
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -21,6 +22,7 @@ from ita_segmentation.data.training import (
     ShortestEdgeCrop,
     TrainingCollator,
     load_disk,
+    show_augmented,
 )
 from ita_segmentation.data.training.augmentation import GRAY, seeded
 from ita_segmentation.data.training.rows import MappedRows, ParquetRows
@@ -114,7 +116,7 @@ def test_an_image_that_is_all_length_keeps_a_row():
         assert pil_image.shape[1:] == maps.shape and min(maps.shape) > 0 and max(maps.shape) <= 64
 
 
-def test_what_is_filled_up_is_grey_and_void():
+def test_what_is_filled_up_is_gray_and_void():
     image = torch.full((3, 30, 60), 9, dtype=torch.uint8)
     pil_image, maps = LargeScaleJitter(64, 0.5, 0.5, fill=True)(image, torch.ones(30, 60, dtype=torch.uint8))
     assert pil_image.shape == (3, 64, 64) and maps.shape == (64, 64)
@@ -372,3 +374,74 @@ def test_images_without_label_train_with_finite_losses_and_every_weight_in_use(t
     assert loss.isfinite()
     idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == [], "DDP without find_unused_parameters would wait for them"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Classes
+
+
+def test_unseen_classes_are_named_in_any_capitals_and_not_all_can_be_unseen(prepared):
+    names = [names[0] for names in load(prepared)[0].classes]
+    classes = load(prepared, unseen=[names[1].upper() + " "])[0]
+    assert classes.seen == [True, False, True, True]
+    with pytest.raises(ITAError, match="the dataset has no class 'zebra'"):
+        load(prepared, unseen=["zebra"])
+    with pytest.raises(ITAError, match="none is left to train on"):
+        load(prepared, unseen=names)
+
+
+def test_splits_of_different_classes_are_refused(tmp_path):
+    def split(names):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+        image, label = (prepared_squares.png(np.zeros((8, 8, *more), np.uint8)) for more in ((3,), ()))
+        features["classes"] = datasets.List(datasets.ClassLabel(names=names))
+        rows = [{"image": image, "label": label, "classes": [0]}]
+        return datasets.Dataset.from_list(rows, features=features)
+
+    folders = {"same": ["cat", "dog"], "other": ["dog", "cat"]}
+    for folder, names in folders.items():
+        both = datasets.DatasetDict({"train": split(["cat", "dog"]), "validation": split(names)})
+        both.save_to_disk(tmp_path / folder)
+    assert load(tmp_path / "same")[2] is not None
+    with pytest.raises(ITAError, match="train and validation .* have different classes"):
+        load(tmp_path / "other")
+
+
+def test_files_of_different_classes_are_refused(tmp_path, prepared):
+    save(tmp_path, make_rows(1))
+    rows, features = make_rows(1), prepared_squares.features()
+    names = [*reversed(features["classes"].feature.names)]
+    features["classes"] = datasets.List(datasets.ClassLabel(names=names))
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet")
+    with pytest.raises(ITAError, match="differ in columns or classes"):
+        load(tmp_path)
+
+
+class GrayExample:
+    """One gray image of 32 x 64 pixels for a crop of 64, with one mask on its left half."""
+
+    augmentation = SimpleNamespace(size=64)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, position):
+        image, masks = (
+            torch.full((3, 32, 64), 128, dtype=torch.uint8),
+            torch.zeros(1, 32, 64, dtype=torch.bool),
+        )
+        masks[..., :32] = True
+        return {"image": image, "mask_labels": masks}
+
+
+def test_a_preview_paints_masks_and_leaves_the_rest_of_the_crop_black(tmp_path):
+    show_augmented(GrayExample(), tmp_path / "preview.jpg", rows=1, columns=2, tile=32)
+    with Image.open(tmp_path / "preview.jpg") as sheet:
+        assert sheet.size == (32 + 4 + 32, 32)
+        pixels = np.asarray(sheet).astype(int)
+    for left in (0, 36):
+        tile = pixels[:, left : left + 32]
+        assert np.ptp(tile[4:12, 4:12].mean((0, 1))) > 30
+        assert np.abs(tile[4:12, 20:28] - 128).max() < 20
+        assert tile[20:].max() < 20

@@ -1,6 +1,6 @@
-"""Miniature releases, built file by file in the official layouts, with the labels worked out by hand beside them.
+"""Miniature releases, built file by file in the official layouts, with the expected labels worked out by hand.
 
-Each builder makes a folder that can be given as the source of its benchmark, and returns what has to come out of it:
+Each builder makes a folder that can be the source of its benchmark, and returns what has to come out of it:
 `{split: {image_id: Expected}}`. Images are 6 x 4 pixels unless a size matters.
 """
 
@@ -34,14 +34,14 @@ class Expected:
 def save_jpeg(
     path: Path, width: int = 6, height: int = 4, color: tuple[int, int, int] = (90, 140, 60)
 ) -> bytes:
-    """An image of one colour; returns the file's content."""
+    """An image of one color; returns the file's content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height), color).save(path, "JPEG", quality=90)
     return path.read_bytes()
 
 
 def save_png(path: Path, pixels: Any, dtype: Any = np.uint8) -> None:
-    """A grey map (H, W), or one of three channels (H, W, 3)."""
+    """A gray map (H, W), or one of three channels (H, W, 3)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(pixels, dtype)).save(path, "PNG")
 
@@ -106,8 +106,12 @@ def build_ade20k_150(folder: Path, instances: bool = True) -> dict[str, dict[str
         [3, 3, 3, 0, 0, 6],
     ]
     first_segments = [
-        *(segment(1, 0, False), segment(2, 2, False), segment(3, 6, False)),
-        *(segment(4, 12, True), segment(5, 12, True), segment(6, 149, True)),
+        segment(1, 0, False),
+        segment(2, 2, False),
+        segment(3, 6, False),
+        segment(4, 12, True),
+        segment(5, 12, True),
+        segment(6, 149, True),
     ]
     save_png(folder / "annotations/validation/ADE_val_00000001.png", annotation)
 
@@ -260,8 +264,12 @@ def _write_detail(folder: Path, images: list[dict[str, Any]], masks: list[tuple[
 def _detail_image(name: str, phase: str, width: int = 6, height: int = 4) -> dict[str, Any]:
     image_id = int(name.replace("_", ""))
     return {
-        **{"image_id": image_id, "file_name": f"{name}.jpg", "phase": phase},
-        **{"width": width, "height": height, "date_captured": "2008"},
+        "image_id": image_id,
+        "file_name": f"{name}.jpg",
+        "phase": phase,
+        "width": width,
+        "height": height,
+        "date_captured": "2008",
     }
 
 
@@ -389,8 +397,10 @@ def build_coco_panoptic(folder: Path, maps_beside: bool = False) -> dict[str, di
     )
     _write_panoptic(folder / "annotations/panoptic_train2017.json", {9: [(4, 1, 0)]})
     first_segments = [
-        *(segment(8000000, 119, False), segment(7, 0, True)),
-        *(segment(700, 0, True, iscrowd=True), segment(70000, 132, False)),
+        segment(8000000, 119, False),
+        segment(7, 0, True),
+        segment(700, 0, True, iscrowd=True),
+        segment(70000, 132, False),
     ]
     return {
         "validation": {
@@ -431,8 +441,11 @@ def _write_panoptic(path: Path, segments: dict[int, list[tuple[int, int, int]]])
                 "file_name": f"{image_id:012}.png",
                 "segments_info": [
                     {
-                        **{"id": segment_id, "category_id": category_id, "iscrowd": crowd},
-                        **{"area": 1, "bbox": [0, 0, 1, 1]},
+                        "id": segment_id,
+                        "category_id": category_id,
+                        "iscrowd": crowd,
+                        "area": 1,
+                        "bbox": [0, 0, 1, 1],
                     }
                     for segment_id, category_id, crowd in rows
                 ],

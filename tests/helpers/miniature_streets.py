@@ -1,6 +1,7 @@
-"""Miniature releases of Pascal VOC and Cityscapes, and a user's folder, with the labels worked out by hand beside them.
+"""Miniature releases of Pascal VOC and Cityscapes, and a user's folder, with the expected labels worked out by hand.
 
-As in `miniature_releases.py`: each builder makes a folder in the official layout and returns what has to come out.
+As in `miniature_releases.py`, each builder makes a folder in the official layout and returns what has to come out of
+it. `BUILDERS` has the builders of all benchmarks.
 """
 
 from __future__ import annotations
@@ -12,10 +13,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from helpers.miniature_releases import VOID, Expected, save_jpeg, save_png, segment
+from helpers.miniature_releases import (
+    VOID,
+    Expected,
+    build_ade20k_150,
+    build_ade20k_847,
+    build_coco_panoptic,
+    build_pascal_context_59,
+    build_pascal_context_459,
+    save_jpeg,
+    save_png,
+    segment,
+)
 
 PALETTE = [(index * 7 + shift) % 256 for index in range(256) for shift in (3, 90, 200)]
-"""Colours that are nowhere the index itself."""
+"""Colors that never equal the index."""
 
 
 def save_palette_png(path: Path, indices: Any) -> None:
@@ -171,3 +183,16 @@ def build_folder(
         "b": [[VOID] * 6, [2] * 6, [2] * 6, [VOID] * 6],
     }
     return {"train": {name: Expected(images[name], np.array(labels[name], np.uint8)) for name in labels}}
+
+
+BUILDERS = {
+    "ade20k-150": build_ade20k_150,
+    "ade20k-847": build_ade20k_847,
+    "pascal-context-59": build_pascal_context_59,
+    "pascal-context-459": build_pascal_context_459,
+    "pascal-voc-20": build_pascal_voc,
+    "pascal-voc-21": lambda folder: build_pascal_voc(folder, "pascal-voc-21"),
+    "coco-panoptic": build_coco_panoptic,
+    "cityscapes": build_cityscapes,
+    "folder": build_folder,
+}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import warnings
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ita_segmentation.data.benchmarks.base import ImageEntry
+from ita_segmentation.data.decoding import open_image
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.images import DECODING_ERRORS
 
@@ -186,14 +186,15 @@ def decode(content: bytes, path: Path, kind: str | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content))
+            image = open_image(content)
             if kind not in (None, image.format):
                 raise ITAError(f"{path} is not a {kind} file but {image.format}")
             if image.format == "PNG":
-                Image.open(io.BytesIO(content)).verify()
+                open_image(content).verify()
                 if PNG_END not in content:
                     raise ITAError(f"{path} is truncated or damaged: it has no end")
-            few_bits = kind == "PNG" and image.tile and image.tile[0][3] in ("1", "L;2", "L;4")
+            tiles = getattr(image, "tile", [])
+            few_bits = kind == "PNG" and tiles and tiles[0][3] in ("1", "L;2", "L;4")
             image.load()
     except Image.UnidentifiedImageError as error:
         raise ITAError(f"{path} is not {f'a {kind} file' if kind else 'an image'}") from error
@@ -208,7 +209,7 @@ def image_size(content: bytes) -> tuple[int, int]:
     """Read (width, height) in pixels of an encoded image as stored, before any EXIF rotation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Image.open(io.BytesIO(content)).size
+        return open_image(content).size
 
 
 def read_pair(source: Path, entry: ImageEntry) -> tuple[bytes, np.ndarray]:

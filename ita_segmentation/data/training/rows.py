@@ -7,7 +7,6 @@ indices without decoding anything. (The state of a `datasets.IterableDataset` lo
 of a stateful loader belongs to one number of workers.)
 """
 
-import io
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ita_segmentation.data.decoding import open_image
 from ita_segmentation.data.segment_maps import rgb_to_ids
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.images import DECODING_ERRORS
@@ -236,4 +236,4 @@ def _open(value: Any) -> Image.Image:
     """Open `{"bytes", "path"}`, unless it is a PIL image already."""
     if not isinstance(value, Mapping):
         return value
-    return Image.open(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"]))
+    return open_image(value["path"] if value.get("bytes") is None else value["bytes"])
