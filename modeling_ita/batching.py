@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .image_text_aggregation import QueryPrediction
+from .ops import const_matrix
 from .set_criterion import Matches
-from .vocabulary import Vocabulary
+from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
 
 SIZE_DIVISOR = 32
 """The image tower's largest stride: images are padded to multiples of it."""
@@ -42,8 +42,56 @@ class Group:
     pixel_values: Tensor
     valid: Tensor | None
     sizes: list[tuple[int, int]]
-    vocabulary: Vocabulary
+    vocabulary: VocabularyKey
     dominant_categories: list[list[str]] | None
+
+
+@torch.compiler.assume_constant_result
+def batch_vocabularies(
+    vocabulary: Classes | None,
+    vocabularies: Sequence[Classes] | None,
+    default: Classes | None,
+    batch_size: int,
+) -> list[VocabularyKey]:
+    """Give each image of a batch its vocabulary, in hashable form.
+
+    Args:
+        vocabulary: one vocabulary for all images, whatever the size of the batch.
+        vocabularies: one vocabulary for each image.
+        default: the model's own, where neither is given.
+        batch_size: B.
+
+    Raises:
+        ValueError: both are given, or none at all; one is malformed; or there are not as many as images.
+    """
+    if vocabulary is not None and vocabularies is not None:
+        raise ValueError(
+            "give vocabulary= (one for all images) or vocabularies= (one for each image), not both"
+        )
+    if vocabularies is not None:
+        if isinstance(vocabularies, str | Vocabulary) or not isinstance(vocabularies, Sequence):
+            raise ValueError(
+                "vocabularies= is a list with one vocabulary for each image; for one use vocabulary="
+            )
+        if any(isinstance(entry, str) for entry in vocabularies):
+            raise ValueError(
+                "vocabularies= is a list with one vocabulary for each image, but it holds plain names: "
+                "for one vocabulary use vocabulary="
+            )
+        if len(vocabularies) != batch_size:
+            raise ValueError(f"vocabularies= has {len(vocabularies)} vocabularies for {batch_size} images")
+        return [normalize_vocabulary(entry).key for entry in vocabularies]
+    vocabulary = default if vocabulary is None else vocabulary
+    if vocabulary is None:
+        raise ValueError("no vocabulary: pass vocabulary=[...] or call set_vocabulary on the model first")
+    return [normalize_vocabulary(vocabulary).key] * batch_size
+
+
+@torch.compiler.assume_constant_result
+def class_ids_of(vocabulary: VocabularyKey, names: Sequence[str]) -> list[int]:
+    """Give the indices of the classes that have one of the names."""
+    has_name = Vocabulary(vocabulary).shares_name_with(names)
+    return [index for index, is_one in enumerate(has_name) if is_one]
 
 
 def check_images(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[int, int]]:
@@ -88,13 +136,18 @@ def check_images(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[
     return sizes
 
 
-def check_dominant_categories(names: Sequence | None, batch: int) -> list[list[str]] | None:
+def check_dominant_categories(names: Sequence | None, batch: int, most: int) -> list[list[str]] | None:
     """Give each image the dominant categories that come from outside: one list of names for all, or one per image.
 
+    Args:
+        names: None to select them.
+        batch: B.
+        most: k, how many the network takes; 0 if it takes none, and names are not looked at.
+
     Raises:
-        ValueError: not a list of names, or not as many lists as images.
+        ValueError: not a list of names, too many of them, or not as many lists as images.
     """
-    if names is None:
+    if names is None or not most:
         return None
     rows = [list(names)] * batch if all(isinstance(name, str) for name in names) else names
     if len(rows) != batch:
@@ -104,6 +157,8 @@ def check_dominant_categories(names: Sequence | None, batch: int) -> list[list[s
             isinstance(name, str) and name.strip() for name in row
         ):
             raise ValueError(f"dominant_categories are names, a list of them for each image, got {row!r}")
+        if len(row) > most:
+            raise ValueError(f"at most {most} dominant categories per image, got {len(row)}")
     return [list(row) for row in rows]
 
 
@@ -111,36 +166,30 @@ def group_images(
     pixel_values: Tensor,
     pixel_mask: Tensor | None,
     sizes: list[tuple[int, int]],
-    vocabularies: list[Vocabulary],
-    dominant_categories: list[list[str]] | None,
+    vocabularies: list[VocabularyKey],
+    dominant_categories: list[list[str]] | None = None,
 ) -> list[Group]:
     """Group images whose padded size, vocabulary and number of given dominant categories are the same.
 
-    A graph that is being traced gets one group of the whole batch, whose padding is masked.
+    In a graph being traced, images stay padded to the batch's size, and padding is masked.
     """
-    if torch.compiler.is_compiling():
-        valid = None if pixel_mask is None else pixel_mask.bool()
-        padding = (0, -pixel_values.shape[-1] % SIZE_DIVISOR, 0, -pixel_values.shape[-2] % SIZE_DIVISOR)
-        if any(padding):
-            valid = torch.ones_like(pixel_values[:, 0], dtype=torch.bool) if valid is None else valid
-            pixel_values, valid = F.pad(pixel_values, padding), F.pad(valid, padding)
-        if valid is not None:
-            pixel_values = pixel_values.masked_fill(~valid[:, None], 0)
-        indices = list(range(len(vocabularies)))
-        return [Group(indices, pixel_values, valid, sizes, vocabularies[0], dominant_categories)]
+    is_traced = torch.compiler.is_compiling()
     members: dict[tuple, list[int]] = {}
     for index, (size, vocabulary) in enumerate(zip(sizes, vocabularies, strict=True)):
         count = None if dominant_categories is None else len(dominant_categories[index])
-        members.setdefault((padded_size(size), vocabulary.key, count), []).append(index)
+        members.setdefault((None if is_traced else padded_size(size), vocabulary, count), []).append(index)
     groups = []
-    for (padded, _, _), indices in members.items():
+    for (_, vocabulary, _), indices in members.items():
         own = [sizes[index] for index in indices]
+        padded = padded_size(own[0])
+        is_whole = len(indices) == len(sizes)
+        pixels = pixel_values if is_whole else pixel_values[indices]
         valid = valid_pixels(own, padded, pixel_values.device)
-        pixels = pixel_values if len(indices) == len(sizes) else pixel_values[indices]
+        if is_traced and pixel_mask is not None:
+            mask = pixel_mask if is_whole else pixel_mask[indices]
+            valid = F.pad(mask.bool(), (0, padded[1] - mask.shape[-1], 0, padded[0] - mask.shape[-2]))
         given = None if dominant_categories is None else [dominant_categories[index] for index in indices]
-        groups.append(
-            Group(indices, crop(pixels, padded, valid), valid, own, vocabularies[indices[0]], given)
-        )
+        groups.append(Group(indices, crop(pixels, padded, valid), valid, own, vocabulary, given))
     return groups
 
 
@@ -164,10 +213,23 @@ def valid_pixels(
     """Mark where images of these sizes lie in the padded one, (B, H, W) bool; None if all fill it."""
     if all(size == padded for size in sizes):
         return None
-    own = torch.tensor(sizes, device=device)
+    own = _size_tensor(sizes, device)
     rows = torch.arange(padded[0], device=device)[None] < own[:, :1]
     columns = torch.arange(padded[1], device=device)[None] < own[:, 1:]
     return rows[:, :, None] & columns[:, None]
+
+
+def valid_sizes(pixel_mask: Tensor | None, sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """Give each image's height and width without padding, (B, 2) int64; in a graph being traced, of the mask."""
+    if pixel_mask is None or not torch.compiler.is_compiling():
+        return _size_tensor(sizes, device)
+    return torch.stack([pixel_mask.bool().any(dim=dim).sum(dim=1) for dim in (2, 1)], dim=1)
+
+
+def _size_tensor(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return const_matrix(sizes, torch.int64, device)
+    return torch.tensor(sizes, device=device)
 
 
 @dataclass
@@ -176,62 +238,50 @@ class SegmentOutput:
 
     Attributes:
         class_logits: of the decoder, (B, Q, K + 1) of each prediction, the last one last.
+        mask_logits: (B, Q, H / 4, W / 4) of each prediction.
         log_probs: (B, Q, K + 1) of the ensemble; None in training.
-        predictions: of the decoder, the last one last.
-        mask_features: (B, C_mask, H / 4, W / 4).
-        dominant: (B, k) int64, indices of the selected candidate names; None if there was no selection.
-        features: of the image tower, at strides 4, 8, 16, 32.
-        enhanced: of the pixel decoder, at strides 32, 16, 8.
-        hidden_states: of the decoder.
+        mask_embeds: (B, Q, C_mask) of each prediction; None after merging.
+        mask_features: (B, C_mask, H / 4, W / 4); None after merging.
+        dominant: (B, k) int64, indices of the selected names; None if there was no selection, or after merging.
+        encoder_hidden_states: of the image tower, if asked for, at strides 4, 8, 16, 32.
+        pixel_decoder_hidden_states: if asked for, at strides 32, 16, 8.
+        hidden_states: of the decoder, if asked for.
         attentions: of the decoder, if asked for.
     """
 
     class_logits: list[Tensor]
-    log_probs: Tensor | None
-    predictions: list[QueryPrediction]
-    mask_features: Tensor
-    dominant: Tensor | None
-    features: tuple[Tensor, ...]
-    enhanced: tuple[Tensor, ...]
-    hidden_states: tuple[Tensor, ...]
-    attentions: tuple[Tensor, ...]
-
-
-@dataclass
-class MergedOutput:
-    """The groups' outputs merged to a batch; attributes as of `SegmentOutput`, states empty unless asked for."""
-
-    class_logits: list[Tensor]
     mask_logits: list[Tensor]
-    log_probs: Tensor | None
-    features: tuple[Tensor, ...]
-    enhanced: tuple[Tensor, ...]
-    hidden_states: tuple[Tensor, ...]
-    attentions: tuple[Tensor, ...]
+    log_probs: Tensor | None = None
+    mask_embeds: list[Tensor] | None = None
+    mask_features: Tensor | None = None
+    dominant: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
-def merge(
-    parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, int], with_states: bool
-) -> MergedOutput:
+def merge(parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, int]) -> SegmentOutput:
     """Merge the groups' outputs to a batch of images padded to `padded`, in the batch's order."""
     log_probs = [part.log_probs for part in parts if part.log_probs is not None]
 
-    def states(of_parts: list[tuple[Tensor, ...]], wanted: bool = with_states) -> tuple[Tensor, ...]:
-        return tuple(_merge_states(one, groups) for one in zip(*of_parts, strict=True)) if wanted else ()
+    def states(name: str) -> tuple[Tensor, ...] | None:
+        of_parts = [getattr(part, name) for part in parts]
+        if of_parts[0] is None:
+            return None
+        return tuple(_merge_states(one, groups) for one in zip(*of_parts, strict=True))
 
-    return MergedOutput(
-        class_logits=[
-            _merge_classes(one, groups) for one in zip(*(part.class_logits for part in parts), strict=True)
+    return SegmentOutput(
+        [_merge_classes(one, groups) for one in zip(*(part.class_logits for part in parts), strict=True)],
+        [
+            _merge_masks(one, groups, padded)
+            for one in zip(*(part.mask_logits for part in parts), strict=True)
         ],
-        mask_logits=[
-            _merge_masks([prediction.mask_logits for prediction in one], groups, padded)
-            for one in zip(*(part.predictions for part in parts), strict=True)
-        ],
-        log_probs=_merge_classes(log_probs, groups) if log_probs else None,
-        features=states([part.features for part in parts]),
-        enhanced=states([part.enhanced for part in parts]),
-        hidden_states=states([part.hidden_states for part in parts]),
-        attentions=states([part.attentions for part in parts], wanted=True),
+        _merge_classes(log_probs, groups) if log_probs else None,
+        encoder_hidden_states=states("encoder_hidden_states"),
+        pixel_decoder_hidden_states=states("pixel_decoder_hidden_states"),
+        hidden_states=states("hidden_states"),
+        attentions=states("attentions"),
     )
 
 
@@ -272,46 +322,27 @@ def _merge_states(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
     return merged
 
 
-class DominantNames:
-    """A group's dominant categories, which stay indices on the device until they are read.
+def dominant_names(
+    parts: list[SegmentOutput], groups: list[Group], selectable_names: Callable[[Vocabulary], list[str]]
+) -> list[list[str]] | None:
+    """Give each image of the batch its dominant categories, nearest first; None in a graph being traced.
 
-    The copy to the host is queued behind the network and waited for in `read`, when all groups are queued.
+    The host waits here for the first time, when all groups are queued on the device.
 
     Args:
-        group: has the names, if they came from outside.
-        selected: (b, k) int64, indices into names of the vocabulary, if they did not.
+        parts: of the groups, with the indices of selected names.
+        groups: have the names that came from outside.
         selectable_names: gives the names of a vocabulary that the indices mean.
     """
-
-    def __init__(
-        self, group: Group, selected: Tensor | None, selectable_names: Callable[[Vocabulary], list[str]]
-    ):
-        self.group, self.selectable_names = group, selectable_names
-        self.selected, self.copied = selected, None
-        if selected is not None and selected.is_cuda:
-            self.selected = selected.to("cpu", non_blocking=True)  # into pinned memory
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-
-    def read(self) -> list[list[str]]:
-        """Give each image's names, nearest first."""
-        if self.selected is None:
-            return self.group.dominant_categories or [[] for _ in self.group.indices]
-        if self.copied is not None:
-            self.copied.synchronize()
-        names = self.selectable_names(self.group.vocabulary)
-        return [[names[index] for index in row] for row in self.selected.tolist()]
-
-
-def dominant_names(parts: list[DominantNames], groups: list[Group]) -> list[list[str]] | None:
-    """Give each image of the batch its dominant categories; None in a graph that is being traced."""
     if torch.compiler.is_compiling():
         return None
-    placed = {
-        index: names
-        for part, group in zip(parts, groups, strict=True)
-        for index, names in zip(group.indices, part.read(), strict=True)
-    }
+    placed: dict[int, list[str]] = {}
+    for part, group in zip(parts, groups, strict=True):
+        rows = group.dominant_categories or [[] for _ in group.indices]
+        if part.dominant is not None:
+            names = selectable_names(Vocabulary(group.vocabulary))
+            rows = [[names[index] for index in row] for row in part.dominant.tolist()]
+        placed.update(zip(group.indices, rows, strict=True))
     return [placed[index] for index in sorted(placed)]
 
 
@@ -335,9 +366,8 @@ def matched_mask_logits(
     def compute(matches: Matches) -> Tensor:
         masks: dict[int, Tensor] = {}
         for part, group in zip(parts, groups, strict=True):
-            by_image = torch.stack(
-                [prediction.mask_embeds for prediction in part.predictions], dim=1
-            ).unbind()
+            assert part.mask_embeds is not None and part.mask_features is not None
+            by_image = torch.stack(part.mask_embeds, dim=1).unbind()
             for own, feature, index in zip(by_image, part.mask_features.unbind(), group.indices, strict=True):
                 queries = matches.of(index)[0]
                 rows = queries.clamp(max=own.shape[1] - 1)[..., None].expand(-1, -1, own.shape[2])
@@ -356,7 +386,7 @@ def check_labels(
     mask_labels: list[Tensor] | None,
     class_labels: list[Tensor] | None,
     sizes: list[tuple[int, int]],
-    padded: tuple[int, int],
+    padded: Sequence[int],
     num_classes: list[int],
 ) -> None:
     """Check ground truth against images and vocabularies.
@@ -381,7 +411,7 @@ def check_labels(
             f"labels for {len(mask_labels)} and {len(class_labels)} images, but there are {len(sizes)}"
         )
     for masks, labels, size in zip(mask_labels, class_labels, sizes, strict=True):
-        if masks.ndim != 3 or tuple(masks.shape[-2:]) not in (size, padded):
+        if masks.ndim != 3 or tuple(masks.shape[-2:]) not in (size, tuple(padded)):
             raise ValueError(f"mask_labels must be (n, {padded[0]}, {padded[1]}), got {tuple(masks.shape)}")
         if labels.shape != masks.shape[:1]:
             raise ValueError(f"{len(masks)} masks, but class_labels have shape {tuple(labels.shape)}")

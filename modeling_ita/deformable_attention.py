@@ -11,13 +11,14 @@ runs on tensors in main memory, slowly, for tests.
 import itertools
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
+
+from .ops import const_matrix
 
 try:
     import triton
@@ -146,13 +147,6 @@ class SamplingGrid:
         starts = itertools.accumulate((height * width for height, width in self.shapes[:-1]), initial=0)
         rows = [(height, width, start) for (height, width), start in zip(self.shapes, starts, strict=True)]
         return const_matrix(rows, torch.int32, self.reference_points.device)
-
-
-def const_matrix(rows: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a small matrix on the device; in an exported graph its entries may depend on the image's size."""
-    return torch.stack(
-        [torch.stack([torch.full((), one, dtype=dtype, device=device) for one in row]) for row in rows]
-    )
 
 
 def sample_by_grid_sample(

@@ -18,18 +18,20 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .batching import (
-    DominantNames,
     Group,
     SegmentOutput,
+    batch_vocabularies,
     check_dominant_categories,
     check_images,
     check_labels,
+    class_ids_of,
     dominant_names,
     group_images,
     matched_mask_logits,
     merge,
     pad_labels,
     padded_size,
+    valid_sizes,
 )
 from .checkpoint_code import RemoteCodeMixin
 from .classification import TextEmbeddings, class_logits, ensemble_log_probs
@@ -43,7 +45,7 @@ from .mask_adapter import ConvNeXtBlock
 from .mask_classifier import MaskClassifier
 from .set_criterion import SetCriterion
 from .text import TextEncoder
-from .vocabulary import Vocabulary, batch_vocabularies, normalize_vocabulary
+from .vocabulary import Vocabulary, normalize_vocabulary
 
 
 @dataclass
@@ -233,12 +235,11 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         Raises:
             ValueError: no vocabulary, a malformed one, or a template without exactly one `{}`.
         """
-        own = batch_vocabularies(vocabulary, None, self.default_vocabulary, 1)[0]
-        train = self.config.train_vocabulary if train_vocabulary is None else train_vocabulary
+        config = self.config
         return self.text_encoder.encode(
-            own,
-            self.config.templates if templates is None else templates,
-            normalize_vocabulary(train) if train else None,
+            batch_vocabularies(vocabulary, None, config.own_classes, 1)[0],
+            config.templates if templates is None else templates,
+            config.train_vocabulary if train_vocabulary is None else train_vocabulary,
         )
 
     def selectable_names(self, vocabulary: Vocabulary) -> list[str]:
@@ -248,11 +249,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
 
     def stuff_ids(self, vocabulary: Vocabulary) -> list[int]:
         """Give the indices of the classes that are stuff by the configuration's `stuff_names`."""
-        return [
-            i
-            for i, is_stuff in enumerate(vocabulary.shares_name_with(self.config.stuff_names or ()))
-            if is_stuff
-        ]
+        return class_ids_of(vocabulary.key, self.config.stuff_names or ())
 
     # --- the network ---
 
@@ -297,56 +294,55 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         Raises:
             ValueError: no vocabulary or a malformed one, labels that do not fit, or inputs whose shapes do not fit.
         """
-        sizes = check_images(pixel_values, pixel_mask)
-        height, width = pixel_values.shape[-2:]
-        classes = batch_vocabularies(vocabulary, vocabularies, self.default_vocabulary, len(sizes))
-        check_labels(mask_labels, class_labels, sizes, (height, width), [len(own) for own in classes])
-        given = check_dominant_categories(
-            dominant_categories if self.dominant_categories else None, len(sizes)
-        )
-        weights = self._ensemble_weights(ensemble_alpha, ensemble_beta)
-        config = self.config
+        config, size, padded = self.config, pixel_values.shape[-2:], padded_size(pixel_values.shape[-2:])
         wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_attentions = config.output_attentions if output_attentions is None else output_attentions
+        sizes = check_images(pixel_values, pixel_mask)
+        classes = batch_vocabularies(vocabulary, vocabularies, config.own_classes, len(sizes))
+        check_labels(mask_labels, class_labels, sizes, size, [len(own) for own in classes])
+        given = check_dominant_categories(dominant_categories, len(sizes), config.num_dominant_categories)
+        weights = self._ensemble_weights(ensemble_alpha, ensemble_beta)
 
         groups = group_images(pixel_values, pixel_mask, sizes, classes, given)
-        parts, names = [], []
-        for group in groups:
-            text = self.encode_vocabulary(group.vocabulary, templates, train_vocabulary)
-            part = (self._compiled_segment or self.segment)(
+        segment = self.segment if self._compiled_segment is None else self._compiled_segment
+        parts = [
+            segment(
                 group.pixel_values,
-                text,
-                self._valid_pixels(group, text),
+                self.encode_vocabulary(group.vocabulary, templates, train_vocabulary),
+                group.valid,
                 dominant_embeds=self._embed_given(group, templates),
                 image_embeds=self._embed_thumbnails(group),
                 ensemble_weights=weights,
                 every_layer=mask_labels is not None or self.training,
+                output_hidden_states=bool(wants_states),
                 output_attentions=bool(wants_attentions),
             )
-            parts.append(part)
-            names.append(DominantNames(group, part.dominant, self.selectable_names))
-        padded = padded_size((height, width))
-        merged = merge(parts, groups, padded, with_states=bool(wants_states))
+            for group in groups
+        ]
+        merged = merge(parts, groups, padded)
 
+        loss, loss_dict = None, None
+        if mask_labels is not None and class_labels is not None:
+            masks, recompute = pad_labels(mask_labels, padded), matched_mask_logits(parts, groups, padded)
+            loss_dict = self.criterion(
+                merged.class_logits, merged.mask_logits, masks, class_labels, recompute
+            )
+            loss = torch.stack(list(loss_dict.values())).sum()
         output = ITAForOpenVocabSegmentationOutput(
+            loss=loss,
             class_queries_logits=merged.class_logits[-1] if merged.log_probs is None else merged.log_probs,
             masks_queries_logits=merged.mask_logits[-1],
-            dominant_categories=dominant_names(names, groups),
-            image_sizes=torch.tensor(sizes, device=pixel_values.device),
-            stuff_ids=[self.stuff_ids(own) for own in classes],
+            loss_dict=loss_dict,
+            dominant_categories=dominant_names(parts, groups, self.selectable_names),
+            image_sizes=valid_sizes(pixel_mask, sizes, pixel_values.device),
+            stuff_ids=[class_ids_of(own, config.stuff_names or ()) for own in classes],
             vocabulary=[[list(synonyms) for synonyms in own] for own in classes],
-            encoder_hidden_states=merged.features or None,
-            pixel_decoder_hidden_states=merged.enhanced or None,
-            transformer_decoder_hidden_states=merged.hidden_states or None,
-            hidden_states=merged.hidden_states or None,
-            attentions=merged.attentions or None,
+            encoder_hidden_states=merged.encoder_hidden_states,
+            pixel_decoder_hidden_states=merged.pixel_decoder_hidden_states,
+            transformer_decoder_hidden_states=merged.hidden_states,
+            hidden_states=merged.hidden_states,
+            attentions=merged.attentions,
         )
-        if mask_labels is not None and class_labels is not None:
-            masks, matched = pad_labels(mask_labels, padded), matched_mask_logits(parts, groups, padded)
-            output.loss_dict = self.criterion(
-                merged.class_logits, merged.mask_logits, masks, class_labels, matched
-            )
-            output.loss = torch.stack(list(output.loss_dict.values())).sum()
         return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -359,6 +355,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         image_embeds: Tensor | None = None,
         ensemble_weights: tuple[float, float] | None = None,
         every_layer: bool = False,
+        output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> SegmentOutput:
         """Segment images of one size with one vocabulary: tensors in, tensors out, nothing that waits for them.
@@ -371,7 +368,8 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             image_embeds: (B, D), CLIP's embeddings of the images, to select by; None for those of the dense feature.
             ensemble_weights: alpha and beta; None for the configuration's.
             every_layer: give the decoder's predictions of all layers, as training needs them.
-            output_attentions: compute the decoder's attention weights.
+            output_hidden_states: give hidden states.
+            output_attentions: give the decoder's attention weights.
         """
         config, backbone, decoder = self.config, self.clip_backbone, self.image_text_aggregation
         valid = valid if config.mask_padding else None
@@ -396,23 +394,25 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             class_logits(p.class_embeds, text, self.void_embedding, decoder.scale) for p in predictions
         ]
         # Section 5: out-of-vocabulary logits of the pooled CLIP feature, and the ensemble.
-        log_probs = None
+        log_probs, masks = None, predictions[-1].mask_logits
         if not self.training:
             out_vocab, has_pixels = self.mask_classifier(
-                backbone,
-                features.dense,
-                predictions[-1].mask_logits,
-                valid,
-                text,
-                self.void_embedding,
-                in_vocab[-1],
+                backbone, features.dense, masks, valid, text, self.void_embedding, in_vocab[-1]
             )
-            weights = ensemble_weights or (config.ensemble_alpha, config.ensemble_beta)
-            log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, *weights, has_pixels)
+            alpha, beta = ensemble_weights or (config.ensemble_alpha, config.ensemble_beta)
+            log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, alpha, beta, has_pixels)
         return SegmentOutput(
-            in_vocab, log_probs, predictions, mask_features, dominant,
-            features.levels, tuple(enhanced), hidden_states, attentions if output_attentions else (),
-        )  # fmt: skip
+            class_logits=in_vocab,
+            mask_logits=[p.mask_logits for p in predictions],
+            mask_embeds=[p.mask_embeds for p in predictions],
+            log_probs=log_probs,
+            mask_features=mask_features,
+            dominant=dominant,
+            encoder_hidden_states=features.levels if output_hidden_states else None,
+            pixel_decoder_hidden_states=tuple(enhanced) if output_hidden_states else None,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """From now on run the network compiled by `torch.compile(**options)`: all but the encoding of names.
@@ -420,7 +420,18 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         With `dynamic=True` one graph serves all sizes and batches of more than one; without, each padded size has its
         own until torch takes it for variable. Vocabularies of any length share a graph.
         """
-        self._compiled_segment = torch.compile(self.segment, fullgraph=True, **options)
+        compiled = torch.compile(self.segment, fullgraph=True, **options)
+
+        def segment(
+            pixel_values: Tensor, text: TextEmbeddings, valid: Tensor | None, **others: Any
+        ) -> SegmentOutput:
+            for tensor in vars(text).values():
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            if valid is None:  # images with and without padding share a graph
+                valid = torch.ones_like(pixel_values[:, 0], dtype=torch.bool)
+            return compiled(pixel_values, text, valid, **others)
+
+        self._compiled_segment = segment
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the compiled network out of copies and pickles."""
@@ -443,24 +454,15 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         return dominant, text.name_embeds[dominant]
 
     def _embed_given(self, group: Group, templates: Sequence[str] | None) -> Tensor | None:
-        """Embed dominant categories from outside, (B, k', D); None if there are none.
-
-        Raises:
-            ValueError: more of them than the network takes.
-        """
-        if group.dominant_categories is None or self.dominant_categories is None:
+        """Embed dominant categories from outside, (B, k', D); None if there are none."""
+        given = group.dominant_categories
+        if given is None:
             return None
-        most, given = self.dominant_categories.num_categories, len(group.dominant_categories[0])
-        if given > most:
-            raise ValueError(f"at most {most} dominant categories per image, got {given}")
-        if not given:
-            return self.void_embedding.new_zeros(len(group.indices), 0, self.clip_backbone.embed_dim)
+        if not given[0]:
+            return self.void_embedding.new_zeros(len(given), 0, self.clip_backbone.embed_dim)
         templates = self.config.templates if templates is None else templates
         in_prompts = self.config.dominant_category_source == "cells"
-        rows = [
-            self.text_encoder.embed_names(own, templates, in_prompts) for own in group.dominant_categories
-        ]
-        return torch.stack(rows)
+        return torch.stack([self.text_encoder.embed_names(own, templates, in_prompts) for own in given])
 
     @torch.no_grad()
     def _embed_thumbnails(self, group: Group) -> Tensor | None:
@@ -468,6 +470,10 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         selects = self.dominant_categories is not None and group.dominant_categories is None
         if self.config.dominant_category_source != "thumbnail" or not selects:
             return None
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                'dominant_category_source="thumbnail" reads images outside of the graph: not traceable'
+            )
         images = [image[:, :h, :w] for image, (h, w) in zip(group.pixel_values, group.sizes, strict=True)]
         return torch.cat([self.clip_backbone.embed_thumbnail(image) for image in images])
 
@@ -477,19 +483,6 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             check_number("ensemble_alpha", config.ensemble_alpha if alpha is None else alpha, 0, 1),
             check_number("ensemble_beta", config.ensemble_beta if beta is None else beta, 0, 1),
         )
-
-    def _valid_pixels(self, group: Group, text: TextEmbeddings) -> Tensor | None:
-        """Give the group's valid pixels. For a compiled network, mark what varies from call to call.
-
-        A vocabulary's length varies; and so that images with and without padding share a graph, `valid` is a tensor.
-        """
-        if self._compiled_segment is None:
-            return group.valid
-        for tensor in vars(text).values():
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        if group.valid is not None:
-            return group.valid
-        return torch.ones_like(group.pixel_values[:, 0], dtype=torch.bool)
 
     # --- checkpoints ---
 

@@ -1,6 +1,7 @@
 """Small tensor functions that several parts of the network share."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,13 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+def const_matrix(rows: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a small matrix on the device; in an exported graph its entries may depend on the image's size."""
+    return torch.stack(
+        [torch.stack([torch.full((), one, dtype=dtype, device=device) for one in row]) for row in rows]
+    )
 
 
 def sine_position_embedding(height: int, width: int, channels: int, like: Tensor) -> Tensor:

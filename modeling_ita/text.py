@@ -19,7 +19,14 @@ from transformers.utils import logging
 from .classification import TextEmbeddings
 from .clip_backbone import ClipBackbone
 from .text_cache import TextCache, open_cache
-from .vocabulary import Templates, Vocabulary, check_templates
+from .vocabulary import (
+    Classes,
+    Templates,
+    Vocabulary,
+    VocabularyKey,
+    check_templates,
+    normalize_vocabulary,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -82,10 +89,11 @@ class TextEncoder:
         """Leave out what is in memory: another thread may be adding to it, and it belongs to these very weights."""
         return self.__dict__ | {"_memory": _Memory()}
 
+    @torch.compiler.assume_constant_result
     def encode(
-        self, vocabulary: Vocabulary, templates: Sequence[str], train_vocabulary: Vocabulary | None = None
+        self, vocabulary: VocabularyKey, templates: Sequence[str], train_vocabulary: Classes | None = None
     ) -> TextEmbeddings:
-        """Encode a vocabulary, or take it from memory.
+        """Encode a vocabulary, or take it from memory. In a graph being traced the embeddings become constants.
 
         Args:
             vocabulary: K classes, N names.
@@ -96,39 +104,40 @@ class TextEncoder:
             Tensors on the device of the text tower, without gradients.
 
         Raises:
-            ValueError: a template without exactly one `{}`.
+            ValueError: a template without exactly one `{}`, or a graph is exported before its vocabulary is encoded.
         """
-        key = (vocabulary.key, tuple(templates), train_vocabulary.key if train_vocabulary else None)
-        if torch.compiler.is_compiling():  # a graph being traced takes what is in memory as constants
-            return self._memory.vocabularies[key]
-        memory = self._current_memory()
+        seen = normalize_vocabulary(train_vocabulary) if train_vocabulary else Vocabulary()
+        key = (vocabulary, tuple(templates), seen.key)
+        is_exporting = torch.compiler.is_exporting()  # the text tower has fake weights meanwhile
+        memory = self._memory if is_exporting else self._current_memory()
         found = memory.vocabularies.get(key)
         if found is not None:
             return found
+        if is_exporting:
+            raise ValueError("call encode_vocabulary with the vocabulary of the graph before exporting it")
+        classes = Vocabulary(vocabulary)
         with (
             _lock,
             torch.inference_mode(False),
             torch.no_grad(),
         ):  # so that it can take part in training later
-            candidates = vocabulary.candidate_names
-            names = list(dict.fromkeys([*vocabulary.names, *candidates]))
+            candidates = classes.candidate_names
+            names = list(dict.fromkeys([*classes.names, *candidates]))
             embeds = self._encode_names(memory, names, check_templates(templates))
             device = self.clip.device
             text = TextEmbeddings(
-                prompt_embeds=torch.stack([embeds[name][0] for name in vocabulary.names]),
-                class_of_name=torch.tensor(vocabulary.class_of_name, device=device),
+                prompt_embeds=torch.stack([embeds[name][0] for name in classes.names]),
+                class_of_name=torch.tensor(classes.class_of_name, device=device),
                 name_embeds=torch.stack([embeds[name][1] for name in candidates]),
-                is_seen=torch.tensor(
-                    vocabulary.shares_name_with(train_vocabulary.names if train_vocabulary else ()),
-                    device=device,
-                ),
-                is_duplicate=torch.tensor(vocabulary.is_duplicate, device=device),
+                is_seen=torch.tensor(classes.shares_name_with(seen.names), device=device),
+                is_duplicate=torch.tensor(classes.is_duplicate, device=device),
             )
             while len(memory.vocabularies) >= MAX_CACHED_VOCABULARIES:
                 memory.vocabularies.pop(next(iter(memory.vocabularies)))
             memory.vocabularies[key] = text
         return text
 
+    @torch.compiler.assume_constant_result
     def embed_names(self, names: Sequence[str], templates: Sequence[str], in_prompts: bool = False) -> Tensor:
         """Encode names, in the prompt templates or alone: unit rows (len(names), D)."""
         with _lock, torch.inference_mode(False), torch.no_grad():

@@ -4,6 +4,7 @@ Names are compared in one normal form (Unicode composed, case folded, blanks col
 lowers case and cleans blanks: names that differ in these have one embedding. What is shown is what was given.
 """
 
+import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +15,9 @@ Templates = tuple[str, ...]
 
 Classes = Iterable[str | Iterable[str]]
 """A vocabulary as callers give it: a class is a name, comma-separated names, or a list of names."""
+
+VocabularyKey = tuple[tuple[str, ...], ...]
+"""A checked vocabulary in hashable form."""
 
 
 class Vocabulary(list):
@@ -44,7 +48,7 @@ class Vocabulary(list):
         ]
 
     @property
-    def key(self) -> tuple[tuple[str, ...], ...]:
+    def key(self) -> VocabularyKey:
         """A hashable form."""
         return tuple(tuple(synonyms) for synonyms in self)
 
@@ -54,6 +58,7 @@ class Vocabulary(list):
         return [any(normal_form(name) in known for name in synonyms) for synonyms in self]
 
 
+@functools.lru_cache(maxsize=65_536)
 def normal_form(name: str) -> str:
     """Bring a name to the form in which names are compared: Unicode composed, case folded, blanks collapsed."""
     return " ".join(unicodedata.normalize("NFC", name).casefold().split())
@@ -123,47 +128,6 @@ def parse_classes(text: str) -> Vocabulary:
     if not entries:
         raise ValueError("the vocabulary is empty: give at least one class, such as 'cat, sofa|couch'")
     return normalize_vocabulary([entry.split("|") for entry in entries])
-
-
-def batch_vocabularies(
-    vocabulary: Classes | None,
-    vocabularies: Sequence[Classes] | None,
-    default: Vocabulary | None,
-    batch_size: int,
-) -> list[Vocabulary]:
-    """Give each image of a batch its vocabulary.
-
-    Args:
-        vocabulary: one vocabulary for all images, whatever the size of the batch.
-        vocabularies: one vocabulary for each image.
-        default: the model's own, where neither is given.
-        batch_size: B.
-
-    Raises:
-        ValueError: both are given, or none at all; one is malformed; or there are not as many as images.
-    """
-    if vocabulary is not None and vocabularies is not None:
-        raise ValueError(
-            "give vocabulary= (one for all images) or vocabularies= (one for each image), not both"
-        )
-    if vocabularies is not None:
-        if isinstance(vocabularies, str | Vocabulary) or not isinstance(vocabularies, Sequence):
-            raise ValueError(
-                "vocabularies= is a list with one vocabulary for each image; for one use vocabulary="
-            )
-        if any(isinstance(entry, str) for entry in vocabularies):
-            raise ValueError(
-                "vocabularies= is a list with one vocabulary for each image, but it holds plain names: "
-                "for one vocabulary use vocabulary="
-            )
-        if len(vocabularies) != batch_size:
-            raise ValueError(f"vocabularies= has {len(vocabularies)} vocabularies for {batch_size} images")
-        return [normalize_vocabulary(entry) for entry in vocabularies]
-    if vocabulary is not None:
-        return [normalize_vocabulary(vocabulary)] * batch_size
-    if default is None:
-        raise ValueError("no vocabulary: pass vocabulary=[...] or call set_vocabulary on the model first")
-    return [default] * batch_size
 
 
 def check_templates(templates: Sequence[str]) -> Templates:

@@ -58,7 +58,7 @@ class ExportableNetwork(nn.Module):
         """
         text = TextEmbeddings(prompt_embeds, class_of_name, name_embeds, is_seen, is_duplicate)
         result = self.model.segment(pixel_values, text, valid)
-        outputs = result.log_probs, result.predictions[-1].mask_logits, result.dominant
+        outputs = result.log_probs, result.mask_logits[-1], result.dominant
         return tuple(output for output in outputs if output is not None)
 
 
@@ -71,7 +71,11 @@ def text_of(model: Any, vocabulary: Any | None = None) -> tuple[TextEmbeddings, 
     from modeling_ita import normalize_vocabulary
 
     classes = model.default_vocabulary if vocabulary is None else normalize_vocabulary(vocabulary)
-    return model.encode_vocabulary(classes), [list(names) for names in classes], model.selectable_names(classes)
+    return (
+        model.encode_vocabulary(classes),
+        [list(names) for names in classes],
+        model.selectable_names(classes),
+    )
 
 
 def export_network(model: Any) -> ExportedProgram:

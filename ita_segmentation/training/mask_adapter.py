@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from modeling_ita import ITAForOpenVocabSegmentation
-from modeling_ita.batching import Group, check_images, group_images
+from modeling_ita.batching import Group, batch_vocabularies, check_images, group_images
 from modeling_ita.mask_adapter import binary_masks
 from modeling_ita.mask_classifier import AdapterMaskPooling
-from modeling_ita.vocabulary import normalize_vocabulary
 
 MAX_TRUE_MASKS, MAX_PAIRS = 16, 8
 """Ground-truth masks of an image in a step, and pairs of a predicted and a ground-truth mask."""
@@ -79,11 +78,11 @@ class MaskAdapterTraining(nn.Module):
             `loss`, the sum of `loss_dict`: `loss_ce`, the cross-entropy of masks over classes and void, and, where
             predictions are mixed in, `loss_cosine`, one minus the cosine of the embeddings of pairs; both weighted.
         """
-        vocabularies = [normalize_vocabulary(vocabulary)] * len(pixel_values)
         sizes = check_images(pixel_values, pixel_mask)
+        vocabularies = batch_vocabularies(vocabulary, None, None, len(sizes))
         images = [
             image
-            for group in group_images(pixel_values, pixel_mask, sizes, vocabularies, None)
+            for group in group_images(pixel_values, pixel_mask, sizes, vocabularies)
             for image in self._images_of(group, mask_labels, class_labels)
         ]
         logits, targets, distances = (torch.cat(parts) for parts in zip(*images, strict=True))

@@ -117,7 +117,7 @@ def test_the_operator_is_registered_as_torch_wants_it():
         value.unflatten(-1, (2, -1)).requires_grad_(),
         offsets.requires_grad_(),
         weights.unflatten(-1, (2, 2)).detach().requires_grad_(),
-        plan.places,
+        plan.points_in_cells,
         plan.levels,
     )
     torch.library.opcheck(torch.ops.ita.deformable_attention.default, arguments)

@@ -13,7 +13,6 @@ from transformers.dynamic_module_utils import get_imports
 
 from modeling_ita import set_criterion
 from modeling_ita.batching import SegmentOutput, matched_mask_logits, merge
-from modeling_ita.image_text_aggregation import QueryPrediction
 from modeling_ita.set_criterion import SetCriterion, linear_assignment, sample_at_points
 
 NUM_CLASSES, NUM_QUERIES, NUM_POINTS = 5, 7, 40
@@ -287,15 +286,12 @@ def make_groups(signs=(1,)):
     for indices, size, queries in (([0, 2], (16, 12), 6), ([1], (8, 12), 5)):
         embeds = torch.randn(len(indices), queries, 4, generator=generator).requires_grad_()
         features = torch.randn(len(indices), 4, *size, generator=generator).requires_grad_()
-        predictions = []
-        for sign in signs:
-            own = sign * embeds
-            masks = torch.einsum("bqc,bchw->bqhw", own, features)
-            predictions.append(QueryPrediction(torch.zeros(0), masks, own))
+        own = [sign * embeds for sign in signs]
+        masks = [torch.einsum("bqc,bchw->bqhw", one, features) for one in own]
         classes = [torch.zeros(len(indices), queries, 2)] * len(signs)
-        parts.append(SegmentOutput(classes, None, predictions, features, None, (), (), (), ()))
+        parts.append(SegmentOutput(classes, masks, mask_embeds=own, mask_features=features))
         groups.append(SimpleNamespace(indices=indices))
-    leaves = [tensor for part in parts for tensor in (part.predictions[0].mask_embeds, part.mask_features)]
+    leaves = [tensor for part in parts for tensor in (part.mask_embeds[0], part.mask_features)]
     return parts, groups, leaves
 
 
@@ -304,7 +300,7 @@ def test_masks_computed_again_are_the_merged_ones():
     queries = [torch.tensor([[4, 1], [0, 2]]), torch.tensor([[5, 0, 2], [1, 5, 4]]), torch.zeros(2, 0).long()]
     matches = SimpleNamespace(of=lambda image: (queries[image], None))
     masks = matched_mask_logits(parts, groups, (64, 48))(matches)
-    merged = merge(parts, groups, (64, 48), with_states=False).mask_logits
+    merged = merge(parts, groups, (64, 48)).mask_logits
     for index in range(2):
         expected = torch.cat([image[own[index]] for image, own in zip(merged[index], queries, strict=True)])
         torch.testing.assert_close(masks[index], expected)
@@ -315,7 +311,7 @@ def test_masks_computed_again_give_the_same_losses_and_gradients_and_spare_the_l
     class_logits, _, mask_labels, class_labels = make_batch(counts=(3, 6, 0), num_layers=1, num_queries=6)
     gradients, losses = {}, {}
     for again in (False, True):
-        mask_logits = merge(parts, groups, (64, 48), with_states=False).mask_logits
+        mask_logits = merge(parts, groups, (64, 48)).mask_logits
         mask_logits[0].retain_grad()
         matched = matched_mask_logits(parts, groups, (64, 48)) if again else None
         values = make_criterion()(class_logits, mask_logits, mask_labels, class_labels, matched)

@@ -1,0 +1,62 @@
+"""transformers' own common tests of models and configurations, run against ITA.
+
+They need transformers' source (see `helpers.transformers_source`); without it the module is skipped.
+"""
+
+import unittest
+
+import pytest
+import torch
+
+from helpers.tiny_checkpoint import tiny_config
+from helpers.transformers_source import common_tests, why_not_here
+from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation
+
+if reason := why_not_here():
+    pytest.skip(reason, allow_module_level=True)
+
+ConfigTester = common_tests("test_configuration_common").ConfigTester
+ModelTesterMixin = common_tests("test_modeling_common").ModelTesterMixin
+
+
+class ITAModelTester:
+    """What the mixin asks of a model's tester: a small configuration and inputs, and the sizes in them."""
+
+    is_training = True
+    batch_size = 2
+    image_size = 64
+    num_hidden_layers = 2
+    num_attention_heads = 2
+    hidden_size = 32
+    seq_length = encoder_seq_length = 9  # queries
+    key_length = (image_size // 32) ** 2  # cells of the coarsest level
+    num_hidden_states_types = 4  # of the image tower, the pixel decoder, and the decoder under two names
+
+    def get_config(self) -> ITAConfig:
+        return tiny_config(decoder_layers=self.num_hidden_layers)
+
+    def prepare_config_and_inputs_for_common(self):
+        shape = (self.batch_size, 3, self.image_size, self.image_size)
+        pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return self.get_config(), {"pixel_values": pixel_values}
+
+
+class ITAModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (ITAForOpenVocabSegmentation,)
+
+    def setUp(self):
+        self.model_tester = ITAModelTester()
+        self.config_tester = ConfigTester(
+            self, config_class=ITAConfig, has_text_modality=False, hidden_dim=64
+        )
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class)
+        if return_labels:
+            batch, size = self.model_tester.batch_size, self.model_tester.image_size
+            inputs["mask_labels"] = [torch.ones(1, size, size)] * batch
+            inputs["class_labels"] = [torch.zeros(1, dtype=torch.int64)] * batch
+        return inputs
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
