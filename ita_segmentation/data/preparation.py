@@ -276,10 +276,10 @@ def _write_missing(config: PrepareConfig, plan: Mapping[str, Sequence[Shard]], m
     _finished(config, "").parent.mkdir(parents=True, exist_ok=True)
     for leftover in _finished(config, "").parent.glob(".*.tmp"):
         leftover.unlink()
-    wanted = {shard.fingerprint for shard in shards}
+    planned = {shard.fingerprint for shard in shards}
     for name, fingerprint in [item for split in manifest.values() for item in split.items()]:
         path = _finished(config, fingerprint)
-        if fingerprint in wanted and not _num_rows(path) and _num_rows(config.data / name):
+        if fingerprint in planned and not _num_rows(path) and _num_rows(config.data / name):
             path.unlink(missing_ok=True)
             _link(config.data / name, path)
 

@@ -22,7 +22,7 @@ def test_every_benchmark_with_classes_of_its_own_has_a_table():
 
 
 @pytest.mark.parametrize("benchmark", NUM_CLASSES_AND_THINGS)
-def test_classes_are_as_many_as_official_and_each_has_words_and_a_value_of_its_own(benchmark):
+def test_classes_are_as_many_as_official_and_each_has_names_and_a_value_of_its_own(benchmark):
     categories = load_categories(benchmark)
     count, things = NUM_CLASSES_AND_THINGS[benchmark]
     assert len(categories) == count
@@ -38,16 +38,16 @@ def test_classes_are_as_many_as_official_and_each_has_words_and_a_value_of_its_o
     ):
         assert len(set(names)) == count
     for category in categories:
-        words = category.name.split(", ")
-        assert len(set(words)) == len(words)
-        assert all(word == word.strip() and word and "," not in word for word in words)
+        synonyms = category.name.split(", ")
+        assert len(set(synonyms)) == len(synonyms)
+        assert all(name == name.strip() and name for name in synonyms)
 
 
-def test_words_are_cleaned_for_prompts_and_official_names_are_kept():
-    words = {category.official_name: category.name for category in load_categories("coco-panoptic")}
-    assert words["wall-other-merged"] == "wall" and words["sky-other-merged"] == "sky"
-    assert words["door-stuff"] == "door" and words["floor-wood"].startswith("wooden floor")
-    assert not any("-merged" in name or "-other" in name or "-stuff" in name for name in words.values())
+def test_names_are_cleaned_for_prompts_and_official_names_are_kept():
+    names = {category.official_name: category.name for category in load_categories("coco-panoptic")}
+    assert names["wall-other-merged"] == "wall" and names["sky-other-merged"] == "sky"
+    assert names["door-stuff"] == "door" and names["floor-wood"].startswith("wooden floor")
+    assert not any("-merged" in name or "-other" in name or "-stuff" in name for name in names.values())
     for benchmark in ("pascal-voc-20", "pascal-context-59", "pascal-context-459"):
         names = [category.name for category in load_categories(benchmark)]
         assert not {"diningtable", "pottedplant", "tvmonitor"} & set(names)

@@ -493,10 +493,10 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path, voc, more, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [["imagenet"], ["pascal-voc-20", "--num_proc", "0"], ["pascal-voc-20"]])
-def test_unknown_or_missing_arguments_end_with_status_2(tmp_path, capsys, words):
+@pytest.mark.parametrize("arguments", [["imagenet"], ["pascal-voc-20", "--num_proc", "0"], ["pascal-voc-20"]])
+def test_unknown_or_missing_arguments_end_with_status_2(tmp_path, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
-        cli.prepare_benchmark([*words, "--output", str(tmp_path / "out")])
+        cli.prepare_benchmark([*arguments, "--output", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 

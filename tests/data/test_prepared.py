@@ -1,4 +1,4 @@
-"""Prepared data sets are plain `datasets` folders: by disk, as a stream, pushed to a hub, and for training."""
+"""Prepared datasets are plain `datasets` folders: from disk, as a stream, pushed to a hub, and for training."""
 
 import shutil
 from pathlib import Path
@@ -50,8 +50,8 @@ def streets(tmp_path_factory) -> Path:
 
 
 def prepare(benchmark: str, source: Path, output: Path) -> None:
-    words = [benchmark, "--source", str(source), "--output", str(output)]
-    assert run_prepare.prepare_benchmark(words) == 0
+    arguments = [benchmark, "--source", str(source), "--output", str(output)]
+    assert run_prepare.prepare_benchmark(arguments) == 0
 
 
 def check_street(dataset) -> None:
@@ -70,7 +70,7 @@ def check_street(dataset) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# As any data set
+# As any dataset
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -164,7 +164,7 @@ def test_synonyms_and_unknown_things_of_a_vocabulary(tmp_path):
     assert vocabulary == DatasetVocabulary([["cat"], ["dog", "puppy"], ["grass"]], None, 255)
 
 
-def test_a_data_set_of_another_make_has_no_vocabulary(streets):
+def test_a_dataset_of_another_make_has_no_vocabulary(streets):
     with pytest.raises(ITAError, match="not a prepared dataset: it needs the columns classes .* has text"):
         vocabulary_of(datasets.Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(ITAError, match="no rows"):
@@ -197,7 +197,7 @@ def test_splits_are_found_and_counted(streets, tmp_path):
     assert str(load_prepared(tmp_path / "out").split) == "train"  # the only one
 
 
-def test_folders_that_are_no_or_half_a_data_set_are_refused(streets, tmp_path):
+def test_folders_that_are_no_or_half_a_dataset_are_refused(streets, tmp_path):
     with pytest.raises(ITAError, match="nowhere"):
         load_prepared(tmp_path / "nowhere")
     with pytest.raises(ITAError, match="not a dataset that ita prepare made"):
@@ -222,7 +222,7 @@ def load(folder: Path, **options):
     return load_disk(str(folder), augmentation=jitter, **{**settings, **options})
 
 
-def test_a_prepared_data_set_trains_with_its_classes_and_without_its_crowds(streets):
+def test_a_prepared_dataset_trains_with_its_classes_and_without_its_crowds(streets):
     classes, training, evaluation = load(
         streets, train_split="validation", eval_split="train", unseen=["car"]
     )
@@ -238,7 +238,7 @@ def test_a_prepared_data_set_trains_with_its_classes_and_without_its_crowds(stre
     assert targets["mask_labels"].shape[0] == 6 and not torch.any(targets["mask_labels"].sum(0) > 1)
 
 
-def test_a_prepared_data_set_of_16_bits_trains_without_its_ignored_pixels(tmp_path):
+def test_a_prepared_dataset_of_16_bits_trains_without_its_ignored_pixels(tmp_path):
     build_folder(tmp_path / "mine", [f"class {number}" for number in range(300)])
     for name in ("a", "b"):
         save_jpeg(tmp_path / f"mine/images/{name}.jpg")
@@ -251,6 +251,6 @@ def test_a_prepared_data_set_of_16_bits_trains_without_its_ignored_pixels(tmp_pa
     assert training[0]["class_labels"].tolist() == [0, 255, 299]
 
 
-def test_a_prepared_data_set_without_the_split_is_refused(streets):
+def test_a_prepared_dataset_without_the_split_is_refused(streets):
     with pytest.raises(ITAError, match="has no split 'test', only train, validation"):
         load(streets, train_split="test", eval_split="none")

@@ -57,7 +57,7 @@ def test_a_voc_file_that_is_empty_or_no_image_is_named(tmp_path):
     path = tmp_path / "SegmentationClass/2008_000002.png"
     path.write_bytes(b"")
     check_refused(VOC_20, tmp_path, "2008_000002.png is empty")
-    path.write_bytes(b"no image at all, only words")
+    path.write_bytes(b"plain text")
     check_refused(VOC_20, tmp_path, "2008_000002.png is not a PNG file")
     save_jpeg(path)
     check_refused(VOC_20, tmp_path, "2008_000002.png is not a PNG file but JPEG")
@@ -159,8 +159,8 @@ def test_a_folder_may_have_splits_and_things(tmp_path):
 
 def test_the_ids_of_a_text_file_of_classes_are_the_labels(tmp_path):
     build_folder(tmp_path)
-    (tmp_path / "words.txt").write_text("0:invalid_class_id\n1:cat,kitten\n2:dog\n255:sky\n")
-    release = FolderDataset.at(tmp_path, tmp_path / "words.txt")
+    (tmp_path / "names.txt").write_text("0:invalid_class_id\n1:cat,kitten\n2:dog\n255:sky\n")
+    release = FolderDataset.at(tmp_path, tmp_path / "names.txt")
     assert [category.name for category in release.categories] == ["cat, kitten", "dog", "sky"]
     labels = {name: image.label.tolist() for name, image in read_all(release, tmp_path, "train").items()}
     assert labels["a"] == [[255] * 6, [0] * 6, [1] * 6, [2] * 6]  # 255 is a class here, and 0 is none

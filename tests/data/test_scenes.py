@@ -1,4 +1,4 @@
-"""The Scenes world: its words, its images with their ground truth, and its datasets."""
+"""Scenes, a synthetic dataset: its classes, its images with their ground truth, and its datasets."""
 
 import hashlib
 import importlib.metadata
@@ -21,6 +21,7 @@ from ita_segmentation.data.scenes import (
 )
 from ita_segmentation.data.scenes import dataset as dataset_module
 from ita_segmentation.data.scenes.textures import PAINTERS
+from modeling_ita.vocabulary import normal_form
 
 FINGERPRINT = """
 import hashlib
@@ -40,10 +41,10 @@ def own_dataset_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
-def test_no_word_belongs_to_two_classes():
-    words = [word.lower() for words in scenes_vocabulary().classes for word in words]
-    assert len(words) == len(set(words))
-    assert all(word == word.strip() and word for word in words)
+def test_no_name_belongs_to_two_classes():
+    names = [normal_form(name) for names in scenes_vocabulary().classes for name in names]
+    assert len(names) == len(set(names))
+    assert all(names)
 
 
 def test_the_vocabulary_has_enough_things_and_stuff_seen_and_unseen():
@@ -61,7 +62,7 @@ def test_things_come_before_stuff_and_every_class_can_be_drawn():
     assert vocabulary.is_thing == sorted(vocabulary.is_thing, reverse=True)
     assert all(vocabulary.codepoints[index] for index in vocabulary.thing_ids)
     assert {vocabulary.names[index] for index in vocabulary.stuff_ids} == set(PAINTERS)
-    assert all(words[1:] for words in vocabulary.classes)
+    assert all(names[1:] for names in vocabulary.classes)
 
 
 def test_an_image_is_the_same_in_another_process():

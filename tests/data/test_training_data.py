@@ -219,9 +219,9 @@ def test_workers_see_the_same_examples_in_each_epoch_though_they_live_on(prepare
 
 def test_two_processes_share_an_epoch(prepared, window):
     shares = [examples_of(loader_of(prepared, window, processes=2, process=p), 1) for p in (0, 1)]
-    whole = {e["image_id"]: e for e in examples_of(loader_of(prepared, window), 1)}
-    assert len(shares[0]) == len(shares[1]) and {e["image_id"] for s in shares for e in s} == whole.keys()
-    assert all(same(example, whole[example["image_id"]]) for share in shares for example in share)
+    alone = {e["image_id"]: e for e in examples_of(loader_of(prepared, window), 1)}
+    assert len(shares[0]) == len(shares[1]) and {e["image_id"] for s in shares for e in s} == alone.keys()
+    assert all(same(example, alone[example["image_id"]]) for share in shares for example in share)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -267,7 +267,7 @@ def test_rows_are_shuffled_in_a_window_of_row_groups_and_no_more_are_cache(prepa
     assert sorted(reads) == [0, 1, 2, 3] and len(rows._cache) == 2
 
 
-def test_streaming_needs_a_prepared_data_set(tmp_path):
+def test_streaming_needs_a_prepared_dataset(tmp_path):
     datasets.Dataset.from_list(make_rows(1), features=prepared_squares.features()).save_to_disk(
         tmp_path / "a"
     )
@@ -300,7 +300,7 @@ DAMAGE = {
 
 @pytest.fixture(scope="module", params=DAMAGE)
 def damaged(request, tmp_path_factory):
-    """A data set whose third image is damaged, and what has to be said of it."""
+    """A dataset whose third image is damaged, and what the message must say."""
     tmp_path = tmp_path_factory.mktemp("damaged")
     column, damage, said = DAMAGE[request.param]
     rows = make_rows(4)
@@ -345,7 +345,7 @@ def test_evaluation_names_a_corrupt_image_or_counts_none_of_its_pixels(damaged, 
     assert batch["skipped_images"] == ["image_2"] and (batch["labels"][1] == 255).all()
 
 
-def test_a_data_set_of_corrupt_images_ends_the_run(tmp_path):
+def test_a_dataset_of_corrupt_images_ends_the_run(tmp_path):
     rows = [row | {"image": cut(row["image"])} for row in make_rows(3)]
     with pytest.raises(CorruptImageError):
         load(save(tmp_path, rows), skip_corrupt=True)[1][0]

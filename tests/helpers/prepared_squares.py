@@ -1,4 +1,4 @@
-"""A small data set on disk as `run_prepare.py` lays it out: noise images with panoptic and semantic labels."""
+"""A small dataset on disk as `ita prepare` lays it out: noise images with panoptic and semantic labels."""
 
 import io
 from pathlib import Path

@@ -32,7 +32,7 @@ from modeling_ita.image_processing_ita import image_to_rgb
 class CorruptImageError(ITAError):
     """An image or label map that cannot be used; the message is one line and names it.
 
-    A `DataLoader` raises the exception of a worker again with the whole traceback as its message; only the last line
+    A `DataLoader` raises the exception of a worker again with its traceback as the message; only the last line
     is kept.
     """
 
