@@ -73,11 +73,15 @@ class MaskAdapter(nn.Module):
         self.norm = ChannelNorm(channels, eps=1e-5)
         self.maps = nn.Conv2d(channels, num_maps, 1)
 
+    def context(self, cell_embeds: Tensor) -> Tensor:
+        """Fuse what CLIP's head makes of each cell, (B, D, h, w) of any floating dtype, to (B, n, h, w)."""
+        return self.fuse(cell_embeds.to(self.fuse.weight.dtype))
+
     def forward(self, context: Tensor, masks: Tensor) -> Tensor:
         """Compute the semantic activation maps of masks.
 
         Args:
-            context: (R, n, h, w), `fuse` of each mask's image: (B, D, h, w), what CLIP's head makes of each cell.
+            context: (R, n, h, w), of each mask's image.
             masks: (R, 4 h, 4 w) float in 0..1, from `binary_masks`.
 
         Returns:

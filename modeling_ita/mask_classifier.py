@@ -110,7 +110,7 @@ class AdapterMaskPooling(nn.Module):
         """
         batch, queries = mask_logits.shape[:2]
         masks = binary_masks(mask_logits, dense.shape[-2:], self.threshold, valid)
-        context = self.adapter.fuse(cell_embeds)
+        context = self.adapter.context(cell_embeds)
         images = torch.arange(batch, device=dense.device)[:, None].expand(-1, queries)
         if torch.compiler.is_compiling():
             parts = zip(masks.split(TRACED_CHUNK, dim=1), images.split(TRACED_CHUNK, dim=1), strict=True)
@@ -144,7 +144,7 @@ class AdapterMaskPooling(nn.Module):
         Args:
             clip: has the head.
             dense: (B, C_5, h, w).
-            context: (B, n, h, w), `adapter.fuse` of the cell embeddings.
+            context: (B, n, h, w), of the adapter.
             masks: (R, 4 h, 4 w) float, as from `binary_masks`.
             image_of_mask: (R,) int64, the image of each mask.
             valid: (B, H, W) bool or None.

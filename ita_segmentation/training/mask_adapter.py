@@ -102,7 +102,7 @@ class MaskAdapterTraining(nn.Module):
         with torch.no_grad():
             dense, mask_logits = self._predict(group)
             cell_embeds = classifier.embed_cells(clip, dense)
-        context = pooling.adapter.fuse(cell_embeds)
+        context = pooling.adapter.context(cell_embeds)
         predicted = None
         if mask_logits is not None:
             predicted = binary_masks(mask_logits, dense.shape[-2:], pooling.threshold)

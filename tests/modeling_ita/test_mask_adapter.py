@@ -1,5 +1,7 @@
 """The learned mask pooling, by itself; `test_parity.py` compares it with the published network."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -135,3 +137,12 @@ def test_weights_survive_logits_whose_sigmoid_underflows():
     assert weighted_means(dense, maps).item() == pytest.approx(1.5)
     maps[0, 0, 1, 1] = -200.0
     assert weighted_means(dense, maps).item() == pytest.approx(3.0)
+
+
+@torch.no_grad()
+def test_a_tower_in_half_precision_goes_with_an_adapter_in_float32(clip, pooling, images):
+    dense, cell_embeds, mask_logits, in_vocab_logits = images
+    exact = pool(pooling, clip, images)
+    half = copy.deepcopy(clip).bfloat16()
+    rounded = pool(pooling, half, (dense.bfloat16(), cell_embeds.bfloat16(), mask_logits, in_vocab_logits))
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
