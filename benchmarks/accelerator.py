@@ -17,7 +17,7 @@ import torch
 from measure import build, made_up_vocabulary
 from training_step import blobs
 
-from modeling_ita.image_processing_ita import semantic_map
+from modeling_ita.postprocessing import semantic_map
 
 HEADS = ("work", "batch", "images a second", "x backbone", "GiB")
 

@@ -71,7 +71,7 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         ITAError: it is empty, cut off, not an image, of a kind that Pillow cannot decode, or too large.
     """
-    from modeling_ita.image_processing_ita import read_image as decode
+    from modeling_ita.image_io import read_image as decode
 
     try:
         return decode(path)

@@ -1,7 +1,10 @@
 """ITA: image-text aggregation for open-vocabulary segmentation.
 
-Importing this package registers its classes with transformers' Auto classes.
+Importing this package registers its classes with transformers' Auto classes and pipelines, so that neither needs
+`trust_remote_code`; other models are not affected.
 """
+
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -11,7 +14,8 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
 )
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+from transformers.pipelines import PIPELINE_REGISTRY, ImageSegmentationPipeline
 
 from .classification import TextEmbeddings
 from .configuration_ita import ITAConfig
@@ -21,8 +25,8 @@ from .modeling_ita import (
     ITAForOpenVocabSegmentationOutput,
     ITAPreTrainedModel,
 )
-from .pipeline_ita import ITAZeroShotImageSegmentationPipeline
-from .vocabulary import Vocabulary, normal_form, normalize_vocabulary, parse_classes
+from .pipeline_ita import ITAImageSegmentationPipeline, ITAZeroShotImageSegmentationPipeline
+from .vocabulary import Vocabulary, normal_form, normalize_vocabulary, parse_classes, with_distractors
 
 AutoConfig.register(ITAConfig.model_type, ITAConfig, exist_ok=True)
 AutoImageProcessor.register(
@@ -35,6 +39,19 @@ for _auto_class in (
     AutoModelForUniversalSegmentation,
 ):
     _auto_class.register(ITAConfig, ITAForOpenVocabSegmentation, exist_ok=True)
+MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[ITAConfig.model_type] = ITAForOpenVocabSegmentation.__name__
+
+
+class _ImageSegmentationPipeline(ImageSegmentationPipeline):
+    """`ITAImageSegmentationPipeline` for an ITA model, transformers' own pipeline for any other."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else kwargs["model"]
+        is_ita = model.config.model_type == ITAConfig.model_type
+        return (ITAImageSegmentationPipeline if is_ita else ImageSegmentationPipeline)(*args, **kwargs)
+
+
+PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = _ImageSegmentationPipeline
 if "zero-shot-image-segmentation" not in PIPELINE_REGISTRY.get_supported_tasks():
     PIPELINE_REGISTRY.register_pipeline(
         "zero-shot-image-segmentation",
@@ -46,11 +63,14 @@ __all__ = [
     "ITAConfig",
     "ITAForOpenVocabSegmentation",
     "ITAForOpenVocabSegmentationOutput",
+    "ITAImageSegmentationPipeline",
     "ITAImageProcessor",
     "ITAPreTrainedModel",
+    "ITAZeroShotImageSegmentationPipeline",
     "TextEmbeddings",
     "Vocabulary",
     "normal_form",
     "normalize_vocabulary",
     "parse_classes",
+    "with_distractors",
 ]

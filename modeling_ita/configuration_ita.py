@@ -187,6 +187,17 @@ class ITAConfig(PreTrainedConfig):
     oversample_ratio: float | int = 3.0
     importance_sample_ratio: float | int = 0.75
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration as `PreTrainedConfig.from_dict`.
+
+        Where this package is imported, its own pipelines serve the model, and those that the checkpoint carries are
+        not needed.
+        """
+        if not cls.__module__.startswith("transformers_modules."):
+            config_dict = {key: value for key, value in config_dict.items() if key != "custom_pipelines"}
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         self._check_fields()
         num_labels = kwargs.get("num_labels")

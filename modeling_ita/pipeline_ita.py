@@ -1,12 +1,13 @@
-"""The image-segmentation pipelines with words of one's own: `candidate_labels=["cat", "sofa|couch"]`.
+"""Pipelines that segment by given class names: `candidate_labels=["cat", "sofa|couch"]`.
 
 "image-segmentation" is transformers' `ImageSegmentationPipeline` beside that: without candidate labels the
-checkpoint's own vocabulary is segmented. "zero-shot-image-segmentation" asks for them, at each call or once. A
-checkpoint carries this file, so `pipeline("image-segmentation", model=path, trust_remote_code=True)` finds it.
+checkpoint's own vocabulary is segmented. "zero-shot-image-segmentation" requires them, at each call or once. A
+checkpoint carries this file, so `pipeline("image-segmentation", model=path, trust_remote_code=True)` finds it; where
+the package is imported, its own classes serve ITA models in both tasks.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,37 +17,43 @@ from torch.utils.data import DataLoader
 from transformers import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
-from .image_processing_ita import read_image
+from .image_io import read_image
+from .postprocessing import DEFAULT_THRESHOLDS
+from .vocabulary import normal_form, normalize_vocabulary, parse_classes, with_distractors
+
+NO_CLASS = -1  # label of pixels without a class in semantic maps
+SEGMENT_THRESHOLD = 0.9  # as in `ImageSegmentationPipeline`
 
 
 def parse_candidate_labels(candidate_labels: str | Iterable[str | Sequence[str]]) -> list[list[str]]:
-    """Classes as a user types them -> a list of classes, each a list of synonyms ("|" or "," between them).
+    """Read classes as a user types them.
 
-    candidate_labels: one string "cat, sofa|couch", or a list whose items are names, "sofa|couch" or lists of names.
-    Raises ValueError where there is no class, an empty name, or something that is no name.
+    Args:
+        candidate_labels: one string "cat, sofa|couch", or a list whose items are names, "sofa|couch" or lists of names.
+
+    Returns:
+        A list of classes, each a list of synonyms.
+
+    Raises:
+        ValueError: if there is no class, an empty name, or something that is no name.
     """
-    if isinstance(candidate_labels, str):
-        candidate_labels = candidate_labels.split(",")
-    elif not isinstance(candidate_labels, Iterable):
-        raise ValueError(f"candidate_labels is a text or a list of names, got {candidate_labels!r}")
-    classes = []
-    for label in candidate_labels:
-        names = label.split("|") if isinstance(label, str) else label
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"a candidate label is a name, 'name|synonym' or a list of names, got {label!r}")
-        names = [part.strip() for name in names for part in name.split(",")]
-        if not names or not all(names):
-            raise ValueError(f"a candidate label has an empty name: {label!r}")
-        classes.append(names)
-    if not classes:
-        raise ValueError("candidate_labels is empty: give at least one")
-    return classes
+    try:
+        if isinstance(candidate_labels, str):
+            return parse_classes(candidate_labels)
+        if not isinstance(candidate_labels, Iterable) or isinstance(candidate_labels, Mapping):
+            raise ValueError(f"a text or a list of names, got {candidate_labels!r}")
+        return normalize_vocabulary(
+            label.split("|") if isinstance(label, str) else label for label in candidate_labels
+        )
+    except ValueError as error:
+        raise ValueError(f"candidate_labels: {error}") from error
 
 
 def collate_images(items: Sequence[Any]) -> dict[str, Any]:
-    """Inputs of single images -> those of a batch, padded at the bottom and on the right to a common size.
+    """Batch the inputs of single images, padded at the bottom and on the right to a common size.
 
-    items: each {"pixel_values" (1, 3, h, w), "pixel_mask" (1, h, w), "target_size" [(height, width)]}.
+    Args:
+        items: each {"pixel_values" (1, 3, h, w), "pixel_mask" (1, h, w), "target_size" [(height, width)]}.
     """
     sides = [item["pixel_values"].shape[-2:] for item in items]
     height, width = (max(side[axis] for side in sides) for axis in (0, 1))
@@ -67,34 +74,60 @@ def collate_images(items: Sequence[Any]) -> dict[str, Any]:
 class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
     """Masks of the things and stuff that `candidate_labels` name, or of the checkpoint's own classes.
 
-    `candidate_labels` (see `parse_candidate_labels`) can be given at construction, at the call, or both (the call
-    wins); `subtask` ("panoptic" by default, "instance", "semantic"), `threshold`, `mask_threshold`,
-    `overlap_mask_area_threshold` and `timeout` are those of `ImageSegmentationPipeline`, and so are the results:
-    for each image a list of {"score", "label", "mask"}. A label is the first name of its class. An image is
-    segmented as a person sees it: upright, transparency over white (see `image_processing_ita.read_image`).
+    The results are those of `ImageSegmentationPipeline`: for each image a list of {"score", "label", "mask"}. A label
+    is the first name of its class. An image is segmented as a person sees it: upright, transparency over white.
 
-    An image is a PIL image, a path, a URL, base64 text or a file's bytes. A list gives a list; a generator or a
-    `KeyDataset` of a `datasets` column gives an iterator that works as it is read. `batch_size` images go through
-    the network together, whatever their sizes.
+    An image is a PIL image, a path, a URL, base64 text or the bytes of a file (see `image_io.read_image`). A list gives
+    a list; a generator or a `KeyDataset` of a `datasets` column gives an iterator that works as it is read. Of any
+    sizes, `batch_size` images go through the network together.
+
+    What shows none of the candidate labels is left out: where they are fewer than the checkpoint's own classes, those
+    compete as distractors (see `vocabulary.with_distractors`), and pixels or segments with a score below `threshold`
+    are dropped. With `threshold=0` and `distractors=False` every pixel gets a class in the subtask "semantic", which
+    is the benchmarks' protocol.
+
+    Args:
+        candidate_labels: see `parse_candidate_labels`; like all the following at construction, at a call, or both.
+        stuff_labels: those of the candidate labels (any of their names) that are stuff: their segments are fused, and
+            they have no instances. By default the checkpoint's configuration says what is stuff.
+        distractors: whether classes of the checkpoint compete with the candidate labels. Set it to False for names of
+            whole groups, such as "animal", where the checkpoint knows dogs and cats.
+        subtask: "panoptic" (default), "instance" or "semantic".
+        threshold: lowest score of a segment, or of a pixel for "semantic", where the score is the probability of its
+            class. By default 0.5 for "semantic", and 0.9, as in transformers, for the others.
+        mask_threshold: as for `ImageSegmentationPipeline`.
+        overlap_mask_area_threshold: as for `ImageSegmentationPipeline`.
+        timeout: seconds that fetching an image may take in all (30).
+        allow_private_addresses: whether URLs may lead to this machine or its network.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # The loader replaces the names of Auto classes in the configuration by the classes, which cannot be saved.
+        # transformers replaces the names of Auto classes in the configuration by classes, which cannot be saved.
         for task in getattr(self.model.config, "custom_pipelines", {}).values():
             task["pt"] = [getattr(one, "__name__", one) for one in task.get("pt", ())]
 
     def check_model_type(self, supported_models: list[str] | dict) -> None:
-        """Every model that a checkpoint brings with this pipeline is supported."""
+        """Accept every model: only models that this pipeline serves get here."""
 
     def _sanitize_parameters(  # type: ignore[override]
-        self, candidate_labels: str | Iterable[str | Sequence[str]] | None = None, **kwargs: Any
+        self,
+        candidate_labels: str | Iterable[str | Sequence[str]] | None = None,
+        stuff_labels: str | Iterable[str] | None = None,
+        distractors: bool | None = None,
+        allow_private_addresses: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if candidate_labels is not None:
-            vocabulary = parse_candidate_labels(candidate_labels)
-            forward["vocabulary"] = vocabulary
-            postprocess["labels"] = [names[0] for names in vocabulary]
+            forward["classes"] = postprocess["classes"] = parse_candidate_labels(candidate_labels)
+        if stuff_labels is not None:
+            stuff_labels = stuff_labels.split(",") if isinstance(stuff_labels, str) else stuff_labels
+            postprocess["stuff_labels"] = list(stuff_labels)
+        if distractors is not None:
+            forward["distractors"] = distractors
+        if allow_private_addresses is not None:
+            preprocess["allow_private_addresses"] = allow_private_addresses
         return preprocess, forward, postprocess
 
     def get_iterator(  # type: ignore[override]
@@ -123,67 +156,95 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def preprocess(  # type: ignore[override]
-        self, image: Any, subtask: str | None = None, timeout: float | None = None
+        self,
+        image: Any,
+        subtask: str | None = None,
+        timeout: float | None = None,
+        allow_private_addresses: bool = True,
     ) -> Any:
-        """An image -> the model's inputs and `target_size`. Errors are those of `read_image`."""
+        """Read an image and make the model's inputs and `target_size` of it. Raises as `read_image`."""
         processor: Any = self.image_processor
-        pil_image = read_image(image, timeout)
+        pil_image = read_image(image, timeout, allow_private_addresses)
         inputs = processor(images=[pil_image], return_tensors="pt").to(self.dtype)
         inputs["target_size"] = [(pil_image.height, pil_image.width)]
         return inputs
 
-    def _forward(self, model_inputs: Any, vocabulary: list[list[str]] | None = None) -> Any:  # type: ignore[override]
-        if vocabulary is not None:
-            model_inputs["vocabulary"] = vocabulary
+    def _forward(  # type: ignore[override]
+        self, model_inputs: Any, classes: list[list[str]] | None = None, distractors: bool = True
+    ) -> Any:
+        if classes is not None:
+            model: Any = self.model
+            own, trained = model.default_vocabulary, model.config.train_vocabulary
+            model_inputs["vocabulary"] = (
+                with_distractors(classes, own, trained)[0] if distractors else classes
+            )
         return super()._forward(model_inputs)
 
     def postprocess(  # type: ignore[override]
         self,
         model_outputs: Any,
-        labels: Sequence[str] | None = None,
+        classes: list[list[str]] | None = None,
+        stuff_labels: Sequence[str] | None = None,
         subtask: str | None = None,
-        threshold: float = 0.9,
+        threshold: float | None = None,
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.5,
     ) -> list[dict[str, Any]]:
-        """One image's outputs -> a list of {"score" (None for "semantic"), "label", "mask" (an "L" image of 0 and
-        255)}. Raises ValueError for an unknown subtask.
+        """Turn one image's outputs into segments.
+
+        Args:
+            model_outputs: of `forward`.
+            classes: the candidate labels; None for the checkpoint's own classes.
+            stuff_labels: as for the class, like all that follow.
+            subtask: "panoptic", "instance" or "semantic".
+            threshold: lowest score.
+            mask_threshold: as for the class.
+            overlap_mask_area_threshold: as for the class.
+
+        Returns:
+            A list of {"score" (None for "semantic"), "label", "mask" (an "L" image of 0 and 255)}.
+
+        Raises:
+            ValueError: for an unknown subtask, and stuff labels that are no candidate labels.
         """
-        processor: Any = self.image_processor
-        names: Any = self.model.config.id2label if labels is None else labels
-        sizes = model_outputs["target_size"]
+        if subtask not in (*DEFAULT_THRESHOLDS, None):
+            raise ValueError(f"subtask is one of {list(DEFAULT_THRESHOLDS)}, got {subtask!r}")
+        model, processor = cast(Any, self.model), cast(Any, self.image_processor)
+        names: Any = model.config.id2label if classes is None else [synonyms[0] for synonyms in classes]
+        options: dict[str, Any] = {
+            "target_sizes": model_outputs["target_size"],
+            "num_classes": None if classes is None else len(classes),
+        }
         if subtask == "semantic":
-            [classes] = processor.post_process_semantic_segmentation(model_outputs, target_sizes=sizes)
-            # Counted: sorting all pixels, as `unique` does, would take several times their size.
-            present = classes.flatten().bincount().nonzero().flatten().tolist()
-            found = [(None, label, classes == label) for label in present]
-        elif subtask == "instance":
-            [result] = processor.post_process_instance_segmentation(
+            [labels] = processor.post_process_semantic_segmentation(
                 model_outputs,
-                threshold=threshold,
-                mask_threshold=mask_threshold,
-                target_sizes=sizes,
-                return_binary_maps=True,
+                threshold=DEFAULT_THRESHOLDS["semantic"] if threshold is None else threshold,
+                ignore_index=NO_CLASS,
+                **options,
             )
-            masks = result["segmentation"]
+            # Counted, because `unique` sorts all pixels and takes several times their memory.
+            present = (labels - NO_CLASS).flatten().bincount()[1:].nonzero().flatten().tolist()
+            found = [(None, label, labels == label) for label in present]
+        else:
+            options |= {
+                "threshold": SEGMENT_THRESHOLD if threshold is None else threshold,
+                "mask_threshold": mask_threshold,
+                "overlap_mask_area_threshold": overlap_mask_area_threshold,
+            }
+            if stuff_labels is not None:
+                options["label_ids_to_fuse"] = _indices(stuff_labels, classes or model.default_vocabulary)
+            if subtask == "instance":
+                [result] = processor.post_process_instance_segmentation(
+                    model_outputs, return_binary_maps=True, **options
+                )
+                masks = list(result["segmentation"])
+            else:
+                [result] = processor.post_process_panoptic_segmentation(model_outputs, **options)
+                masks = [result["segmentation"] == segment["id"] for segment in result["segments_info"]]
             found = [
                 (segment["score"], segment["label_id"], mask)
                 for segment, mask in zip(result["segments_info"], masks, strict=True)
             ]
-        elif subtask in ("panoptic", None):
-            [result] = processor.post_process_panoptic_segmentation(
-                model_outputs,
-                threshold=threshold,
-                mask_threshold=mask_threshold,
-                overlap_mask_area_threshold=overlap_mask_area_threshold,
-                target_sizes=sizes,
-            )
-            found = [
-                (segment["score"], segment["label_id"], result["segmentation"] == segment["id"])
-                for segment in result["segments_info"]
-            ]
-        else:
-            raise ValueError(f"subtask is 'panoptic', 'instance' or 'semantic', got {subtask!r}")
         return [
             {
                 "score": score,
@@ -194,12 +255,23 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         ]
 
 
-class ITAZeroShotImageSegmentationPipeline(ITAImageSegmentationPipeline):
-    """The same, for `candidate_labels` only: a call without them, at it or at construction, raises ValueError."""
+def _indices(names: Sequence[str], classes: Sequence[Sequence[str]]) -> set[int]:
+    """Give the indices of the classes that have one of the names. Raises ValueError for a name that none has."""
+    index_of = {normal_form(name): index for index, synonyms in enumerate(classes) for name in synonyms}
+    unknown = [name for name in names if not isinstance(name, str) or normal_form(name) not in index_of]
+    if unknown:
+        raise ValueError(f"stuff_labels are among the candidate labels, got {unknown[0]!r}")
+    return {index_of[normal_form(name)] for name in names}
 
-    def _forward(self, model_inputs: Any, vocabulary: list[list[str]] | None = None) -> Any:  # type: ignore[override]
-        if vocabulary is None:
+
+class ITAZeroShotImageSegmentationPipeline(ITAImageSegmentationPipeline):
+    """The same, with candidate labels only: a call without them, at it or at construction, raises ValueError."""
+
+    def _forward(  # type: ignore[override]
+        self, model_inputs: Any, classes: list[list[str]] | None = None, distractors: bool = True
+    ) -> Any:
+        if classes is None:
             raise ValueError(
                 'zero-shot-image-segmentation needs candidate_labels, such as candidate_labels=["cat", "sofa|couch"]'
             )
-        return super()._forward(model_inputs, vocabulary)
+        return super()._forward(model_inputs, classes, distractors)

@@ -130,6 +130,50 @@ def parse_classes(text: str) -> Vocabulary:
     return normalize_vocabulary([entry.split("|") for entry in entries])
 
 
+def with_distractors(
+    classes: Classes | None, own: Vocabulary | None, train_vocabulary: Classes | None = None
+) -> tuple[Vocabulary, int]:
+    """Add classes that compete with a few given ones, so that an image can show none of those.
+
+    A softmax over a single class is 1 whatever the image shows. What it may show instead are the checkpoint's own
+    classes and those it was trained on, without the ones that share a name with a given class, in singular or plural.
+    `post_process_*(..., num_classes=...)` leaves them out of the results.
+
+    Args:
+        classes: the given classes; None for the checkpoint's own.
+        own: the checkpoint's own vocabulary.
+        train_vocabulary: the classes it was trained on.
+
+    Returns:
+        The given classes followed by the distractors, and the number of given classes. There are no distractors where
+        at least as many classes are given as the checkpoint has of its own and was trained on.
+
+    Raises:
+        ValueError: if `classes` is no vocabulary, or there is none at all.
+    """
+    if classes is None and own is None:
+        raise ValueError("no classes are given, and the checkpoint has none of its own")
+    own_classes = own or Vocabulary()
+    given = own_classes if classes is None else normalize_vocabulary(classes)
+    trained = normalize_vocabulary(train_vocabulary) if train_vocabulary else Vocabulary()
+    if len(given) >= max(len(own_classes), len(trained)):
+        return given, len(given)
+    known = {form for name in given.names for form in _singular_and_plural(name)}
+    distractors = []
+    for synonyms in [*own_classes, *trained]:
+        forms = {form for name in synonyms for form in _singular_and_plural(name)}
+        if known.isdisjoint(forms):
+            distractors.append(synonyms)
+            known |= forms
+    return Vocabulary([*given, *distractors]), len(given)
+
+
+def _singular_and_plural(name: str) -> set[str]:
+    """Give forms of a name of which two names that differ in number share one."""
+    form = normal_form(name)
+    return {form, f"{form}s", f"{form}es", f"{form.removesuffix('y')}ies"}
+
+
 def check_templates(templates: Sequence[str]) -> Templates:
     """Give the templates as a tuple.
 

@@ -13,6 +13,7 @@ from PIL import Image
 from ita_segmentation.errors import ITAError
 from ita_segmentation.images import DECODING_ERRORS, png_bytes, read_image
 from ita_segmentation.visualization import resize_labels
+from modeling_ita.image_io import open_image
 
 MAX_SHOWN_SIDE = 1600
 """In pixels; larger images are shown smaller."""
@@ -51,7 +52,7 @@ def _size_in_header(path: Path) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 return image.size
     except (*DECODING_ERRORS, Image.DecompressionBombError):
         return None

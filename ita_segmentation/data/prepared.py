@@ -177,7 +177,7 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if image and maps differ in size, or the image has a mode that cannot be converted to RGB.
     """
-    from modeling_ita.image_processing_ita import image_to_rgb
+    from modeling_ita.image_io import image_to_rgb
 
     image = image_to_rgb(_image(row["image"]))
     label = np.array(ImageOps.exif_transpose(_image(row["label"])))

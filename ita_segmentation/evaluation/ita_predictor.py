@@ -82,7 +82,7 @@ class ITAPredictor:
             )
         if "instance" in tasks:
             instance = read.post_process_instance_segmentation(
-                outputs, return_binary_maps=True, label_ids_to_fuse=self.stuff, **where
+                outputs, threshold=0.0, return_binary_maps=True, label_ids_to_fuse=self.stuff, **where
             )
         return [_prediction(*parts) for parts in zip(semantic, panoptic, instance, strict=True)]
 

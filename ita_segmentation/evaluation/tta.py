@@ -8,7 +8,7 @@ network's stride, so neither a view's scores nor their sum are ever held for the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_utils import SizeDict
 
-from modeling_ita.image_processing_ita import BAND_BYTES, MaskBands, class_probabilities, output_size
+from modeling_ita.image_processing_ita import output_size
+from modeling_ita.mask_tiles import MaskTiles, row_tiles
+from modeling_ita.postprocessing import class_probabilities
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,14 @@ class _ViewScores:
         probabilities = class_probabilities(output.class_logits)[:, :-1]
         self.weights = probabilities  # (Q, K)
         size = (self.bottom - self.top, self.right - self.left)
-        self.masks = MaskBands(output.mask_logits, output.image_size, size)
+        self.masks = MaskTiles(output.mask_logits, output.image_size, size)
 
     def add_to(self, scores: Tensor, rows: slice) -> None:
         """Adds this view's share to `scores` (rows, W, K) float32 of those rows of the image."""
         start, stop = max(rows.start, self.top), min(rows.stop, self.bottom)
         if start >= stop:
             return
-        shares = self.masks.rows(slice(start - self.top, stop - self.top)).permute(1, 2, 0).sigmoid_()
+        shares = self.masks.rows(slice(start - self.top, stop - self.top)).sigmoid_()
         shares = shares.flip(1) if self.mirrored else shares
         target = scores[start - rows.start : stop - rows.start, self.left : self.right]
         target += shares @ self.weights
@@ -165,16 +167,9 @@ def semantic_map_of_views(outputs: Sequence[ViewOutput], size: tuple[int, int]) 
     labels = torch.zeros(size, dtype=torch.int64, device=device)
     parts = [_ViewScores(output) for output in outputs]
     num_queries, num_classes = parts[0].weights.shape
-    for rows in _bands(size, 2 * num_classes + num_queries):
+    for rows in row_tiles(size, 2 * num_classes + num_queries):
         scores = torch.zeros((rows.stop - rows.start, size[1], num_classes), device=device)
         for part in parts:
             part.add_to(scores, rows)
         labels[rows] = scores.argmax(2)
     return labels
-
-
-def _bands(size: tuple[int, int], values_per_pixel: int) -> Iterator[slice]:
-    height, width = size
-    step = max(1, BAND_BYTES // (4 * width * values_per_pixel))
-    for start in range(0, height, step):
-        yield slice(start, min(start + step, height))

@@ -188,7 +188,7 @@ def _segment_batch(
     run_lengths: Callable[[SegmentedImage], list[dict[str, Any]]] | None,
 ) -> list[dict[str, Any]]:
     """A record for each row; that of an image that cannot be read or segmented has its `error` and nothing else."""
-    from modeling_ita.image_processing_ita import read_image
+    from modeling_ita.image_io import read_image
 
     images: dict[int, Any] = {}
     records: dict[int, dict[str, Any]] = {}

@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from ita_segmentation.evaluation.reporting.html_report import POLICY, text
 from ita_segmentation.evaluation.reporting.html_style import STYLE
+from ita_segmentation.images import open_image
 from ita_segmentation.training.history import curve
 from ita_segmentation.training.metrics import LOSS_PARTS
 from ita_segmentation.training.report_chart import CURVE_SCRIPT, CURVE_STYLE, Curve, line_chart
@@ -226,7 +227,7 @@ def _samples(state: TrainerState, files: Mapping[int, Path]) -> str:
 
 def _small(file: Path, side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
     """An image's JPEG, at most `side` pixels wide and three times as high, and its size."""
-    with Image.open(file) as opened:
+    with open_image(file) as opened:
         image = opened.convert("RGB")
     image.thumbnail((side, 3 * side), Image.Resampling.LANCZOS)
     return as_jpeg(image, quality), image.size

@@ -7,10 +7,10 @@ from PIL import Image
 
 from helpers.tiny_checkpoint import CLASSES, save_tiny_checkpoint
 from ita_segmentation.checkpoints import load_checkpoint
-from ita_segmentation.evaluation import tta as views
 from ita_segmentation.evaluation.ita_predictor import ITAPredictor
 from ita_segmentation.evaluation.tta import View, ViewOutput, ViewPlan, semantic_map_of_views
-from modeling_ita.image_processing_ita import semantic_scores
+from modeling_ita import mask_tiles
+from modeling_ita.postprocessing import semantic_scores
 
 SEMANTIC = frozenset({"semantic"})
 SIZE = {"shortest_edge": 64, "longest_edge": 128}
@@ -87,7 +87,7 @@ def test_the_map_is_the_argmax_of_the_dense_scores_added_up(monkeypatch):
         total[:, top:bottom, left:right] += dense.flip(-1) if mirrored else dense
     expected = total.argmax(0)
     assert torch.equal(semantic_map_of_views(outputs, (40, 60)), expected)
-    monkeypatch.setattr(views, "BAND_BYTES", 20_000)  # a few rows at a time
+    monkeypatch.setattr(mask_tiles, "TILE_BYTES", 20_000)  # a few rows at a time
     assert torch.equal(semantic_map_of_views(outputs, (40, 60)), expected)
     assert not torch.equal(semantic_map_of_views(outputs[::2], (40, 60)), expected)
 

@@ -10,7 +10,8 @@ from transformers import AutoModel
 from helpers.parity_checkpoint import FAMILY, load_parity, original_tensors, untold_settings
 from ita_segmentation.conversion import convert_checkpoint
 from modeling_ita import ITAForOpenVocabSegmentation
-from modeling_ita.image_processing_ita import ITAImageProcessor, semantic_scores
+from modeling_ita.image_processing_ita import ITAImageProcessor
+from modeling_ita.postprocessing import semantic_scores
 
 RELATIVE = 1e-4  # of a tensor's largest entry: float32 sums in another order
 IMAGES = ("a", "b", "c")

@@ -15,7 +15,12 @@ from PIL import Image
 
 from helpers.tiny_checkpoint import save_tiny_checkpoint
 
-PARAMETERS = {"candidate_labels": ["sky", "dog|puppy"], "subtask": "semantic"}
+PARAMETERS = {
+    "candidate_labels": ["sky", "dog|puppy"],
+    "subtask": "semantic",
+    "threshold": 0,
+    "distractors": False,  # every pixel has a class
+}
 
 
 def png(size=(50, 40), seed=0) -> bytes:
@@ -74,7 +79,7 @@ def test_the_answer_is_json_with_a_mask_for_each_class(expected):
         lambda: {"image": TEXT, **PARAMETERS},
         lambda: {"inputs": TEXT, **PARAMETERS},
         lambda: {"inputs": TEXT, "parameters": {**PARAMETERS, "candidate_labels": "sky, dog|puppy"}},
-        lambda: {"inputs": TEXT, "parameters": {**PARAMETERS, "threshold": None}},
+        lambda: {"inputs": TEXT, "parameters": {**PARAMETERS, "mask_threshold": None}},
     ],
     ids=[
         "bytes",
@@ -108,19 +113,40 @@ def test_a_bad_image_among_several_is_numbered(handler):
         handler({"inputs": [TEXT, bad, TEXT], "parameters": PARAMETERS})
 
 
-def test_an_address_is_fetched(handler, expected, tmp_path):
+@pytest.fixture
+def private_url(tmp_path):
+    """The URL of an image on this machine."""
     (tmp_path / "image.png").write_bytes(IMAGE)
     serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/image.png"
-    try:
-        assert handler({"inputs": address, "parameters": PARAMETERS}) == expected
-        with pytest.raises(ValueError, match="HTTP 404"):
-            handler({"inputs": f"{address}.missing", "parameters": PARAMETERS})
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}/image.png"
+    server.shutdown()
+    server.server_close()
+
+
+def test_urls_are_fetched_only_where_allowed_and_only_from_the_public_internet(
+    handler, private_url, monkeypatch
+):
+    with pytest.raises(ValueError, match="not fetched from URLs here"):
+        handler({"inputs": private_url})
+    monkeypatch.setenv("ITA_ALLOW_URLS", "1")
+    monkeypatch.setattr(handler, "allows_urls", True)
+    for url in (
+        private_url,
+        private_url.replace("127.0.0.1", "localhost"),
+        "http://[::1]/",
+        "http://169.254.169.254/",
+    ):
+        with pytest.raises(ValueError, match="not on the public internet"):
+            handler({"inputs": url})
+
+
+def test_names_of_a_request_are_not_kept_on_disk(handler, tmp_path, monkeypatch):
+    monkeypatch.setenv("ITA_TEXT_CACHE", str(tmp_path / "cache"))
+    names = [f"secret {index}" for index in range(600)]  # so many are worth a file
+    handler({"inputs": TEXT, "parameters": {"candidate_labels": names}})
+    assert not (tmp_path / "cache").exists()
 
 
 def test_without_labels_the_checkpoints_own_classes_are_found(handler):
@@ -141,8 +167,8 @@ def test_without_labels_the_checkpoints_own_classes_are_found(handler):
         ("text", "JSON object"),
         ({"inputs": []}, "empty"),
         ({"inputs": 5}, "got int"),
-        ({"inputs": "not base64!"}, "base64 or an address"),
-        ({"inputs": "/etc/hostname"}, "base64 or an address|not an image|cannot be read"),
+        ({"inputs": "not base64!"}, "base64 or a URL"),
+        ({"inputs": "/etc/hostname"}, "base64 or a URL|not an image|cannot be read"),
         ({"inputs": base64.b64encode(b"no image, only text").decode()}, "not an image"),
         ({"inputs": ""}, "empty"),
         ({"inputs": [TEXT] * 65}, "at most 64 images"),
@@ -152,8 +178,19 @@ def test_without_labels_the_checkpoints_own_classes_are_found(handler):
         ({"inputs": TEXT, "parameters": {"threshold": "high"}}, "'threshold' is a number"),
         ({"inputs": TEXT, "parameters": {"threshold": 2}}, "'threshold' is a number from 0 to 1"),
         ({"inputs": TEXT, "parameters": {"candidate_labels": 3}}, "'candidate_labels' is a text or a list"),
-        ({"inputs": TEXT, "parameters": {"candidate_labels": []}}, "candidate_labels is empty"),
+        (
+            {"inputs": TEXT, "parameters": {"candidate_labels": []}},
+            "candidate_labels: the vocabulary is empty",
+        ),
         ({"inputs": TEXT, "parameters": {"candidate_labels": ["cat", ""]}}, "empty name"),
+        ({"inputs": TEXT, "parameters": {"candidate_labels": ["\ud800"]}}, "not valid Unicode"),
+        ({"inputs": TEXT, "parameters": {"candidate_labels": "a" * 64_000}}, "more than 200 characters"),
+        ({"inputs": TEXT, "parameters": {"candidate_labels": [["a"] * 20_000]}}, "20,000 names"),
+        ({"inputs": TEXT, "parameters": {"candidate_labels": "|".join("ab" * 5_000)}}, "10,000 names"),
+        ({"inputs": TEXT, "parameters": {"threshold": float("nan")}}, "'threshold' is a number from 0 to 1"),
+        ({"inputs": TEXT, "parameters": {"distractors": "no"}}, "'distractors' is true or false"),
+        ({"inputs": TEXT, "parameters": {"candidate_labels": "cat", "stuff_labels": "dog"}}, "got 'dog'"),
+        ({"inputs": "https://example.org/image.png"}, "not fetched from URLs here"),
     ],
 )
 def test_a_bad_request_is_answered_in_words(handler, request_body, message):

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, Mask2FormerImageProcessor
 
-from modeling_ita.image_processing_ita import ITAImageProcessor, image_to_rgb
+from modeling_ita.image_io import image_to_rgb
+from modeling_ita.image_processing_ita import ITAImageProcessor
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]

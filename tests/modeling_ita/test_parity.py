@@ -7,8 +7,9 @@ from helpers.parity_checkpoint import NAMES, load_parity, original_tensors
 from ita_segmentation.conversion import convert_checkpoint, convert_name
 from modeling_ita import normalize_vocabulary, set_criterion
 from modeling_ita.classification import class_logits
-from modeling_ita.image_processing_ita import ITAImageProcessor, semantic_scores
+from modeling_ita.image_processing_ita import ITAImageProcessor
 from modeling_ita.image_text_aggregation import ImageTextAggregation
+from modeling_ita.postprocessing import semantic_scores
 
 RELATIVE = 1e-4  # of a tensor's largest entry: float32 sums in another order
 

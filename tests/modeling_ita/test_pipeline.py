@@ -4,13 +4,20 @@ import base64
 import contextlib
 import functools
 import http.server
+import logging
 import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ImageSegmentationPipeline, pipeline
+from transformers import (
+    ImageSegmentationPipeline,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+    pipeline,
+)
 
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, ITAImageProcessor
 from modeling_ita.pipeline_ita import (
@@ -31,6 +38,7 @@ TINY_CLIP = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 EVERYTHING = {"threshold": 0.0, "mask_threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+EVERY_PIXEL = {"threshold": 0.0, "distractors": False}  # has a class
 PIPELINES = {
     task: {"impl": f"pipeline_ita.{name}", "pt": ["AutoModelForImageSegmentation"]}
     for task, name in (
@@ -126,9 +134,9 @@ def test_labels_given_at_construction_hold_until_a_call_names_others(segment, im
         task="image-segmentation",
         candidate_labels=["dog"],
     )
-    assert {one["label"] for one in fixed(image, subtask="semantic")} == {"dog"}
-    assert {one["label"] for one in fixed(image, subtask="semantic", candidate_labels="bus|coach")} == {"bus"}
-    assert {one["label"] for one in fixed(image, subtask="semantic")} == {"dog"}
+    for given, expected in (({}, {"dog"}), ({"candidate_labels": "bus|coach"}, {"bus"}), ({}, {"dog"})):
+        found = fixed(image, subtask="semantic", **EVERY_PIXEL, **given)
+        assert {one["label"] for one in found} == expected
 
 
 def test_a_batch_gives_what_single_images_give(segment, image):
@@ -155,7 +163,8 @@ def test_a_checkpoint_brings_its_pipeline(segment, image, tmp_path):
     segment.save_pretrained(tmp_path)
     loaded = pipeline("image-segmentation", model=str(tmp_path), trust_remote_code=True, dtype=torch.bfloat16)
     assert type(loaded).__name__ == "ITAImageSegmentationPipeline"
-    assert {one["label"] for one in loaded(image, subtask="semantic", candidate_labels=["dog"])} == {"dog"}
+    found = loaded(image, subtask="semantic", candidate_labels=["dog"], **EVERY_PIXEL)
+    assert {one["label"] for one in found} == {"dog"}
     loaded.save_pretrained(tmp_path / "again")
     assert loaded.model.config.custom_pipelines == PIPELINES
 
@@ -318,9 +327,55 @@ def test_the_zero_shot_task_asks_for_labels(zero_shot, image):
         list(zero_shot([image, image], batch_size=2))
 
 
-def test_a_checkpoint_brings_its_zero_shot_pipeline(zero_shot, image, tmp_path):
+def test_with_the_package_a_path_needs_no_trust_in_the_code_it_holds(zero_shot, image, tmp_path):
     zero_shot.save_pretrained(tmp_path)
-    loaded = pipeline("zero-shot-image-segmentation", model=str(tmp_path), trust_remote_code=True)
-    assert type(loaded).__module__.startswith("transformers_modules")
-    assert {one["label"] for one in loaded(image, subtask="semantic", candidate_labels="bus")} == {"bus"}
+    for task, expected in (
+        ("image-segmentation", ITAImageSegmentationPipeline),
+        ("zero-shot-image-segmentation", ITAZeroShotImageSegmentationPipeline),
+    ):
+        loaded = pipeline(task, model=str(tmp_path))
+        assert type(loaded) is expected
+        found = loaded(image, subtask="semantic", candidate_labels="bus", **EVERY_PIXEL)
+        assert {one["label"] for one in found} == {"bus"}
+    loaded.save_pretrained(tmp_path / "again")
     assert loaded.model.config.custom_pipelines == PIPELINES
+
+
+def test_a_pipeline_made_of_a_model_heeds_candidate_labels_without_complaint(segment, image):
+    records = []
+    listener = logging.Handler(logging.ERROR)
+    listener.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(listener)
+    try:
+        made = pipeline("image-segmentation", model=segment.model, image_processor=segment.image_processor)
+        ImageSegmentationPipeline(model=segment.model, image_processor=segment.image_processor)
+    finally:
+        logging.getLogger("transformers").removeHandler(listener)
+    assert not records
+    found = made(image, subtask="semantic", candidate_labels=["bus"], **EVERY_PIXEL)
+    assert {one["label"] for one in found} == {"bus"}
+
+
+def test_other_models_have_transformers_own_pipeline(image):
+    config = SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8
+    )
+    stock = pipeline(
+        "image-segmentation",
+        model=SegformerForSemanticSegmentation(config),
+        image_processor=SegformerImageProcessor(size={"height": 32, "width": 32}),
+    )
+    assert type(stock) is ImageSegmentationPipeline
+    assert {one["label"] for one in stock(image)} <= {"LABEL_0", "LABEL_1"}
+
+
+def test_stuff_labels_are_fused_and_have_no_instances(segment, image):
+    arguments = {"candidate_labels": ["dog", "car|automobile", "lake"], **EVERYTHING}
+    things = [one["label"] for one in segment(image, **arguments)]
+    assert len(things) > len(set(things))
+    stuff = [one["label"] for one in segment(image, stuff_labels=["Automobile", "dog", "lake"], **arguments)]
+    assert sorted(stuff) == sorted(set(things))
+    instances = segment(image, stuff_labels="automobile, lake", subtask="instance", **arguments)
+    assert {one["label"] for one in instances} == {"dog"}
+    with pytest.raises(ValueError, match="stuff_labels are among the candidate labels, got 'cow'"):
+        segment(image, stuff_labels=["cow"], **arguments)

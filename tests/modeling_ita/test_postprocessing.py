@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_ita import image_processing_ita
-from modeling_ita.image_processing_ita import ITAImageProcessor, MaskBands, semantic_map, semantic_scores
+from modeling_ita import mask_tiles
+from modeling_ita.image_processing_ita import ITAImageProcessor
+from modeling_ita.mask_tiles import MaskTiles
+from modeling_ita.postprocessing import semantic_map, semantic_scores
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "readout.safetensors"
 THINGS = {0, 1, 5, 8}
@@ -79,7 +81,7 @@ def test_panoptic_segments_are_the_published_ones(processor, published, publishe
 
 def test_instances_are_the_published_ones(processor, published, published_outputs):
     [result] = processor.post_process_instance_segmentation(
-        published_outputs, target_sizes=[(60, 80)], return_binary_maps=True
+        published_outputs, threshold=0.0, target_sizes=[(60, 80)], return_binary_maps=True
     )
     scores, order = published["instance_scores"].sort(descending=True)
     assert [segment["score"] for segment in result["segments_info"]] == pytest.approx(
@@ -96,16 +98,18 @@ def test_instances_are_the_published_ones(processor, published, published_output
 
 @pytest.mark.parametrize("image_size", [(32, 64), (32, 41), (23, 64), (1, 1)])
 @pytest.mark.parametrize("target_size", [(32, 64), (23, 41), (100, 90), (7, 200), (1, 1)])
-@pytest.mark.parametrize("band_bytes", [1, 20_000, 2**25])
-def test_masks_in_bands_equal_two_whole_bilinear_resizes(monkeypatch, image_size, target_size, band_bytes):
-    monkeypatch.setattr(image_processing_ita, "BAND_BYTES", band_bytes)
+@pytest.mark.parametrize("tile_bytes", [1, 20_000, 2**25])
+def test_masks_in_tiles_equal_two_whole_bilinear_resizes(monkeypatch, image_size, target_size, tile_bytes):
+    monkeypatch.setattr(mask_tiles, "TILE_BYTES", tile_bytes)
     masks = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(1))
     network = interpolate(masks[None], size=(32, 64), mode="bilinear", align_corners=False)
     cropped = network[..., : image_size[0], : image_size[1]]
     expected = interpolate(cropped, size=target_size, mode="bilinear", align_corners=False)[0]
-    bands = list(MaskBands(masks, image_size, target_size).bands(3))
-    assert [rows.start for rows, _ in bands] == [0, *(rows.stop for rows, _ in bands[:-1])]
-    torch.testing.assert_close(torch.cat([band for _, band in bands], dim=1), expected, atol=1e-5, rtol=1e-5)
+    tiles = list(MaskTiles(masks, image_size, target_size).tiles(3))
+    assert [rows.start for rows, _ in tiles] == [0, *(rows.stop for rows, _ in tiles[:-1])]
+    torch.testing.assert_close(
+        torch.cat([tile for _, tile in tiles]).permute(2, 0, 1), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_without_target_size_a_result_has_the_network_inputs_size(processor):
@@ -122,25 +126,26 @@ def test_padding_to_a_larger_batch_does_not_bleed_into_an_image():
     masks = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(1))
     padded = torch.full((3, 24, 32), -100.0)
     padded[:, :8, :16] = masks
-    [(_, alone)] = MaskBands(masks, (32, 64), (40, 80)).bands(3)
-    [(_, together)] = MaskBands(padded, (32, 64), (40, 80)).bands(3)
+    [(_, alone)] = MaskTiles(masks, (32, 64), (40, 80)).tiles(3)
+    [(_, together)] = MaskTiles(padded, (32, 64), (40, 80)).tiles(3)
     assert torch.equal(alone, together)
 
 
 def test_masks_are_resized_before_they_are_scored():
     class_logits, mask_logits = made_up()
     image_size, target_size = (20, 30), (35, 50)
-    masks = torch.cat([band for _, band in MaskBands(mask_logits, image_size, target_size).bands(1)], dim=1)
+    tiles = MaskTiles(mask_logits, image_size, target_size).tiles(1)
+    masks = torch.cat([tile for _, tile in tiles]).permute(2, 0, 1)
     weights = class_logits.softmax(-1)[:, :-1]
     expected = torch.einsum("qc,qhw->chw", weights, masks.sigmoid())
     torch.testing.assert_close(semantic_scores(class_logits, mask_logits, image_size, target_size), expected)
 
 
-def test_semantic_map_is_the_argmax_of_the_scores_whatever_the_bands(monkeypatch):
+def test_semantic_map_is_the_argmax_of_the_scores_whatever_the_tiles(monkeypatch):
     class_logits, mask_logits = made_up()
     expected = semantic_scores(class_logits, mask_logits, (20, 30), (35, 50)).argmax(0)
-    for band_bytes in (1, 30_000, 2**25):
-        monkeypatch.setattr(image_processing_ita, "BAND_BYTES", band_bytes)
+    for tile_bytes in (1, 30_000, 2**25):
+        monkeypatch.setattr(mask_tiles, "TILE_BYTES", tile_bytes)
         found = semantic_map(class_logits, mask_logits, (20, 30), (35, 50))
         assert found.dtype == torch.int64
         assert torch.equal(found, expected)
@@ -160,7 +165,7 @@ def test_no_tensor_grows_with_classes_times_pixels(monkeypatch, processor, metho
             )
             return result
 
-    monkeypatch.setattr(image_processing_ita, "BAND_BYTES", 2**20)
+    monkeypatch.setattr(mask_tiles, "TILE_BYTES", 2**20)
     outputs = model_outputs(*made_up(queries=30, classes=400, height=16, width=16), image_sizes=[(64, 64)])
     with Sizes():
         getattr(processor, f"post_process_{method}_segmentation")(outputs, target_sizes=[(500, 400)])
@@ -223,6 +228,7 @@ def test_instances_equal_plain_loops(processor):
     class_logits, mask_logits = made_up(queries=30, classes=5, height=30, width=40)
     [found] = processor.post_process_instance_segmentation(
         model_outputs(class_logits, mask_logits, stuff_ids=[[0, 3]]),
+        threshold=0.0,
         target_sizes=[(30, 40)],
         return_binary_maps=True,
     )
@@ -310,6 +316,92 @@ def test_stuff_of_the_outputs_is_fused_and_has_no_instances(processor):
         outputs, label_ids_to_fuse=set(), target_sizes=[(2, 4)]
     )
     assert len(unfused["segments_info"]) == 4
+
+
+def test_each_segment_has_the_label_of_its_images_vocabulary(processor):
+    class_logits, mask_logits = torch.tensor([[9.0, 0, 0], [0, 8, 0]]), torch.full((2, 2, 2), 9.0)
+    mask_logits[0, 0], mask_logits[1, 1] = -9, -9
+    vocabularies = [[["cat"], ["sofa", "couch"]], [["sky"], ["wall"]]]
+    outputs = model_outputs(
+        class_logits.expand(2, -1, -1), mask_logits.expand(2, -1, -1, -1), vocabulary=vocabularies
+    )
+    for method in ("panoptic", "instance"):
+        read = getattr(processor, f"post_process_{method}_segmentation")
+        found = read(outputs, target_sizes=[(2, 2)] * 2)
+        assert [[one["label"] for one in image["segments_info"]] for image in found] == [
+            ["cat", "sofa"],
+            ["sky", "wall"],
+        ]
+
+
+# --- none of the classes --------------------------------------------------------------------------------------
+
+
+def test_a_threshold_leaves_out_pixels_that_no_class_is_probable_at(processor):
+    class_logits, mask_logits = made_up()
+    outputs = model_outputs(class_logits, mask_logits, image_sizes=[(20, 30)])
+    [plain] = processor.post_process_semantic_segmentation(outputs, target_sizes=[(35, 50)])
+    tiles = MaskTiles(mask_logits, (20, 30), (35, 50)).tiles(1)
+    masks = torch.cat([tile for _, tile in tiles]).sigmoid()  # (H, W, Q)
+    shown = class_logits.softmax(-1)[:, :-1].T[plain] * masks  # of the best class, by each query
+    probability = 1 - (1 - shown).prod(-1)
+    assert 0 <= probability.min() < 0.25 < 0.75 < probability.max() <= 1
+    for threshold in (0.0, 0.3, 0.7, 1.0):
+        [found] = processor.post_process_semantic_segmentation(
+            outputs, target_sizes=[(35, 50)], threshold=threshold
+        )
+        certain = (probability - threshold).abs() > 1e-5
+        expected = torch.where(probability < threshold, 255, plain)
+        assert torch.equal(found[certain], expected[certain])
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_distractors_compete_for_pixels_and_are_not_reported(processor, threshold):
+    class_logits, mask_logits = made_up(queries=20, classes=12)
+    outputs = model_outputs(class_logits, mask_logits)
+    where = {"target_sizes": [(30, 40)]}
+    semantic = processor.post_process_semantic_segmentation
+    [everything] = semantic(outputs, **where, threshold=threshold, ignore_index=-1)
+    [found] = semantic(outputs, **where, threshold=threshold, num_classes=7)
+    assert torch.equal(found, torch.where((everything < 0) | (everything >= 7), 255, everything))
+    assert {255} < set(found.unique().tolist()) <= {*range(7), 255}
+    options = {"threshold": 0.0, "overlap_mask_area_threshold": 0.1, **where}
+    for method in ("panoptic", "instance"):
+        read = getattr(processor, f"post_process_{method}_segmentation")
+        [everything] = read(outputs, **options)
+        [found] = read(outputs, num_classes=7, **options)
+        kept = [one for one in everything["segments_info"] if one["label_id"] < 7]
+        assert [(one["label_id"], one["score"]) for one in found["segments_info"]] == [
+            (one["label_id"], one["score"]) for one in kept
+        ]
+        assert 0 < len(kept) < len(everything["segments_info"])
+        if method == "panoptic":
+            numbers = torch.zeros(len(everything["segments_info"]) + 1, dtype=torch.int32)
+            numbers[[one["id"] for one in kept]] = torch.arange(1, len(kept) + 1, dtype=torch.int32)
+            assert torch.equal(found["segmentation"], numbers[everything["segmentation"]])
+
+
+def test_the_label_of_no_class_is_not_the_label_of_a_class(processor):
+    outputs = model_outputs(*made_up(classes=300))
+    with pytest.raises(ValueError, match="ignore_index 255 is one of 300 classes"):
+        processor.post_process_semantic_segmentation(outputs, threshold=0.5)
+    [found] = processor.post_process_semantic_segmentation(outputs, threshold=1.0, ignore_index=65535)
+    assert (found == 65535).any()
+
+
+def test_without_any_probable_class_no_pixel_has_one(processor):
+    outputs = model_outputs(torch.tensor([[-999.0, 999.0]]), torch.full((1, 2, 3), 9.0))
+    [found] = processor.post_process_semantic_segmentation(outputs, threshold=0.0)
+    assert (found == 255).all()
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_outputs_that_are_not_numbers_are_refused(processor, broken):
+    logits = made_up()
+    logits[broken][0, 0] = float("nan")
+    for method in ("semantic", "panoptic", "instance"):
+        with pytest.raises(ValueError, match="outputs for image 0 are NaN"):
+            getattr(processor, f"post_process_{method}_segmentation")(model_outputs(*logits))
 
 
 def test_the_better_of_two_instances_hides_the_other_in_the_map(processor):

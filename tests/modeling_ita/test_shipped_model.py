@@ -109,3 +109,43 @@ def test_a_pipeline_loads_the_folder_without_remote_code_and_segments_typed_clas
         found = segment(image, candidate_labels=["automobile|car", "grass", "sky"], subtask="semantic")
         assert {segment["label"] for segment in found} <= {"automobile", "grass", "sky"}
         assert found and all(segment["mask"].size == image.size for segment in found)
+
+
+# --- none of the given classes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped(model, processor):
+    return pipeline("image-segmentation", model=model, image_processor=processor)
+
+
+def covered(segments):
+    return float(np.mean([np.asarray(one["mask"]) > 0 for one in segments])) if segments else 0.0
+
+
+def test_a_class_that_an_image_does_not_show_is_not_found(shipped):
+    for index in range(4):
+        drawn = scene(SEED, index, 192, classes="all")
+        shown = {VOCABULARY.names[one["class_id"]] for one in drawn.segments}
+        for label in ["dog", "grass", "unicorn"]:
+            if label not in shown:
+                assert covered(shipped(drawn.image, subtask="semantic", candidate_labels=[label])) < 0.01
+                assert shipped(drawn.image, candidate_labels=[label], threshold=0.5) == []
+
+
+def test_a_class_that_an_image_shows_is_found_alone_as_among_all_others(shipped):
+    for index in range(4):
+        drawn = scene(SEED, index, 192, classes="all")
+        everything = {
+            one["label"]: np.asarray(one["mask"]) > 0 for one in shipped(drawn.image, subtask="semantic")
+        }
+        for label, mask in everything.items():
+            found = shipped(drawn.image, subtask="semantic", candidate_labels=[label])
+            assert [one["label"] for one in found] == [label]
+            assert (mask == (np.asarray(found[0]["mask"]) > 0)).mean() > 0.98
+
+
+def test_without_distractors_and_threshold_every_pixel_has_a_class(shipped):
+    image = scene(SEED, 0, 192, classes="all").image
+    found = shipped(image, subtask="semantic", candidate_labels=["unicorn"], threshold=0.0, distractors=False)
+    assert covered(found) == 1.0

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, image_processing_ita
+from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, mask_tiles, postprocessing
 from modeling_ita.deformable_attention import SamplingGrid, sample_by_embedding_bag, sample_by_grid_sample
-from modeling_ita.image_processing_ita import semantic_map
+from modeling_ita.postprocessing import semantic_map
 
 SHAPES = [(3, 5), (6, 9), (12, 18)]
 
@@ -76,7 +76,7 @@ def logits_of_blobs(queries, classes, sharpness, height=24, width=32, seed=0):
 def test_leaving_out_classes_that_cannot_win_changes_no_pixel(
     monkeypatch, sharpness, queries, classes, band_bytes
 ):
-    monkeypatch.setattr(image_processing_ita, "BAND_BYTES", band_bytes)
+    monkeypatch.setattr(mask_tiles, "TILE_BYTES", band_bytes)
     class_logits, mask_logits = logits_of_blobs(queries, classes, sharpness)
     masks = interpolate(mask_logits[None].double(), scale_factor=4, mode="bilinear")[0].sigmoid()
     scores = torch.einsum("qk,qhw->khw", class_logits.double().softmax(-1)[:, :-1], masks)
@@ -87,15 +87,15 @@ def test_leaving_out_classes_that_cannot_win_changes_no_pixel(
 
 def test_most_of_many_classes_are_left_out(monkeypatch):
     scored = []
-    contenders = image_processing_ita._Contest._contenders
+    candidates = postprocessing._PrunedArgmax._candidates
 
-    def count(contest, presence):
-        classes = contenders(contest, presence)
+    def count(argmax, mask_probabilities):
+        classes = candidates(argmax, mask_probabilities)
         scored.append(len(classes))
         return classes
 
-    monkeypatch.setattr(image_processing_ita, "BAND_BYTES", 2**18)
-    monkeypatch.setattr(image_processing_ita._Contest, "_contenders", count)
+    monkeypatch.setattr(mask_tiles, "TILE_BYTES", 2**18)
+    monkeypatch.setattr(postprocessing._PrunedArgmax, "_candidates", count)
     semantic_map(*logits_of_blobs(queries=64, classes=800, sharpness=4.0))
     assert scored[0] == 800  # nothing is known before the first band
     assert max(scored[1:]) < 200

@@ -19,6 +19,7 @@ from modeling_ita import (
     parse_classes,
 )
 from modeling_ita import text as text_module
+from modeling_ita.vocabulary import with_distractors
 
 NAMES = ["cat", "Water", "teddy bear", "sofa", "french fries", "traffic light", "sky", "grass"]
 
@@ -262,3 +263,34 @@ def test_the_same_classes_get_the_same_pixels(model, order, upper, blanks, dupli
     torch.testing.assert_close(found[..., :5], expected[..., order], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[..., -1], expected[..., -1], rtol=0, atol=1e-5)
     torch.testing.assert_close(outputs.masks_queries_logits, usual.masks_queries_logits, rtol=0, atol=1e-4)
+
+
+# --- distractors ----------------------------------------------------------------------------------------------
+
+
+OWN = normalize_vocabulary(["dog, puppy", "cat", "sofa, couch", "lady", "glass"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "added"),
+    [
+        (["unicorn"], ["dog", "cat", "sofa", "lady", "glass"]),
+        (["Couch", "CAT "], ["dog", "lady", "glass"]),  # a synonym, and another way to write a name
+        (["puppies", "ladies", "glasses"], ["cat", "sofa"]),  # other numbers
+        (["a", "b", "c", "d", "e"], []),  # as many as the checkpoint has
+    ],
+)
+def test_distractors_are_the_own_classes_that_share_no_name(classes, added):
+    vocabulary, num_classes = with_distractors(classes, OWN)
+    assert vocabulary[:num_classes] == normalize_vocabulary(classes)
+    assert [names[0] for names in vocabulary[num_classes:]] == added
+
+
+def test_classes_seen_in_training_are_distractors_too():
+    vocabulary, num_classes = with_distractors(
+        None, normalize_vocabulary(["cat"]), ["cats", "dog", "Dogs", "sky"]
+    )
+    assert (vocabulary, num_classes) == ([["cat"], ["dog"], ["sky"]], 1)
+    assert with_distractors(None, OWN, ["sky", "cat"]) == (OWN, len(OWN))
+    with pytest.raises(ValueError, match="no classes are given"):
+        with_distractors(None, None)

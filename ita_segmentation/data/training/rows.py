@@ -26,7 +26,7 @@ from ita_segmentation.data.decoding import open_image
 from ita_segmentation.data.segment_maps import rgb_to_ids
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.images import DECODING_ERRORS
-from modeling_ita.image_processing_ita import image_to_rgb
+from modeling_ita.image_io import image_to_rgb
 
 
 class CorruptImageError(ITAError):
