@@ -19,7 +19,6 @@ from transformers import TrainerState
 
 from ita_segmentation.evaluation.reporting.html_report import POLICY, text
 from ita_segmentation.evaluation.reporting.html_style import STYLE
-from ita_segmentation.images import open_image
 from ita_segmentation.training.history import curve
 from ita_segmentation.training.metrics import LOSS_PARTS
 from ita_segmentation.training.report_chart import CURVE_SCRIPT, CURVE_STYLE, Curve, line_chart
@@ -31,6 +30,7 @@ from ita_segmentation.training.report_record import (
     write_whole,
 )
 from ita_segmentation.training.report_samples import as_jpeg, sample_files
+from modeling_ita.image_io import open_image
 
 REPORT = "training_report.html"
 MOST_POINTS, MOST_POINTS_OF_LAYER = 600, 240
