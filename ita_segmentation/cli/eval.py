@@ -1,15 +1,14 @@
-"""Scores a checkpoint on benchmarks: tables for people, `results.json` for programs, a report to look at.
+"""Score a checkpoint on benchmarks: tables, `results.json`, and an HTML report.
 
-    python run_eval.py --model models/ita-tiny --benchmarks scenes --output scores
+    ita eval --model models/ita-tiny --benchmarks scenes --output scores
     accelerate launch run_eval.py --model DIR --benchmarks ade20k-150 pascal-voc-20 --data_dir data --output scores
 
-Data sets are what `run_prepare.py` made. Mean IoU, panoptic quality and mask AP, as far as labels and model allow;
-any number of processes gives the same scores, and the same command goes on where an interrupted one was.
+Datasets are those that `ita prepare` wrote. Mean IoU, panoptic quality and mask AP are computed as far as labels and
+model allow; any number of processes gives the same scores, and the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -19,25 +18,32 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ita_segmentation.cli.parser import run_command
-from ita_segmentation.errors import ITAError, one_line
-from ita_segmentation.evaluation.options import (
-    Candidate,
+from ita_segmentation.cli.eval_options import (
+    ModelUnderTest,
     build_parser,
     check_options,
-    read_words,
+    read_class_names,
     vocabulary_files,
 )
+from ita_segmentation.cli.parser import run_command
+from ita_segmentation.errors import ITAError, UsageError, one_line
+from ita_segmentation.evaluation.benchmarks import Benchmark, load_benchmark
 from ita_segmentation.files import output_folder
 
 
 def main() -> NoReturn:
-    """The door: the process's arguments in, its exit status out."""
+    """Run the command with the process's arguments, and exit."""
     run_command(evaluate)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """Does what the arguments say. Returns 0.
+    """Score a checkpoint as the arguments say.
+
+    Args:
+        argv: arguments; None takes the process's own.
+
+    Returns:
+        the exit status, 0.
 
     Raises:
         ITAError: what stops it, in one line.
@@ -47,13 +53,12 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     output_folder(options.output)
     names = list(dict.fromkeys(options.benchmarks))
     if len({_file_name(name) for name in names}) < len(names):
-        raise ITAError("two benchmarks have the same name; score them in two runs")
+        raise UsageError("two benchmarks have the same name; score them in two runs")
     files = vocabulary_files(options.vocabulary, names)
 
     import torch
     from accelerate import Accelerator
 
-    from ita_segmentation.evaluation.benchmarks import load_benchmark
     from ita_segmentation.evaluation.reporting.report import summary_table, write_results
     from ita_segmentation.hub.model_index import update_model_card, write_model_index
 
@@ -67,105 +72,107 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         benchmarks = {
             name: load_benchmark(name, options.data_dir, options.split, options.limit) for name in names
         }
-    words = {
-        name: read_words(files[name], benchmark.classes) if name in files else benchmark.classes
+    classes = {
+        name: read_class_names(files[name], benchmark.classes) if name in files else benchmark.classes
         for name, benchmark in benchmarks.items()
     }
-    candidate = Candidate(options, accelerator)
+    model = ModelUnderTest(options, accelerator)
     if accelerator.is_main_process:
         for name, benchmark in benchmarks.items():
             if options.split is None and benchmark.split != "validation":
-                print(f"{name} has no validation split: its {benchmark.split} is scored", file=sys.stderr)
-    runs = [_Run(candidate, name, benchmarks[name], words[name], files.get(name)) for name in names]
+                sys.stderr.write(f"{name} has no validation split: its {benchmark.split} is scored\n")
+    runs = [_Run(model, name, benchmarks[name], classes[name], files.get(name)) for name in names]
     for run in runs:
-        run.work()
+        run.score()
     if accelerator.is_main_process:
         results = {run.name: run.results for run in runs}
         confusions = {run.name: run.confusion for run in runs if run.confusion is not None}
-        paths = write_results(
-            options.output, str(options.model), results, confusions, {run.name: run.examples for run in runs}
-        )
+        examples = {run.name: run.examples for run in runs}
+        paths = write_results(options.output, str(options.model), results, confusions, examples)
         write_model_index(options.output / "model_index.yaml", results, str(options.model))
         if options.update_model_card:
-            update_model_card(candidate.path / "README.md", results)
+            update_model_card(model.path / "README.md", results)
         for run in runs:
-            run.progress.forget()
+            run.store.delete()
         print(summary_table(results), end="")
-        print(f"Scores in per cent; every class: {paths[1]}")
+        print(f"Scores in percent; every class: {paths[1]}")
     accelerator.wait_for_everyone()
     return 0
 
 
 class _Run:
-    """One benchmark of the command."""
+    """One benchmark of the command.
+
+    Attributes:
+        results: its scores, after `score`, on the main process; likewise `confusion` and `examples`.
+    """
 
     def __init__(
         self,
-        candidate: Candidate,
+        model: ModelUnderTest,
         name: str,
-        benchmark: Any,
-        words: Sequence[Sequence[str]],
+        benchmark: Benchmark,
+        classes: Sequence[Sequence[str]],
         vocabulary_file: Path | None,
     ) -> None:
-        from ita_segmentation.evaluation.progress import Progress, fingerprint
+        from ita_segmentation.evaluation.evaluator import EvalConfig
+        from ita_segmentation.evaluation.resume import ResumeStore
 
-        options: argparse.Namespace = candidate.options
-        self.candidate, self.name, self.benchmark, self.words = candidate, name, benchmark, words
-        self.predictor = candidate.predictor(benchmark, words)
+        options = model.options
+        self.model, self.name, self.benchmark, self.classes = model, name, benchmark, classes
+        self.predictor = model.predictor(benchmark, classes)
         possible = benchmark.tasks & self.predictor.tasks
-        self.tasks = possible if options.tasks is None else frozenset(options.tasks)
-        for task in sorted(self.tasks - possible):
+        tasks = possible if options.tasks is None else frozenset(options.tasks)
+        for task in sorted(tasks - possible):
             who = "model" if task in benchmark.tasks else "labels"
             raise ITAError(f"{name}: the {who} cannot be scored for the task {task}")
+        self.config = EvalConfig(tasks, options.batch_size, options.limit, options.num_workers)
         self.settings = {
             "split": benchmark.split,
             "limit": options.limit,
-            **candidate.settings(),
-            "vocabulary": "the data set's" if vocabulary_file is None else str(vocabulary_file),
+            **model.settings(),
+            "vocabulary": "the dataset's" if vocabulary_file is None else str(vocabulary_file),
         }
-        key = [
-            candidate.identity(),
-            benchmark.identity,
-            self.settings,
-            words,
-            sorted(self.tasks),
-            _versions(),
-        ]
-        folder = options.output / ".progress" / f"{_file_name(name)}-{fingerprint({'evaluation': key})}"
-        self.progress = Progress(folder, options.save_seconds)
+        description = {
+            "model": model.identity(),
+            "dataset": benchmark.identity,
+            "class names": classes,
+            "tasks": sorted(tasks),
+            **self.settings,
+            **_versions(),
+        }
+        folder = options.output / ".progress" / _file_name(name)
+        self.store = ResumeStore(folder, description, options.save_seconds)
         self.results: dict[str, Any] = {}
         self.confusion: np.ndarray | None = None
         self.examples: list[Any] = []
 
-    def work(self) -> None:
-        """Scores it; the main process has the results then."""
-        from ita_segmentation.evaluation.evaluator import Workload, evaluate_benchmark
-        from ita_segmentation.evaluation.reporting.worst_and_best import worst_and_best
+    def score(self) -> None:
+        """Score the benchmark."""
+        from ita_segmentation.evaluation.evaluator import evaluate_benchmark
+        from ita_segmentation.evaluation.reporting.examples import worst_and_best
 
-        options, accelerator = self.candidate.options, self.candidate.accelerator
+        options, accelerator = self.model.options, self.model.accelerator
         if options.restart and accelerator.is_main_process:
-            self.progress.forget()
+            self.store.delete()
         accelerator.wait_for_everyone()
         started = time.monotonic()
-        workload = Workload(options.batch_size, options.limit, options.num_workers)
-        scores = evaluate_benchmark(
-            self.predictor, self.benchmark, self.tasks, workload, self.progress, self.name
-        )
+        scores = evaluate_benchmark(self.predictor, self.benchmark, self.config, self.store, self.name)
         if scores is None:
             return
         seen = self.benchmark.seen or self.predictor.seen
-        names = [names[0] for names in self.words]
+        names = [names[0] for names in self.classes]
         self.results = scores.results(names, seen, self.benchmark.is_thing)
         self.results["settings"] = self.settings | {
-            "notes": list(getattr(self.predictor, "notes", ())),
+            "notes": list(self.predictor.notes),
             "seconds": round(time.monotonic() - started, 1),
             "processes": accelerator.num_processes,
             "device": accelerator.device.type,
             "date": date.today().isoformat(),
             **_versions(),
         }
-        if "semantic" in self.tasks:
-            self.confusion = scores.metrics["semantic"].matrix
+        if "semantic" in self.config.tasks:
+            self.confusion = scores.confusion.matrix.numpy()
             self.examples = worst_and_best(self.predictor, self.benchmark, scores, options.num_examples)
 
 

@@ -1,7 +1,7 @@
-"""Runs a predictor over a benchmark: on one process or several, in one go or in several.
+"""Run a predictor over a benchmark: on one process or several, in one go or in several.
 
-Images are cut into batches once and for all; batches are dealt out to processes and done in any order. So the
-number of processes, an interruption and the place where it came leave the scores as they are, to the last bit.
+Images are divided into batches first; batches are distributed over processes and done in any order. So neither the
+number of processes nor an interruption changes the scores, to the last bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
@@ -20,21 +21,23 @@ from tqdm import tqdm
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.evaluation.benchmarks import Benchmark
 from ita_segmentation.evaluation.predictors import Predictor
-from ita_segmentation.evaluation.progress import Progress
+from ita_segmentation.evaluation.resume import ResumeStore
 from ita_segmentation.evaluation.scores import BenchmarkScores
 from ita_segmentation.images import DECODING_ERRORS
 
 
 @dataclass(frozen=True)
-class Workload:
-    """How the work is cut.
+class EvalConfig:
+    """How a benchmark is evaluated.
 
     Attributes:
+        tasks: what is scored.
         batch_size: images at a time.
-        limit: only so many images, from the first; None for all.
+        limit: evaluate only the first images; None for all.
         num_workers: threads that decode images while the model computes.
     """
 
+    tasks: frozenset[str] = frozenset({"semantic"})
     batch_size: int = 1
     limit: int | None = None
     num_workers: int = 2
@@ -43,31 +46,39 @@ class Workload:
 def evaluate_benchmark(
     predictor: Predictor,
     benchmark: Benchmark,
-    tasks: frozenset[str],
-    workload: Workload,
-    progress: Progress,
+    config: EvalConfig,
+    store: ResumeStore | None = None,
     title: str = "",
 ) -> BenchmarkScores | None:
-    """Scores of a predictor on a benchmark.
+    """Score a predictor on a benchmark.
 
     Args:
-        predictor: on every process alike.
-        tasks: what is scored.
-        progress: where counts are kept from time to time, and taken up again.
-        title: what the progress bar is called.
+        predictor: the same on every process.
+        benchmark: the images with labels.
+        config: what is scored, and how.
+        store: where counts are saved from time to time, and read by the next run; None saves nothing.
+        title: label of the progress bar.
 
     Returns:
-        the scores, on the main process; None on the others.
+        the scores on the main process; None on the others.
 
     Raises:
-        ITAError: an image or its labels cannot be scored.
+        ITAError: there is no image or no labeled pixel, or an image or its labels cannot be scored.
     """
     state = PartialState()
-    count = benchmark.num_images if workload.limit is None else min(workload.limit, benchmark.num_images)
-    batches = range(-(-count // workload.batch_size))
-    earlier, done = _take_up(benchmark, tasks, progress, state)
-    own = [number for number in batches if number not in done][state.process_index :: state.num_processes]
-    scores = BenchmarkScores(len(benchmark.classes), benchmark.ignore_index, benchmark.is_thing, tasks)
+    count = benchmark.num_images if config.limit is None else min(config.limit, benchmark.num_images)
+    if count == 0:
+        raise ITAError(f"{title or 'the benchmark'} has no images")
+    batches = [
+        range(start, min(start + config.batch_size, count)) for start in range(0, count, config.batch_size)
+    ]
+    done, earlier = set[int](), list[dict[str, np.ndarray]]()
+    if store is not None and state.is_main_process:
+        done, earlier = store.read()
+    [done] = broadcast_object_list([done])
+    own = [number for number in range(len(batches)) if number not in done]
+    own = own[state.process_index :: state.num_processes]
+    scores = BenchmarkScores(len(benchmark.classes), benchmark.ignore_index, benchmark.is_thing, config.tasks)
     bar = tqdm(
         total=len(batches),
         initial=len(done),
@@ -76,93 +87,71 @@ def evaluate_benchmark(
         disable=not state.is_main_process,
     )
     with bar:
-        work = _Work(predictor, benchmark, tasks, workload, count, own)
-        for finished in work.counted(scores):
-            if progress.due() or len(finished) == len(own):
-                progress.write(finished, scores.state_dict())
+        for finished in _count(
+            predictor, benchmark, config, {number: batches[number] for number in own}, scores
+        ):
+            if store is not None and (store.due() or len(finished) == len(own)):
+                store.write(finished, scores.arrays())
             bar.update(min(state.num_processes, len(batches) - bar.n))
-    parts = gather_object([scores.state_dict()])
+    gathered = gather_object([scores.arrays()])
     if not state.is_main_process:
         return None
-    for part in parts:
-        loaded = BenchmarkScores(*scores.arguments)
-        loaded.load_state_dict(part)
-        earlier = earlier + loaded
-    return earlier
+    total = BenchmarkScores(len(benchmark.classes), benchmark.ignore_index, benchmark.is_thing, config.tasks)
+    for part in [*earlier, *gathered]:
+        total.merge(part)
+    if "semantic" in config.tasks and not total.confusion.matrix.any():
+        raise ITAError(f"{title or 'the benchmark'} has no labeled pixel: every label is ignored")
+    return total
 
 
-def _take_up(
-    benchmark: Benchmark, tasks: frozenset[str], progress: Progress, state: PartialState
-) -> tuple[BenchmarkScores, set[int]]:
-    """What an interrupted run had counted (on the main process), and the numbers of its batches (on all)."""
-    total = BenchmarkScores(len(benchmark.classes), benchmark.ignore_index, benchmark.is_thing, tasks)
-    done: set[int] = set()
-    if state.is_main_process:
-        done, parts = progress.read()
-        for part in parts:
-            loaded = BenchmarkScores(*total.arguments)
-            loaded.load_state_dict(part)
-            total = total + loaded
-    shared = [done]
-    broadcast_object_list(shared)
-    return total, shared[0]
+def _count(
+    predictor: Predictor,
+    benchmark: Benchmark,
+    config: EvalConfig,
+    batches: dict[int, range],
+    scores: BenchmarkScores,
+) -> Iterator[list[int]]:
+    """Count one batch after the other; yield the numbers of those that are done."""
+    finished: list[int] = []
+    samples = _decode_ahead(benchmark, [index for batch in batches.values() for index in batch], config)
+    for number, batch in batches.items():
+        some = list(islice(samples, len(batch)))
+        if len(some) < len(batch):
+            raise ITAError(f"the dataset ends before image {batch[-1] + 1}, which its metadata promises")
+        sizes = [sample["label"].shape for sample in some]
+        try:
+            predictions = predictor([sample["image"] for sample in some], sizes, config.tasks)
+        except ValueError as error:
+            raise ITAError(f"image {some[0]['image_id']} cannot be segmented: {one_line(error)}") from error
+        for index, sample, prediction in zip(batch, some, predictions, strict=True):
+            try:
+                scores.update(index, sample, prediction)
+            except ValueError as error:
+                raise ITAError(f"image {sample['image_id']}: {one_line(error)}") from error
+        finished.append(number)
+        yield finished
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The batches of one process."""
-
-    predictor: Predictor
-    benchmark: Benchmark
-    tasks: frozenset[str]
-    workload: Workload
-    count: int
-    batches: Sequence[int]
-
-    def counted(self, scores: BenchmarkScores) -> Iterator[list[int]]:
-        """Adds one batch after the other to `scores`, and yields the batches that are in."""
-        finished: list[int] = []
-        numbers = [number for batch in self.batches for number in self._members(batch)]
-        samples = self._decoded(numbers)
-        for batch in self.batches:
-            members = self._members(batch)
-            some = list(islice(samples, len(members)))
-            if len(some) < len(members):
-                raise ITAError(
-                    f"the data set ends before image {members[-1] + 1} of the {self.count} that it promises"
-                )
-            sizes = [sample["label"].shape for sample in some]
-            predictions = self.predictor([sample["image"] for sample in some], sizes, self.tasks)
-            for number, sample, prediction in zip(members, some, predictions, strict=True):
-                try:
-                    scores.update(number, sample, prediction)
-                except ValueError as error:
-                    raise ITAError(f"image {sample['image_id']}: {one_line(error)}") from error
-            finished.append(batch)
-            yield finished
-
-    def _members(self, batch: int) -> range:
-        size = self.workload.batch_size
-        return range(batch * size, min((batch + 1) * size, self.count))
-
-    def _decoded(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The samples with these numbers, in order, decoded by threads a little ahead of their use."""
-        waiting: deque[Future] = deque()
-        ahead = self.workload.batch_size + self.workload.num_workers
-        with ThreadPoolExecutor(self.workload.num_workers) as pool:
-            for row in self.benchmark.samples(numbers):
-                waiting.append(pool.submit(decoded, self.benchmark, row))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
+def _decode_ahead(
+    benchmark: Benchmark, indices: Sequence[int], config: EvalConfig
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples with these indices, in order, decoded by threads slightly before they are needed."""
+    waiting: deque[Future] = deque()
+    ahead = config.batch_size + config.num_workers
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        for row in benchmark.rows_at(indices):
+            waiting.append(pool.submit(decode_sample, benchmark, row))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def decoded(benchmark: Benchmark, row: Any) -> dict[str, Any]:
-    """One image and its labels.
+def decode_sample(benchmark: Benchmark, row: Any) -> dict[str, Any]:
+    """Decode one image and its labels.
 
     Raises:
-        ITAError: they cannot be read, or are not of one size; the message names the image.
+        ITAError: they cannot be read or differ in size; the message names the image.
     """
     name = row.get("image_id", "?") if isinstance(row, dict) else "?"
     try:

@@ -1,7 +1,4 @@
-"""What can be scored: anything that turns images into class maps, segments and instances.
-
-The evaluator knows only these types; how ITA, or another model, gets there is the predictor's business.
-"""
+"""What can be scored: anything that turns images into class maps, segments and instances."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-TASKS = ("semantic", "panoptic", "instance")
+EVALUATION_TASKS = ("semantic", "panoptic", "instance")
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,8 @@ class Instances:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a predictor says of one image of (H, W) pixels; None for tasks that were not asked for.
+class ImagePrediction:
+    """The predictions for one image of (H, W) pixels; None for tasks that were not asked for.
 
     Attributes:
         semantic: (H, W) integer class indices.
@@ -51,14 +48,22 @@ class Predictor(Protocol):
     """A model with the classes of one benchmark.
 
     Attributes:
-        tasks: those of `TASKS` that it can do.
-        seen: (K,) whether each class's masks were seen in training; None if that is not known.
+        tasks: those of `EVALUATION_TASKS` that it can do.
+        seen: (K,) whether masks of each class were in training; None if that is not known.
+        notes: what a reader of the scores should know, one line each.
     """
 
     tasks: frozenset[str]
     seen: list[bool] | None
+    notes: Sequence[str]
 
     def __call__(
         self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
-    ) -> list[Prediction]:
-        """Predictions for RGB images, at `sizes` (height, width) each; only of `tasks`."""
+    ) -> list[ImagePrediction]:
+        """Predict.
+
+        Args:
+            images: RGB.
+            sizes: (height, width) of each prediction.
+            tasks: what is asked for; a subset of the attribute.
+        """

@@ -1,8 +1,4 @@
-"""All that an evaluation adds up over a benchmark: three metrics' states and each image's own score.
-
-Nothing of an image is kept but two numbers. States of several processes, or of the parts of an interrupted run, add
-up to the same bits as one pass over all images.
-"""
+"""The state of an evaluation: three metrics, and the mean IoU of each image."""
 
 from __future__ import annotations
 
@@ -12,147 +8,130 @@ from typing import Any
 
 import numpy as np
 
-from ita_segmentation.evaluation.metrics.instance import MaskAveragePrecision
-from ita_segmentation.evaluation.metrics.panoptic import PanopticQuality
-from ita_segmentation.evaluation.metrics.semantic import ConfusionMatrix
-from ita_segmentation.evaluation.predictors import Prediction
+from ita_segmentation.evaluation.metrics.base import ArrayStateMetric
+from ita_segmentation.evaluation.metrics.confusion_matrix import ConfusionMatrix, count_pixels, iou_scores
+from ita_segmentation.evaluation.metrics.mask_ap import MaskAveragePrecision
+from ita_segmentation.evaluation.metrics.panoptic_quality import PanopticQuality
+from ita_segmentation.evaluation.predictors import EVALUATION_TASKS, ImagePrediction
 
-# Column of a class's row -> key of the per-class array that `compute` of a metric gives.
-CLASS_COLUMNS = {
-    "iou": "per_class_iou",
-    "acc": "per_class_acc",
-    "pq": "per_class_pq",
-    "sq": "per_class_sq",
-    "rq": "per_class_rq",
-    "ap": "per_class_ap",
-}
+CLASS_SCORES = ("iou", "acc", "pq", "sq", "rq", "ap")
+"""Scores of a class; the metrics give them as `per_class_*` arrays."""
 
 
 class BenchmarkScores:
-    """The state of an evaluation.
+    """Counts over the images of a benchmark.
 
     Attributes:
-        tasks: those of "semantic", "panoptic" and "instance" that are scored.
-        metrics: task -> its state.
+        metrics: task -> metric.
 
     Args:
         num_classes: K.
-        ignore_index: label of pixels that are left out.
-        is_thing: (K,) which classes have instances; needed for the panoptic task.
-        tasks: what is scored.
+        ignore_index: label of ignored pixels.
+        is_thing: (K,) which classes have instances; None if that is not known.
+        tasks: those of "semantic", "panoptic" and "instance" that are scored.
     """
 
     def __init__(
         self, num_classes: int, ignore_index: int, is_thing: Sequence[bool] | None, tasks: frozenset[str]
     ) -> None:
-        self.arguments = (num_classes, ignore_index, is_thing, tasks)
-        self.num_classes, self.ignore_index, self.tasks = num_classes, ignore_index, tasks
-        self.metrics: dict[str, Any] = {}
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.metrics: dict[str, ArrayStateMetric] = {}
+        # The evaluator gathers the states itself: parts of interrupted runs are among them.
         if "semantic" in tasks:
-            self.metrics["semantic"] = ConfusionMatrix(num_classes, ignore_index)
+            self.confusion = ConfusionMatrix(num_classes, ignore_index, sync_on_compute=False)
+            self.metrics["semantic"] = self.confusion
         if "panoptic" in tasks:
-            self.metrics["panoptic"] = PanopticQuality(num_classes, is_thing)
+            self.metrics["panoptic"] = PanopticQuality(num_classes, is_thing, sync_on_compute=False)
         if "instance" in tasks:
-            self.metrics["instance"] = MaskAveragePrecision(num_classes)
-        self._numbers: list[np.ndarray] = []
-        self._images: list[np.ndarray] = []
+            self.metrics["instance"] = MaskAveragePrecision(num_classes, sync_on_compute=False)
+        self._image_mious: dict[int, float] = {}
 
-    def update(self, index: int, sample: Mapping[str, Any], prediction: Prediction) -> None:
-        """Counts one image.
+    def update(self, index: int, sample: Mapping[str, Any], prediction: ImagePrediction) -> None:
+        """Count one image.
 
         Args:
-            index: the image's number in the benchmark.
+            index: the image's index in the benchmark.
             sample: `label` (H, W), and `panoptic` (H, W) with `segments` for the other tasks.
-            prediction: of the same size, with what `tasks` needs.
+            prediction: of the same size, for all tasks.
 
         Raises:
-            ValueError: shapes differ, or labels or segments are not what they should be.
+            ValueError: shapes differ, or labels, segments or scores are invalid.
         """
-        own = math.nan
-        if "semantic" in self.tasks:
-            image = ConfusionMatrix(self.num_classes, self.ignore_index)
-            image.update(prediction.semantic, sample["label"])
-            self.metrics["semantic"].matrix += image.matrix
-            own = image.compute()["miou"]
-        if "panoptic" in self.tasks:
+        miou = math.nan
+        if "semantic" in self.metrics:
+            counts = count_pixels(prediction.semantic, sample["label"], self.num_classes, self.ignore_index)
+            self.confusion.merge_state({"matrix": counts})
+            miou = iou_scores(counts.numpy())["miou"]
+        if "panoptic" in self.metrics:
             self.metrics["panoptic"].update(
                 prediction.panoptic, prediction.segments, sample["panoptic"], sample["segments"]
             )
-        if "instance" in self.tasks:
+        if "instance" in self.metrics:
             self._update_instances(index, sample, prediction)
-        self._numbers.append(np.array([index], dtype=np.int64))
-        self._images.append(np.array([own], dtype=np.float64))
+        self._image_mious[index] = miou
 
-    def _update_instances(self, index: int, sample: Mapping[str, Any], prediction: Prediction) -> None:
+    def _update_instances(self, index: int, sample: Mapping[str, Any], prediction: ImagePrediction) -> None:
         found = prediction.instances
         if found is None:
             raise ValueError("the predictor gave no instances")
         things = [segment for segment in sample["segments"] if segment["isthing"]]
         ids = np.array([segment["id"] for segment in things], dtype=np.int64)
         self.metrics["instance"].update(
-            index,
-            found.scores,
-            found.labels,
-            found.masks,
-            np.array([segment["category_id"] for segment in things], dtype=np.int64),
-            sample["panoptic"][None] == ids[:, None, None],
-            np.array([segment.get("iscrowd", False) for segment in things], dtype=bool),
+            image_id=index,
+            scores=found.scores,
+            labels=found.labels,
+            masks=found.masks,
+            reference_labels=np.array([segment["category_id"] for segment in things], dtype=np.int64),
+            reference_masks=sample["panoptic"][None] == ids[:, None, None],
+            reference_crowd=np.array([segment.get("iscrowd", False) for segment in things], dtype=bool),
         )
 
     @property
     def image_scores(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers (n,) int64 of the images so far, ascending, and the mean IoU (n,) float64 of each."""
-        numbers = np.concatenate([np.zeros(0, np.int64), *self._numbers])
-        scores = np.concatenate([np.zeros(0, np.float64), *self._images])
-        order = numbers.argsort(kind="stable")
-        return numbers[order], scores[order]
+        """Indices (n,) int64 of the images so far, ascending, and the mean IoU (n,) float64 of each."""
+        indices = sorted(self._image_mious)
+        scores = [self._image_mious[index] for index in indices]
+        return np.array(indices, dtype=np.int64), np.array(scores, dtype=np.float64)
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Everything as arrays, which `load_state_dict` takes."""
-        state = {
-            f"{task}.{name}": array
-            for task, metric in self.metrics.items()
-            for name, array in metric.state_dict().items()
-        }
-        numbers, scores = self.image_scores
-        return {**state, "images.number": numbers, "images.miou": scores}
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the state as arrays, which `merge` takes."""
+        indices, scores = self.image_scores
+        state = {"images.index": indices, "images.miou": scores}
+        for task, metric in self.metrics.items():
+            state |= {f"{task}.{name}": array for name, array in metric.arrays().items()}
+        return state
 
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Takes the place of what was counted so far.
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add the counts of another process or of an earlier run.
 
         Raises:
-            ValueError: the state is of other classes or tasks.
+            ValueError: they are of other classes or tasks.
         """
         for task, metric in self.metrics.items():
-            own = {name.split(".", 1)[1]: one for name, one in state.items() if name.startswith(f"{task}.")}
-            metric.load_state_dict(own)
-        self._numbers, self._images = [state["images.number"]], [state["images.miou"]]
-
-    def __add__(self, other: BenchmarkScores) -> BenchmarkScores:
-        total = BenchmarkScores(*self.arguments)
-        total.metrics = {task: metric + other.metrics[task] for task, metric in self.metrics.items()}
-        total._numbers = self._numbers + other._numbers
-        total._images = self._images + other._images
-        return total
+            prefix = f"{task}."
+            metric.merge_arrays(
+                {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+            )
+        self._image_mious |= zip(state["images.index"].tolist(), state["images.miou"].tolist(), strict=True)
 
     def results(
         self, names: Sequence[str], seen: Sequence[bool] | None, is_thing: Sequence[bool] | None
     ) -> dict[str, Any]:
-        """The scores of all tasks in one flat dictionary, and `classes`: a row of scores for each class.
+        """Compute the scores of all tasks in one flat dictionary, and `classes`, a row of scores for each class.
 
         Args:
-            names: (K,) primary names.
+            names: (K,) first names.
             seen: (K,) whether masks of the class were in training; None if not known.
             is_thing: (K,), or None if not known.
         """
-        scores: dict[str, Any] = {"num_images": len(self.image_scores[0]), "tasks": sorted(self.tasks)}
-        for task in ("semantic", "panoptic", "instance"):
+        scores: dict[str, Any] = {"num_images": len(self._image_mious), "tasks": sorted(self.metrics)}
+        for task in EVALUATION_TASKS:
             if task in self.metrics:
                 found = self.metrics[task].compute(seen)
-                # Each task counts classes of its own; without a task's name before it, the first task's count.
+                # Each task counts its own classes; the keys without a task's name are those of the first task.
                 counts = {f"{task}_{key}": value for key, value in found.items() if key.startswith("num_")}
                 scores = {**found, **counts, **scores}
-        rows: list[dict[str, Any]] = [
+        classes: list[dict[str, Any]] = [
             {
                 "name": name,
                 "seen": None if seen is None else bool(seen[index]),
@@ -160,11 +139,9 @@ class BenchmarkScores:
             }
             for index, name in enumerate(names)
         ]
-        for column, key in CLASS_COLUMNS.items():
-            if key in scores:
-                for row, value in zip(rows, scores[key].tolist(), strict=True):
-                    row[column] = value
-        return {
-            **{name: value for name, value in scores.items() if not name.startswith("per_class_")},
-            "classes": rows,
-        }
+        for key in CLASS_SCORES:
+            if f"per_class_{key}" in scores:
+                for row, value in zip(classes, scores[f"per_class_{key}"].tolist(), strict=True):
+                    row[key] = value
+        totals = {key: value for key, value in scores.items() if not key.startswith("per_class_")}
+        return totals | {"classes": classes}

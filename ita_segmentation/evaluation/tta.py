@@ -1,8 +1,8 @@
-"""Several looks at one image, and one class map from them: sliding windows, scales and flips.
+"""Test-time augmentation: one class map from sliding windows, scales and flips of an image.
 
-A view is a region of the image, brought to some size, mirrored or not. The network sees each view by itself; the
-scores of all views that cover a pixel are added up. That is done for a band of rows at a time from the masks at the
-network's stride, so neither a view's scores nor their sum are ever held for the whole image.
+A crop is a region of the image, resized, mirrored or not. The network sees each crop by itself; the scores of all crops
+that cover a pixel are added up. That is done for some rows at a time from the masks at the network's stride, so neither
+a crop's scores nor their sum are ever held for the whole image.
 """
 
 from __future__ import annotations
@@ -23,39 +23,41 @@ from modeling_ita.postprocessing import class_probabilities
 
 
 @dataclass(frozen=True)
-class View:
-    """One look at an image.
+class Crop:
+    """A region of an image as the network sees it.
 
     Attributes:
         region: (top, left, bottom, right) in the image's pixels.
-        size: (height, width) that the region is brought to for the network.
-        mirrored: left and right are exchanged.
+        size: (height, width) of the network's input.
+        flipped: mirrored horizontally.
     """
 
     region: tuple[int, int, int, int]
     size: tuple[int, int]
-    mirrored: bool = False
+    flipped: bool = False
 
     def cut(self, image: Image.Image) -> Image.Image:
-        """The region of the image at its own size, mirrored if so."""
+        """Cut the region out of the image, at its own size, and mirror it if `flipped`."""
         top, left, bottom, right = self.region
         cut = image.crop((left, top, right, bottom))
-        return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else cut
+        return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else cut
 
 
 @dataclass(frozen=True)
-class ViewPlan:
-    """Which views of an image are taken.
+class TestTimeAugmentation:
+    """Which crops of an image are taken.
 
     Attributes:
         scales: multiples of the usual size of the network's input.
-        flip: every view also mirrored.
-        window: side of the square windows in pixels of the network's input; None for the whole image at once.
-        stride: distance of neighbouring windows, in the same pixels, at most `window`.
+        flip: take every crop mirrored as well.
+        window: side of the square sliding windows in pixels of the network's input; None for the whole image at once.
+        stride: distance of neighboring windows in the same pixels, at most `window`; None for `window`.
 
     Raises:
         ValueError: a number is out of range.
     """
+
+    __test__ = False  # not a test case, whatever pytest makes of its name
 
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
@@ -71,93 +73,93 @@ class ViewPlan:
             raise ValueError(f"the stride must be between 1 and the window's side, got {self.stride}")
 
     @property
-    def is_plain(self) -> bool:
-        """One view, the whole image at its usual size."""
-        return self == ViewPlan()
+    def is_identity(self) -> bool:
+        """Whether the only crop is the whole image at its usual size."""
+        return self == TestTimeAugmentation()
 
-    def views(self, image_size: tuple[int, int], processor_size: Any, resizes: bool) -> list[View]:
-        """The views of an image.
+    def crops(self, image_size: tuple[int, int], processor_size: Any | None) -> list[Crop]:
+        """Return the crops of an image.
 
         Args:
             image_size: (height, width) of the image.
-            processor_size: the image processor's `size`; resizes: whether it resizes at all.
+            processor_size: the image processor's `size`; None if it does not resize.
         """
         found = []
         for scale in self.scales:
-            height, width = _scaled_size(image_size, processor_size if resizes else None, scale)
+            height, width = _scaled_size(image_size, processor_size, scale)
             for top, bottom in self._spans(height):
                 for left, right in self._spans(width):
-                    rows = _rescaled(top, bottom, height, image_size[0])
-                    columns = _rescaled(left, right, width, image_size[1])
+                    rows = _in_image(top, bottom, height, image_size[0])
+                    columns = _in_image(left, right, width, image_size[1])
                     region = (rows[0], columns[0], rows[1], columns[1])
-                    for mirrored in (False, True) if self.flip else (False,):
-                        found.append(View(region, (bottom - top, right - left), mirrored))
+                    for flipped in (False, True) if self.flip else (False,):
+                        found.append(Crop(region, (bottom - top, right - left), flipped))
         return found
 
     def _spans(self, length: int) -> list[tuple[int, int]]:
-        """Where windows begin and end along a side; the last ends with the side."""
+        """Return where windows begin and end along a side; the last ends with the side."""
         window = self.window
         if window is None or window >= length:
             return [(0, length)]
-        stride = self.stride or window
-        starts = [*range(0, length - window, stride), length - window]
+        starts = [*range(0, length - window, self.stride or window), length - window]
         return [(start, start + window) for start in starts]
 
 
 def _scaled_size(image_size: tuple[int, int], size: Any | None, scale: float) -> tuple[int, int]:
     if size is None:
-        height, width = image_size
+        height, width = (side * scale for side in image_size)
     else:
         scaled = {name: max(1, round(side * scale)) for name, side in dict(size).items() if side}
         height, width = output_size(image_size, SizeDict(**scaled))
-        scale = 1.0
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    return max(1, round(height)), max(1, round(width))
 
 
-def _rescaled(start: int, stop: int, side: int, image_side: int) -> tuple[int, int]:
-    """A span of the network's input in the image's own pixels, at least one of them."""
+def _in_image(start: int, stop: int, side: int, image_side: int) -> tuple[int, int]:
+    """Convert a span of the network's input to the image's own pixels, at least one of them."""
     first = min(image_side - 1, round(start * image_side / side))
     return first, max(first + 1, round(stop * image_side / side))
 
 
 @dataclass(frozen=True)
-class ViewOutput:
-    """What the network says of a view: class logits (Q, K + 1), void last; mask logits (Q, h, w); and the size
-    (height, width) of its input before padding.
+class CropOutput:
+    """The network's output for a crop.
+
+    Attributes:
+        crop: the crop.
+        class_logits: (Q, K + 1), void last.
+        mask_logits: (Q, h, w).
     """
 
-    view: View
+    crop: Crop
     class_logits: Tensor
     mask_logits: Tensor
-    image_size: tuple[int, int]
 
 
-class _ViewScores:
-    """Class scores of one view, for any rows of the image that it covers."""
+class _CropScores:
+    """Class scores of one crop, for any rows of the image that it covers."""
 
-    def __init__(self, output: ViewOutput) -> None:
-        self.top, self.left, self.bottom, self.right = output.view.region
-        self.mirrored = output.view.mirrored
-        probabilities = class_probabilities(output.class_logits)[:, :-1]
-        self.weights = probabilities  # (Q, K)
+    def __init__(self, output: CropOutput) -> None:
+        self.top, self.left, self.bottom, self.right = output.crop.region
+        self.flipped = output.crop.flipped
+        self.probabilities = class_probabilities(output.class_logits)[:, :-1]  # (Q, K)
         size = (self.bottom - self.top, self.right - self.left)
-        self.masks = MaskTiles(output.mask_logits, output.image_size, size)
+        self.masks = MaskTiles(output.mask_logits, output.crop.size, size)
 
     def add_to(self, scores: Tensor, rows: slice) -> None:
-        """Adds this view's share to `scores` (rows, W, K) float32 of those rows of the image."""
+        """Add this crop's scores to `scores` (rows, W, K) float32 of those rows of the image."""
         start, stop = max(rows.start, self.top), min(rows.stop, self.bottom)
         if start >= stop:
             return
-        shares = self.masks.rows(slice(start - self.top, stop - self.top)).sigmoid_()
-        shares = shares.flip(1) if self.mirrored else shares
+        masks = self.masks.rows(slice(start - self.top, stop - self.top)).sigmoid_()
+        masks = masks.flip(1) if self.flipped else masks
         target = scores[start - rows.start : stop - rows.start, self.left : self.right]
-        target += shares @ self.weights
+        target += masks @ self.probabilities
 
 
-def semantic_map_of_views(outputs: Sequence[ViewOutput], size: tuple[int, int]) -> Tensor:
-    """Class of the highest sum of scores over the views of an image, (H, W) int64.
+def merge_crops(outputs: Sequence[CropOutput], size: tuple[int, int]) -> Tensor:
+    """Return the class with the highest sum of scores over the crops of an image, (H, W) int64.
 
-    Every pixel of the image must lie in at least one view. Views count equally.
+    Every pixel of the image must be in at least one crop. Crops have equal weights.
 
     Args:
         outputs: of one image and one vocabulary.
@@ -165,8 +167,8 @@ def semantic_map_of_views(outputs: Sequence[ViewOutput], size: tuple[int, int]) 
     """
     device = outputs[0].mask_logits.device
     labels = torch.zeros(size, dtype=torch.int64, device=device)
-    parts = [_ViewScores(output) for output in outputs]
-    num_queries, num_classes = parts[0].weights.shape
+    parts = [_CropScores(output) for output in outputs]
+    num_queries, num_classes = parts[0].probabilities.shape
     for rows in row_tiles(size, 2 * num_classes + num_queries):
         scores = torch.zeros((rows.stop - rows.start, size[1], num_classes), device=device)
         for part in parts:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
 from ita_segmentation.data.training import INFINITE_LENGTH, EvaluationCollator, TrainingClasses
-from ita_segmentation.evaluation.metrics.semantic import ConfusionMatrix
+from ita_segmentation.evaluation.metrics.confusion_matrix import ConfusionMatrix
 from ita_segmentation.training import checkpoints
 from ita_segmentation.training.arguments import ITATrainingArguments
 from ita_segmentation.training.clip_tuning import NORMS, merge_adapters
@@ -444,15 +444,12 @@ class ITATrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),
         )
-        confusion = ConfusionMatrix(len(self.classes.classes), self.classes.ignore_index)
+        confusion = ConfusionMatrix(len(self.classes.classes), self.classes.ignore_index).to(self.args.device)
         self.callback_handler.eval_dataloader = loader
         weights = contextlib.nullcontext() if self.average is None else self.average.in_place()
         with self.numbers.not_counted(), weights:
             self._score(loader, confusion)
-        matrix = torch.from_numpy(confusion.matrix).to(self.args.device)
-        confusion.matrix = self.accelerator.reduce(matrix, reduction="sum").cpu().numpy()
-
-        scores = confusion.compute(seen=self.classes.seen)
+        scores = confusion.compute(seen=self.classes.seen)  # summed over all processes
         metrics = {
             f"{metric_key_prefix}_{name}": scores[name] for name in SCORES if not math.isnan(scores[name])
         }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny_baselines import CLASSES, IS_THING, checkpoint_maker
 from ita_segmentation.errors import ITAError
 from ita_segmentation.evaluation.baselines.labels import match_labels
-from ita_segmentation.evaluation.baselines.predictors import is_baseline, load_baseline
+from ita_segmentation.evaluation.baselines.loading import is_baseline, load_baseline
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,6 @@ def checkpoint(tmp_path_factory):
 def semantic_of(predictor) -> np.ndarray:
     noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)
     return predictor([Image.fromarray(noise)], [(60, 90)], frozenset({"semantic"}))[0].semantic
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Labels
 
 
 @pytest.mark.parametrize(
@@ -73,7 +69,7 @@ def test_the_last_labels_of_a_list_in_the_same_order_are_matched_by_place():
     shared = [f"thing {letter}" for letter in "abcdefghi"]
     match = match_labels([*shared, "windowpane"], [*([name] for name in shared), ["window"]])
     assert match.missing == ()
-    assert match.notes == ("1 of 10 labels are matched by their place: 'windowpane' is 'window'",)
+    assert match.notes == ("1 of 10 labels are matched by their index: 'windowpane' is 'window'",)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +113,6 @@ def test_a_class_without_a_label_is_an_error_unless_allowed(checkpoint):
     with pytest.warns(UserWarning, match="'zebra', 'lion'; they are scored as never predicted"):
         predictor = load_baseline(folder, classes, None, "cpu", allow_missing=True)
     assert (semantic_of(predictor) == semantic_of(load_baseline(folder, CLASSES, None, "cpu"))).all()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Loading
 
 
 def test_baselines_are_told_from_ita_by_their_config(checkpoint, tmp_path):

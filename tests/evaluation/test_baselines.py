@@ -1,4 +1,4 @@
-"""Other models scored by the same command: their answers are those of their own read-outs."""
+"""Other models scored by the same command: their predictions are those of their own post-processing."""
 
 import json
 import shutil
@@ -18,18 +18,13 @@ from helpers.prepared_squares import IGNORE, NAMES, save_squares
 from helpers.tiny_baselines import CLASSES, IS_THING, checkpoint_maker, save_tiny_baseline
 from ita_segmentation.cli import eval as run_eval
 from ita_segmentation.errors import ITAError
-from ita_segmentation.evaluation.baselines import (
-    clipseg as baseline_clipseg,
-)
-from ita_segmentation.evaluation.baselines import (
-    postprocessing as baseline_readout,
-)
+from ita_segmentation.evaluation.baselines import clipseg, postprocessing
+from ita_segmentation.evaluation.baselines.loading import load_baseline
 from ita_segmentation.evaluation.baselines.postprocessing import (
     best_labels,
-    fused_segments,
+    fuse_stuff,
     logits_of_labels,
 )
-from ita_segmentation.evaluation.baselines.predictors import load_baseline
 
 SEMANTIC = ["segformer", "upernet", "dpt", "beit"]
 WITH_QUERIES = ["mask2former", "maskformer", "oneformer", "eomt"]
@@ -72,7 +67,7 @@ def semantic_of(predictor, image, size=SIZE) -> np.ndarray:
 def random_outputs(
     monkeypatch, predictor, queries: int = 8, labels: int = 5, side: int = 16, apart: bool = False
 ):
-    """Lets the model answer every image with the same lively outputs; gives them. `apart`: masks do not overlap."""
+    """Lets the model answer every image with the same varied outputs; gives them. `apart`: masks do not overlap."""
     generator = torch.Generator().manual_seed(1)
     masks = 4 * torch.randn(1, queries, side // 4, side // 4, generator=generator)
     masks = interpolate(masks, size=(side, side), mode="bicubic")
@@ -93,30 +88,28 @@ def answer(monkeypatch, predictor, logits: torch.Tensor, masks: torch.Tensor):
     return outputs
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Semantic maps
-
-
 @pytest.mark.parametrize("in_pieces", [False, True], ids=["at once", "in pieces"])
 @pytest.mark.parametrize("name", [*SEMANTIC, *WITH_QUERIES[:2], "detr", "eomt_of_windows"])
-def test_semantic_maps_are_those_of_the_models_own_read_out(name, in_pieces, load, monkeypatch):
+def test_semantic_maps_are_those_of_the_models_own_post_processing(name, in_pieces, load, monkeypatch):
     if in_pieces:  # one label a piece
-        monkeypatch.setattr(baseline_readout, "SCORE_BYTES", 4 * SIZE[0] * SIZE[1])
+        monkeypatch.setattr(postprocessing, "SCORE_BYTES", 4 * SIZE[0] * SIZE[1])
     predictor = load(name, SHUFFLED)
     outputs = own_outputs(predictor, random_image())
-    labels = predictor.read_out.post_process_semantic_segmentation(outputs, target_sizes=[SIZE])[0]
+    labels = predictor.image_processor.post_process_semantic_segmentation(outputs, target_sizes=[SIZE])[0]
     expected = np.array(PLACES)[labels.numpy()]
     assert (semantic_of(predictor, random_image()) == expected).all()
 
 
 @pytest.mark.parametrize("name", WITH_QUERIES[:3])
-def test_semantic_maps_of_lively_outputs_are_the_read_outs(name, load, monkeypatch):
+def test_semantic_maps_of_varied_outputs_are_the_post_processing(name, load, monkeypatch):
     predictor = load(name)
     outputs = random_outputs(monkeypatch, predictor)
-    expected = predictor.read_out.post_process_semantic_segmentation(outputs, target_sizes=[SIZE])[0].numpy()
+    expected = predictor.image_processor.post_process_semantic_segmentation(outputs, target_sizes=[SIZE])[
+        0
+    ].numpy()
     assert len(np.unique(expected)) >= 3
     for size_of_piece in (2**28, 4 * 384**2, 8 * 384**2):
-        monkeypatch.setattr(baseline_readout, "SCORE_BYTES", size_of_piece)
+        monkeypatch.setattr(postprocessing, "SCORE_BYTES", size_of_piece)
         assert (semantic_of(predictor, random_image()) == expected).all()
 
 
@@ -129,14 +122,14 @@ def test_labels_that_are_no_class_leave_their_pixels_to_the_next_best(name, load
         if name == "mask2former"
         else own_outputs(predictor, random_image())
     )
-    read = predictor.read_out.post_process_semantic_segmentation
+    read = predictor.image_processor.post_process_semantic_segmentation
     scores = read(outputs, target_sizes=[SIZE], return_segmentation_scores=True)[0].segmentation_scores
     assert not np.isin(scores.argmax(0), [1, 2, 4]).all()
     assert (semantic_of(predictor, random_image()) == scores[[4, 1, 2]].argmax(0).numpy()).all()
 
 
 def test_scores_of_all_labels_are_never_held_at_once(monkeypatch):
-    monkeypatch.setattr(baseline_readout, "SCORE_BYTES", 3 * 4 * 10 * 10)
+    monkeypatch.setattr(postprocessing, "SCORE_BYTES", 3 * 4 * 10 * 10)
     scores = torch.randn(20, 10, 10, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     asked = []
 
@@ -182,21 +175,19 @@ def test_padding_is_cut_from_eomts_semantic_map(load, monkeypatch):
     assert (labels[:39] == 1).all()
 
 
-def test_parts_of_an_image_are_not_cropped_away(load, checkpoint):
+def test_images_are_not_center_cropped(load, checkpoint):
     assert json.loads((checkpoint("beit") / "preprocessor_config.json").read_text())["do_center_crop"]
     assert load("beit").network.inputs(random_image())["pixel_values"].shape == (1, 3, 64, 64)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Segments and instances
-
-
 @pytest.mark.parametrize("name", WITH_QUERIES)
-def test_panoptic_segments_are_those_of_the_models_own_read_out(name, load, monkeypatch):
+def test_panoptic_segments_are_those_of_the_models_own_post_processing(name, load, monkeypatch):
     predictor = load(name, SHUFFLED, [IS_THING[PLACES.index(index)] for index in range(5)])
     outputs = random_outputs(monkeypatch, predictor, queries=6, apart=True)  # the last one is fused
     fused = {"stuff_classes": [0, 2, 4]} if name == "eomt" else {"label_ids_to_fuse": {0, 2, 4}}
-    expected = predictor.read_out.post_process_panoptic_segmentation(outputs, target_sizes=[SIZE], **fused)[0]
+    expected = predictor.image_processor.post_process_panoptic_segmentation(
+        outputs, target_sizes=[SIZE], **fused
+    )[0]
     found = predictor([random_image()], [SIZE], frozenset({"panoptic"}))[0]
     assert found.semantic is None and found.instances is None
     of_id = {info["id"]: PLACES[info["label_id"]] for info in expected["segments_info"]}
@@ -212,7 +203,7 @@ def test_panoptic_segments_are_those_of_the_models_own_read_out(name, load, monk
 
 @pytest.mark.parametrize("name", WITH_QUERIES[:3])
 def test_no_segment_is_lost_when_stuff_is_fused_before_it(name, load, monkeypatch):
-    """Queries of sky, dog, grass, car, tree, sky, dog, grass: the read-out of transformers loses one of them."""
+    """Queries of sky, dog, grass, car, tree, sky, dog, grass: the post-processing of transformers loses one of them."""
     predictor = load(name)
     random_outputs(monkeypatch, predictor, queries=8, apart=True)
     found = predictor([random_image()], [SIZE], frozenset({"panoptic"}))[0]
@@ -225,7 +216,7 @@ def test_segments_of_one_stuff_class_become_one_and_no_id_is_used_twice():
     ids = np.array([[-1, 1, 1, 2], [3, 3, 4, 5]])
     labels = [0, 1, 0, 1, 2]  # sky, dog, sky, dog, grass
     infos = [{"id": i + 1, "label_id": label, "score": i / 10} for i, label in enumerate(labels)]
-    panoptic, segments = fused_segments(ids, infos, [7, 8, 9], frozenset({7, 9}))
+    panoptic, segments = fuse_stuff(ids, infos, [7, 8, 9], frozenset({7, 9}))
     assert panoptic.tolist() == [[0, 1, 1, 2], [1, 1, 3, 4]]
     assert [(segment["id"], segment["label_id"], segment["score"]) for segment in segments] == [
         (1, 7, 0.2),
@@ -236,10 +227,10 @@ def test_segments_of_one_stuff_class_become_one_and_no_id_is_used_twice():
 
 
 @pytest.mark.parametrize("name", ["mask2former", "maskformer"])
-def test_instances_are_the_read_outs_with_things_only_and_the_best_first(name, load, monkeypatch):
+def test_instances_are_the_post_processing_with_things_only_and_the_best_first(name, load, monkeypatch):
     predictor = load(name)
     outputs = random_outputs(monkeypatch, predictor)
-    own = predictor.read_out.post_process_instance_segmentation(
+    own = predictor.image_processor.post_process_instance_segmentation(
         outputs, threshold=0.0, target_sizes=[SIZE], return_binary_maps=True
     )[0]
     expected = {
@@ -295,7 +286,9 @@ def test_oneformer_is_told_the_task_and_needs_no_list_of_names_from_the_hub(
         f"<|startoftext|>thetaskis{task}" for task in ("instance", "panoptic", "semantic")
     ]
     expected = own_outputs(predictor, random_image(), task_inputs=["semantic"])
-    labels = predictor.read_out.post_process_semantic_segmentation(expected, target_sizes=[SIZE])[0].numpy()
+    labels = predictor.image_processor.post_process_semantic_segmentation(expected, target_sizes=[SIZE])[
+        0
+    ].numpy()
     assert (semantic_of(predictor, random_image()) == labels).all()
 
 
@@ -320,10 +313,6 @@ def test_each_model_does_what_it_can(name, tasks, load):
             predictor([random_image()], [SIZE], frozenset({"panoptic"}))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# CLIPSeg
-
-
 def naive_clipseg(predictor, folder: Path, classes) -> torch.Tensor:
     """Logits of each class at the decoder's size: every name a prompt of its own, with its own pass."""
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
@@ -341,8 +330,8 @@ def naive_clipseg(predictor, folder: Path, classes) -> torch.Tensor:
 
 @pytest.mark.parametrize("prompts_at_once", [2, 32])
 def test_clipseg_is_one_prompt_for_each_name(prompts_at_once, load, checkpoint, monkeypatch):
-    monkeypatch.setattr(baseline_clipseg, "PROMPTS_AT_ONCE", prompts_at_once)
-    monkeypatch.setattr(baseline_readout, "SCORE_BYTES", 3 * 4 * SIZE[0] * SIZE[1])
+    monkeypatch.setattr(clipseg, "PROMPTS_AT_ONCE", prompts_at_once)
+    monkeypatch.setattr(postprocessing, "SCORE_BYTES", 3 * 4 * SIZE[0] * SIZE[1])
     predictor = load("clipseg")
     logits = naive_clipseg(predictor, checkpoint("clipseg"), CLASSES)
     scores = interpolate(logits[None], size=SIZE, mode="bilinear", align_corners=False)[0]
@@ -375,10 +364,6 @@ def test_clipseg_encodes_prompts_once_and_each_image_once(load, monkeypatch):
     assert len(seen) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images
-
-
 @pytest.mark.parametrize(
     ("name", "shape"), [("segformer", (96, 96)), ("oneformer", (96, 144)), ("clipseg", (96, 96))]
 )
@@ -401,10 +386,6 @@ def test_mixed_precision_is_close_to_full_precision(name, load):
     assert next(half.network.model.parameters()).dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The door
-
-
 @pytest.fixture
 def a_new_process():
     """accelerate's precision is set once for a process, and each test is a run of its own."""
@@ -413,12 +394,12 @@ def a_new_process():
 
 
 @pytest.mark.parametrize("name", ["segformer", "mask2former", "clipseg"])
-def test_the_door_scores_other_models_as_it_scores_ita(name, tmp_path, a_new_process):
+def test_ita_eval_scores_other_models_as_it_scores_ita(name, tmp_path, a_new_process):
     """Its confusion matrix is that of the model's own maps, counted here pixel by pixel."""
     data, output = save_squares(tmp_path / "squares", count=2), tmp_path / "scores"
     model = save_tiny_baseline(name, tmp_path / "model", ["car", "sky", "zebra", "grass", "dog"])
     arguments = ["--model", model, "--benchmarks", data.name, "--data_dir", tmp_path, "--output", output]
-    assert run_eval.evaluate([*map(str, arguments), "--mixed_precision", "no"]) == 0
+    assert run_eval.evaluate([*map(str, arguments), "--mixed_precision", "no", "--num_examples", "0"]) == 0
     results = json.loads((output / "results.json").read_text())["benchmarks"]["squares"]
     classes = [names.split(", ") for names in NAMES]
     predictor = load_baseline(model, classes, [False, True, False, True], "cpu")
@@ -435,7 +416,7 @@ def test_the_door_scores_other_models_as_it_scores_ita(name, tmp_path, a_new_pro
     assert results["settings"]["notes"] == list(predictor.notes)
 
 
-def test_the_door_refuses_labels_that_are_not_the_classes(tmp_path, a_new_process):
+def test_ita_eval_refuses_labels_that_are_not_the_classes(tmp_path, a_new_process):
     data = save_squares(tmp_path / "squares", count=1)
     model = save_tiny_baseline("segformer", tmp_path / "model", ["car", "sky", "zebra", "grass", "lion"])
     arguments = [

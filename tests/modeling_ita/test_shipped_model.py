@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, pipeline
 import modeling_ita  # noqa: F401  (registers the Auto classes)
 from ita_segmentation.data.scenes import scene, scenes_vocabulary
 from ita_segmentation.data.scenes.dataset import SPLITS
-from ita_segmentation.evaluation.metrics.semantic import ConfusionMatrix
+from ita_segmentation.evaluation import ConfusionMatrix
 
 FOLDER = Path(__file__).parents[2] / "models" / "ita-tiny"
 SEED = SPLITS["validation"].seed

@@ -1,8 +1,8 @@
-"""Which label of another model is which class of a benchmark: by name, and never by guess.
+"""Match the labels of another model with the classes of a benchmark, by name.
 
 A model trained on a fixed list of labels can be scored only where its labels and the benchmark's classes mean the
-same. Data sets spell one class in many ways ("wall-other-merged", "diningtable", "sofa, couch"), so names are compared
-from the strictest way to the loosest, and each class takes the labels that name it in the strictest way.
+same. Datasets spell one class in many ways ("wall-other-merged", "diningtable", "sofa, couch"), so names are compared
+from the strictest way to the loosest, and each class gets the labels that name it in the strictest way.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from modeling_ita.vocabulary import normal_form
+
 SUFFIXES = frozenset({"merged", "other", "stuff"})
-"""Last words that COCO adds to tell its labels apart ("tree-merged", "door-stuff"); they name nothing."""
+"""Last words that COCO adds to distinguish its labels ("tree-merged", "wall-stuff"); they name nothing."""
 
 ORDER_AGREEMENT = 0.9
-"""Share of labels that must name the class at their own place before the rest are matched by place alone.
+"""Share of labels that must name the class at their own index before the rest are matched by index alone.
 
-ADE20K's 150 classes go by two published lists of words in one order ("windowpane" and "window"); 139 agree.
+Two lists of names are published for ADE20K's 150 classes, in one order ("windowpane" and "window"); 139 agree.
 """
 
 PLACEHOLDER = re.compile(r"(label|class)?[\s_-]*\d+")
@@ -25,10 +27,10 @@ PLACEHOLDER = re.compile(r"(label|class)?[\s_-]*\d+")
 
 @dataclass(frozen=True)
 class LabelMatch:
-    """Labels of a model and the benchmark's classes that they are.
+    """Labels of a model and the classes of a benchmark.
 
     Attributes:
-        labels: (n,) label indices with a class, ascending; the others take no part in the scoring.
+        labels: (n,) label indices with a class, ascending; the others are not scored.
         classes: (n,) the class index of each.
         missing: class indices that no label names; they can never be predicted.
         notes: what a reader of the scores should know, one line each.
@@ -41,16 +43,16 @@ class LabelMatch:
 
 
 def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> LabelMatch:
-    """Finds each label's class.
+    """Find each label's class.
 
-    Names are compared first as they are (without case), then without punctuation, spaces and `SUFFIXES`; the first
-    name of both first, then any. A label that names several classes equally well gets none of them; several labels
-    may be one class. Two things go beyond names, and `notes` tells of them:
+    Names are compared first in their normal form, then without punctuation, spaces and `SUFFIXES`; the first name of
+    both first, then any. A label that names several classes equally well gets none of them; several labels may be one
+    class. Two rules go beyond names, and `notes` reports them:
 
-    - by place: if there are as many labels as classes and at least `ORDER_AGREEMENT` of the labels name the class at
-      their own place and none names another, then the rest are matched by their place, too;
-    - background: if the benchmark has a class "background" which no label names, every label without a class is
-      background, which is what that class stands for.
+    - by index: if there are as many labels as classes and at least `ORDER_AGREEMENT` of the labels name the class at
+      their own index and none names another, then the rest are matched by their index, too;
+    - background: if the benchmark has a class "background" that no label names, every label without a class is
+      background.
 
     Args:
         labels: the model's labels in order, each "name, synonym, ...".
@@ -59,7 +61,7 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
     Raises:
         ValueError: the labels are placeholders ("LABEL_0"), or no label names a class.
     """
-    if all(PLACEHOLDER.fullmatch(_exact(label)) for label in labels):
+    if all(PLACEHOLDER.fullmatch(normal_form(label)) for label in labels):
         raise ValueError(
             f"its {len(labels)} labels are placeholders such as {labels[0]!r}: write their names into id2label of "
             "its config.json"
@@ -71,11 +73,11 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
             f"({_quoted([names[0] for names in classes])})"
         )
     notes = []
-    by_place = _rest_by_place(found, len(labels), len(classes))
-    if by_place:
-        pairs = [f"{labels[index]!r} is {classes[index][0]!r}" for index in by_place]
-        notes.append(f"{len(by_place)} of {len(labels)} labels are matched by their place: {_first(pairs)}")
-        found |= {index: index for index in by_place}
+    by_index = _rest_by_index(found, len(labels), len(classes))
+    if by_index:
+        pairs = [f"{labels[index]!r} is {classes[index][0]!r}" for index in by_index]
+        notes.append(f"{len(by_index)} of {len(labels)} labels are matched by their index: {_first(pairs)}")
+        found |= {index: index for index in by_index}
     rest = [index for index in range(len(labels)) if index not in found]
     background = background_class(classes)
     if rest and background is not None and background not in found.values():
@@ -91,27 +93,19 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
 
 
 def describe_missing(match: LabelMatch, classes: Sequence[Sequence[str]]) -> str:
-    """In words, which classes have no label."""
+    """Say which classes have no label."""
     names = [classes[index][0] for index in match.missing]
     return f"has no label for {len(names)} of the {len(classes)} classes: {_quoted(names)}"
 
 
 def background_class(classes: Sequence[Sequence[str]]) -> int | None:
-    """Index of the class that stands for "none of the others"; None if there is none."""
+    """Return the index of the class that means "none of the others"; None if there is none."""
     found = [index for index, names in enumerate(classes) if _loose(names[0]) == "background"]
     return found[0] if found else None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Names
-
-
 def _names(label: str) -> list[str]:
     return [name for part in re.split(r"[,;|]", label) if (name := part.strip())] or [label]
-
-
-def _exact(name: str) -> str:
-    return " ".join(name.casefold().split())
 
 
 def _loose(name: str) -> str:
@@ -122,19 +116,19 @@ def _loose(name: str) -> str:
 
 
 STAGES: tuple[Callable[[Sequence[str]], set[str]], ...] = (
-    lambda names: {", ".join(map(_exact, names))},
-    lambda names: {_exact(names[0])},
+    lambda names: {", ".join(map(normal_form, names))},
+    lambda names: {normal_form(names[0])},
     lambda names: {_loose(names[0])},
-    lambda names: {_exact(name) for name in names},
+    lambda names: {normal_form(name) for name in names},
     lambda names: {_loose(name) for name in names},
 )
-"""Ways to compare, strictest first: what of a list of names must be shared."""
+"""Ways to compare, strictest first: keys of a list of names, one of which must be equal."""
 
 
 def _matches_by_name(
     label_names: Sequence[Sequence[str]], class_names: Sequence[Sequence[str]]
 ) -> dict[int, int]:
-    """Label index -> class index."""
+    """Return label index -> class index."""
     found: dict[int, int] = {}
     for keys_of in STAGES:
         taken = set(found.values())
@@ -153,9 +147,9 @@ def _matches_by_name(
     return found
 
 
-def _rest_by_place(found: dict[int, int], num_labels: int, num_classes: int) -> list[int]:
-    in_place = num_labels == num_classes and all(label == index for label, index in found.items())
-    if not in_place or len(found) < ORDER_AGREEMENT * num_labels:
+def _rest_by_index(found: dict[int, int], num_labels: int, num_classes: int) -> list[int]:
+    in_order = num_labels == num_classes and all(label == index for label, index in found.items())
+    if not in_order or len(found) < ORDER_AGREEMENT * num_labels:
         return []
     return [index for index in range(num_labels) if index not in found]
 

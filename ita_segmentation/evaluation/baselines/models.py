@@ -1,9 +1,4 @@
-"""Other transformers models as something that can be scored: what `predictors.py` asks for, by their own read-outs.
-
-Images go through the network one at a time. The processors of this family pad the images of a batch to one size
-and their read-outs never cut the padding off, so an image's result would depend on its neighbours; alone, nothing is
-padded, and any batch and any number of processes give the same numbers.
-"""
+"""Other transformers models as predictors, with their own post-processing."""
 
 from __future__ import annotations
 
@@ -13,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -22,79 +16,65 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 
 from ita_segmentation.evaluation.baselines.labels import LabelMatch
 from ita_segmentation.evaluation.baselines.postprocessing import (
+    BaselinePredictor,
     Network,
     best_labels,
-    fused_segments,
+    fuse_stuff,
     logits_of_labels,
-    on_device,
-    replaced,
+    replace_fields,
+    to_device,
 )
-from ita_segmentation.evaluation.predictors import TASKS, Instances, Prediction
+from ita_segmentation.evaluation.predictors import EVALUATION_TASKS, ImagePrediction, Instances
 
-MASK2FORMER_SIDE = (
-    384  # transformers reads Mask2Former's masks out at this height and width, whatever the image
-)
-MAX_INSTANCES = 100  # of an image, as COCO's mask AP counts them
+MASK2FORMER_SIDE = 384
+"""transformers' post-processing resizes Mask2Former's masks to this height and width first."""
+
+MAX_INSTANCES = 100
+"""Of an image, as COCO's mask AP counts them."""
 
 
-class SemanticPredictor:
+class SemanticPredictor(BaselinePredictor):
     """A model with one logit for each label and pixel (SegFormer, UperNet, DPT, BEiT, ...).
 
-    Labels without a class take no part: the best of the others is a pixel's label.
+    Labels without a class are left out: the best of the others is a pixel's label.
 
     Args:
         network: the model.
-        image_processor: the one with the read-out.
+        image_processor: the one with the post-processing.
         match: the model's labels among the benchmark's classes.
     """
 
-    tasks = frozenset({"semantic"})
-    seen: list[bool] | None = None
-
-    def __init__(self, network: Network, image_processor: Any, match: LabelMatch):
-        self.network, self.read_out, self.match = network, image_processor, match
+    def __init__(self, network: Network, image_processor: Any, match: LabelMatch) -> None:
+        self.network, self.image_processor, self.match = network, image_processor, match
         self.notes = match.notes
 
-    @torch.inference_mode()
-    def __call__(
-        self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
-    ) -> list[Prediction]:
-        """See `Predictor`.
-
-        Raises:
-            ValueError: a task that the model cannot do.
-        """
-        if not tasks <= self.tasks:
-            raise ValueError(f"this model cannot do {', '.join(sorted(tasks - self.tasks))} segmentation")
-        return [self._predict(image, size, tasks) for image, size in zip(images, sizes, strict=True)]
-
-    def _predict(self, image: Image.Image, size: tuple[int, int], tasks: frozenset[str]) -> Prediction:
-        return Prediction(semantic=self._semantic(self.network(image), image, size))
+    def _predict(self, image: Image.Image, size: tuple[int, int], tasks: frozenset[str]) -> ImagePrediction:
+        return ImagePrediction(semantic=self._semantic(self.network(image), image, size))
 
     def _semantic(self, outputs: SimpleNamespace, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-        """(H, W) int32 class indices."""
+        """Return (H, W) int32 class indices."""
 
         def scores_of(labels: Sequence[int]) -> Tensor:
             return self._scores(outputs, labels, image, size)
 
-        device, pixels = self.network.model.device, self._pixels_on_the_way(outputs)
-        where, _ = best_labels(scores_of, self.match.labels, size, device, pixels)
-        return np.array(self.match.classes, dtype=np.int32)[where.cpu().numpy()]
+        device, pixels = self.network.model.device, self._intermediate_pixels(outputs)
+        positions, _ = best_labels(scores_of, self.match.labels, size, device, pixels)
+        return np.array(self.match.classes, dtype=np.int32)[positions.cpu().numpy()]
 
-    def _pixels_on_the_way(self, outputs: SimpleNamespace) -> int:
-        """How many numbers the read-out makes of one label before it brings them to the image's size."""
+    def _intermediate_pixels(self, outputs: SimpleNamespace) -> int:
+        """Return how many values per label the post-processing makes before it resizes them to the image."""
         return 0
 
     def _scores(
         self, outputs: SimpleNamespace, labels: Sequence[int], image: Image.Image, size: tuple[int, int]
     ) -> Tensor:
-        """Scores of some labels in each pixel, (n, H, W)."""
-        some = replaced(outputs, logits=outputs.logits[:, list(labels)])
-        return self._read_scores(some, size)
+        """Return the scores of some labels in each pixel, (n, H, W)."""
+        some = replace_fields(outputs, logits=outputs.logits[:, list(labels)])
+        return self._label_scores(some, size)
 
-    def _read_scores(self, outputs: SimpleNamespace, target: tuple[int, int], **settings: Any) -> Tensor:
-        read = self.read_out.post_process_semantic_segmentation
-        found = read(outputs, target_sizes=[target], return_segmentation_scores=True, **settings)
+    def _label_scores(self, outputs: SimpleNamespace, target: tuple[int, int], **settings: Any) -> Tensor:
+        post_process = self.image_processor.post_process_semantic_segmentation
+        found = post_process(outputs, target_sizes=[target], return_segmentation_scores=True, **settings)
         return found[0].segmentation_scores
 
 
@@ -122,14 +102,14 @@ class UniversalPredictor(SemanticPredictor):
         self.tasks = self._abilities() if is_thing is not None else frozenset({"semantic"})
 
     def _abilities(self) -> frozenset[str]:
-        return frozenset(TASKS)
+        return frozenset(EVALUATION_TASKS)
 
-    def _predict(self, image: Image.Image, size: tuple[int, int], tasks: frozenset[str]) -> Prediction:
+    def _predict(self, image: Image.Image, size: tuple[int, int], tasks: frozenset[str]) -> ImagePrediction:
         outputs = self._outputs(image, tasks)
         panoptic, segments = None, list[dict[str, Any]]()
         if "panoptic" in tasks:
             panoptic, segments = self._panoptic(self._with_labels(outputs["panoptic"]), size)
-        return Prediction(
+        return ImagePrediction(
             semantic=self._semantic(outputs["semantic"], image, size) if "semantic" in tasks else None,
             panoptic=panoptic,
             segments=segments,
@@ -137,35 +117,37 @@ class UniversalPredictor(SemanticPredictor):
         )
 
     def _outputs(self, image: Image.Image, tasks: frozenset[str]) -> dict[str, SimpleNamespace]:
-        """The network's outputs for each task."""
+        """Return the network's outputs for each task."""
         return dict.fromkeys(tasks, self.network(image))
 
     def _with_labels(self, outputs: SimpleNamespace, labels: Sequence[int] | None = None) -> SimpleNamespace:
-        """The outputs of some labels (those with a class)."""
+        """Keep the outputs of some labels (by default those with a class)."""
         logits = getattr(outputs, self.class_field)
         chosen = logits_of_labels(logits, self.match.labels if labels is None else labels)
-        return replaced(outputs, **{self.class_field: chosen})
+        return replace_fields(outputs, **{self.class_field: chosen})
 
-    def _pixels_on_the_way(self, outputs: SimpleNamespace) -> int:
+    def _intermediate_pixels(self, outputs: SimpleNamespace) -> int:
         return max(MASK2FORMER_SIDE**2, getattr(outputs, self.mask_field)[0, 0].numel())
 
     def _scores(
         self, outputs: SimpleNamespace, labels: Sequence[int], image: Image.Image, size: tuple[int, int]
     ) -> Tensor:
-        return self._read_scores(self._with_labels(outputs, labels), size)
+        return self._label_scores(self._with_labels(outputs, labels), size)
 
     def _panoptic(
         self, outputs: SimpleNamespace, size: tuple[int, int]
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """The panoptic read-out at its own thresholds, stuff fused: (H, W) int32 ids and their segments."""
-        read = self.read_out.post_process_panoptic_segmentation
-        unfused: dict[str, Any] = {"label_ids_to_fuse": set()} if accepts(read, "label_ids_to_fuse") else {}
-        found = read(outputs, target_sizes=[size], **unfused)[0]
-        return fused_segments(found["segmentation"], found["segments_info"], self.match.classes, self.stuff)
+        """Post-process with the default thresholds, stuff fused: (H, W) int32 ids and their segments."""
+        post_process = self.image_processor.post_process_panoptic_segmentation
+        unfused: dict[str, Any] = (
+            {"label_ids_to_fuse": set()} if accepts(post_process, "label_ids_to_fuse") else {}
+        )
+        found = post_process(outputs, target_sizes=[size], **unfused)[0]
+        return fuse_stuff(found["segmentation"], found["segments_info"], self.match.classes, self.stuff)
 
     def _instances(self, outputs: SimpleNamespace, size: tuple[int, int]) -> Instances:
-        """The best things, whatever their score, which may overlap: average precision ranks them all."""
-        on_cpu = SimpleNamespace(**{name: on_device(value, "cpu") for name, value in vars(outputs).items()})
+        """Return the best things, which may overlap, without a threshold: average precision ranks them all."""
+        on_cpu = SimpleNamespace(**{name: to_device(value, "cpu") for name, value in vars(outputs).items()})
         masks, infos = self._instance_masks(self._with_labels(on_cpu), size)
         classes = [self.match.classes[info["label_id"]] for info in infos]
         scores = np.array([info["score"] for info in infos], dtype=np.float64)
@@ -181,19 +163,19 @@ class UniversalPredictor(SemanticPredictor):
     def _instance_masks(
         self, outputs: SimpleNamespace, size: tuple[int, int]
     ) -> tuple[Any, list[dict[str, Any]]]:
-        """Masks (n, H, W), above 0 inside, and the "label_id" (a place in `match.labels`) and "score" of each."""
-        return self._overlapping_masks(self.read_out, outputs, size)
+        """Return masks (n, H, W), above 0 inside, and the "label_id" (index in `match.labels`) and "score" of each."""
+        return self._overlapping_masks(self.image_processor, outputs, size)
 
     def _overlapping_masks(
-        self, read_out: Any, outputs: SimpleNamespace, size: tuple[int, int]
+        self, image_processor: Any, outputs: SimpleNamespace, size: tuple[int, int]
     ) -> tuple[Any, list[dict[str, Any]]]:
-        read = read_out.post_process_instance_segmentation
-        found = read(outputs, threshold=0.0, target_sizes=[size], return_binary_maps=True)[0]
+        post_process = image_processor.post_process_instance_segmentation
+        found = post_process(outputs, threshold=0.0, target_sizes=[size], return_binary_maps=True)[0]
         return found["segmentation"], found["segments_info"]
 
 
 class DetrPredictor(UniversalPredictor):
-    """DETR's panoptic head: its read-out has no instances that overlap, so those are not scored."""
+    """DETR's panoptic head: its post-processing has no overlapping instances, so those are not scored."""
 
     class_field, mask_field = "logits", "pred_masks"
 
@@ -202,10 +184,10 @@ class DetrPredictor(UniversalPredictor):
 
 
 class OneFormerPredictor(UniversalPredictor):
-    """OneFormer, which is told the task: one pass through the network for each.
+    """OneFormer, which is given the task: one pass through the network for each.
 
-    Its own instance read-out draws all instances into one map, where they cannot overlap, and compares logits with
-    thresholds for probabilities; average precision needs them ranked and whole, so MaskFormer's read-out does it.
+    Its own instance post-processing draws all instances into one map, where they cannot overlap, and compares logits
+    with thresholds for probabilities; average precision needs them ranked and complete, so MaskFormer's is used.
     """
 
     def _outputs(self, image: Image.Image, tasks: frozenset[str]) -> dict[str, SimpleNamespace]:
@@ -220,45 +202,48 @@ class OneFormerPredictor(UniversalPredictor):
 class EomtPredictor(UniversalPredictor):
     """EoMT. Its processor decides what it can do: windows of the image (semantic), or a padded image.
 
-    The semantic read-out does not cut the padding of a padded image, while the two others do; here it is cut
-    before. Instances are read out query by query, as the read-out would otherwise draw them over one another.
+    The semantic post-processing does not remove the padding of a padded image, while the two others do; here it is
+    removed before. Instances are processed query by query, as they would otherwise be drawn over one another.
     """
 
     def _abilities(self) -> frozenset[str]:
-        return frozenset({"semantic"}) if self.read_out.do_split_image else frozenset(TASKS)
+        return frozenset({"semantic"}) if self.image_processor.do_split_image else frozenset(EVALUATION_TASKS)
 
-    def _pixels_on_the_way(self, outputs: SimpleNamespace) -> int:
+    def _intermediate_pixels(self, outputs: SimpleNamespace) -> int:
         height, width = self._network_size()
         return len(outputs.masks_queries_logits) * height * width
 
     def _network_size(self) -> tuple[int, int]:
-        shortest, longest = self.read_out.size["shortest_edge"], self.read_out.size["longest_edge"]
+        shortest, longest = (
+            self.image_processor.size["shortest_edge"],
+            self.image_processor.size["longest_edge"],
+        )
         return shortest, longest or shortest
 
     def _scores(
         self, outputs: SimpleNamespace, labels: Sequence[int], image: Image.Image, size: tuple[int, int]
     ) -> Tensor:
         some = self._with_labels(outputs, labels)
-        if not self.read_out.do_pad or self.read_out.do_split_image:
-            return self._read_scores(some, size)
-        edges = self.read_out.size["shortest_edge"], self.read_out.size["longest_edge"]
+        if not self.image_processor.do_pad or self.image_processor.do_split_image:
+            return self._label_scores(some, size)
+        edges = self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
         height, width = get_size_with_aspect_ratio((image.height, image.width), *edges)
         masks = interpolate(some.masks_queries_logits, size=self._network_size(), mode="bilinear")
-        without = replaced(some, masks_queries_logits=masks[..., :height, :width], patch_offsets=None)
-        return self._read_scores(without, size, size={"shortest_edge": height, "longest_edge": width})
+        without = replace_fields(some, masks_queries_logits=masks[..., :height, :width], patch_offsets=None)
+        return self._label_scores(without, size, size={"shortest_edge": height, "longest_edge": width})
 
     def _instance_masks(
         self, outputs: SimpleNamespace, size: tuple[int, int]
     ) -> tuple[Any, list[dict[str, Any]]]:
         masks, infos = [], []
         for query in range(outputs.class_queries_logits.shape[1]):
-            alone = replaced(
+            alone = replace_fields(
                 outputs,
                 class_queries_logits=outputs.class_queries_logits[:, query : query + 1],
                 masks_queries_logits=outputs.masks_queries_logits[:, query : query + 1],
             )
-            read = self.read_out.post_process_instance_segmentation
-            found = read(alone, target_sizes=[size], threshold=0.0)[0]
+            post_process = self.image_processor.post_process_instance_segmentation
+            found = post_process(alone, target_sizes=[size], threshold=0.0)[0]
             for info in found["segments_info"]:
                 masks.append(found["segmentation"] == info["id"])
                 infos.append(info)
@@ -266,5 +251,5 @@ class EomtPredictor(UniversalPredictor):
 
 
 def accepts(function: Any, name: str) -> bool:
-    """Whether a function has a parameter of this name."""
+    """Return whether a function has a parameter of this name."""
     return name in inspect.signature(function).parameters

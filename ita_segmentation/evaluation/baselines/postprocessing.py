@@ -1,9 +1,9 @@
-"""What every baseline's read-out has in common: the network's outputs, and the best class of each pixel in pieces.
+"""What the baselines share: the network's outputs, and the best class of each pixel for some classes at a time.
 
 transformers' `post_process_*` functions decide what a model's outputs mean, and they are what is called here. They
 make scores of every class in every pixel, (L, H, W), which is 3.4 GiB for 847 classes and 1024 x 1024 pixels; so they
-are called with some of the classes at a time, and the best so far is kept. Each class is scored for itself, so that
-changes nothing.
+are called with some of the classes at a time, and the best so far is kept. Each class is scored independently, so
+that changes nothing.
 
 Symbols: L labels of the model, Q queries, (H, W) the image.
 """
@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-SCORE_BYTES = 256 * 2**20  # what the scores of one piece of the labels may take, in bytes
+from ita_segmentation.evaluation.predictors import ImagePrediction
+
+SCORE_BYTES = 256 * 2**20  # memory for the scores of the labels that are scored at a time
 
 
 class Network:
@@ -26,49 +29,93 @@ class Network:
 
     Args:
         model: in eval mode, on its device.
-        processor: whatever makes the model's inputs of images.
+        processor: makes the model's inputs from images.
         dtype: of mixed precision (`torch.autocast`); None or float32 for none.
     """
 
-    def __init__(self, model: Any, processor: Any, dtype: torch.dtype | None = None):
+    def __init__(self, model: Any, processor: Any, dtype: torch.dtype | None = None) -> None:
         self.model, self.processor = model, processor
         self.dtype = None if dtype in (None, torch.float32) else dtype
 
     def inputs(self, image: Any, **prompt: Any) -> dict[str, Any]:
-        """The processor's answer to one image, on the model's device."""
+        """Return the model's inputs for one image, on its device."""
         made = self.processor(images=[image], return_tensors="pt", **prompt)
-        return {name: on_device(value, self.model.device) for name, value in made.items()}
+        return {name: to_device(value, self.model.device) for name, value in made.items()}
 
     def precision(self) -> Any:
-        """The context in which the network runs."""
+        """Return the context in which the network runs."""
         return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype is not None)
 
     def __call__(self, image: Any, **prompt: Any) -> SimpleNamespace:
-        """Outputs for one image: the model's fields by their names, floats as float32."""
+        """Return the outputs for one image: the model's fields by their names, floats as float32."""
         with self.precision():
             outputs = self.model(**self.inputs(image, **prompt))
-        return SimpleNamespace(**{name: as_float32(value) for name, value in outputs.items()})
+        return SimpleNamespace(**{name: to_float32(value) for name, value in outputs.items()})
 
 
-def on_device(value: Any, device: torch.device | str) -> Any:
-    """A tensor on `device`; anything else as it is."""
+class BaselinePredictor:
+    """A `Predictor` that runs one image at a time.
+
+    The processors of these models pad the images of a batch to one size and their post-processing never removes the
+    padding, so an image's result would depend on its neighbors; alone, nothing is padded, and any batch size and any
+    number of processes give the same numbers.
+    """
+
+    tasks = frozenset({"semantic"})
+    seen: list[bool] | None = None
+    notes: tuple[str, ...] = ()
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
+    ) -> list[ImagePrediction]:
+        """Predict; see `Predictor`.
+
+        Raises:
+            ValueError: the model cannot do one of the tasks, or its output is NaN.
+        """
+        if not tasks <= self.tasks:
+            raise ValueError(f"this model cannot do {', '.join(sorted(tasks - self.tasks))} segmentation")
+        return [self._predict(image, size, tasks) for image, size in zip(images, sizes, strict=True)]
+
+    def _predict(self, image: Image.Image, size: tuple[int, int], tasks: frozenset[str]) -> ImagePrediction:
+        raise NotImplementedError
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Move a tensor to `device`; return anything else unchanged."""
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def as_float32(value: Any) -> Any:
-    """A tensor of floats in float32; anything else as it is."""
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+def to_float32(value: Any) -> Any:
+    """Convert a tensor of floats to float32; return anything else unchanged.
+
+    Raises:
+        ValueError: it holds NaN.
+    """
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    if value.isnan().any():
+        raise ValueError("the model's output is NaN: its weights or the image are not finite")
+    return value.float()
 
 
-def replaced(outputs: SimpleNamespace, **fields: Any) -> SimpleNamespace:
-    """The outputs with other values in some fields."""
+def replace_fields(outputs: SimpleNamespace, **fields: Any) -> SimpleNamespace:
+    """Return the outputs with other values in some fields."""
     return SimpleNamespace(**{**vars(outputs), **fields})
 
 
 def logits_of_labels(class_logits: Tensor, labels: Sequence[int]) -> Tensor:
-    """Class logits (..., L + 1), void last -> (..., n + 1) of some labels, everything else being void.
+    """Keep the class logits of some labels and assign all others to void.
 
-    The softmax of both gives the chosen labels the same probabilities. All labels: the tensor itself.
+    The softmax of the result gives the chosen labels the same probabilities.
+
+    Args:
+        class_logits: (..., L + 1), void last.
+        labels: n label indices.
+
+    Returns:
+        (..., n + 1), void last; `class_logits` itself for all labels.
     """
     num_labels = class_logits.shape[-1] - 1
     if list(labels) == list(range(num_labels)):
@@ -85,53 +132,53 @@ def best_labels(
     labels: Sequence[int],
     size: tuple[int, int],
     device: torch.device | str,
-    pixels_at_once: int = 0,
+    intermediate_pixels: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The best label of each pixel, the first of equals, without the scores of all labels at once.
+    """Find the best label of each pixel, the first of equals, without the scores of all labels at once.
 
     Args:
         scores_of: some labels -> their scores (n, H, W).
         labels: those to choose from.
         size: (H, W).
         device: where the scores are.
-        pixels_at_once: numbers that one label's scores take on their way, if that is more than H * W.
+        intermediate_pixels: values per label that computing the scores needs, if that is more than H * W.
 
     Returns:
         positions in `labels` (H, W) int64, and their scores (H, W) float32, -inf if there are no labels.
     """
     best = torch.full(size, -torch.inf, device=device)
-    where = torch.zeros(size, dtype=torch.int64, device=device)
-    step = max(1, SCORE_BYTES // (4 * max(size[0] * size[1], pixels_at_once)))
+    positions = torch.zeros(size, dtype=torch.int64, device=device)
+    step = max(1, SCORE_BYTES // (4 * max(size[0] * size[1], intermediate_pixels)))
     for start in range(0, len(labels), step):
-        scores, positions = scores_of(labels[start : start + step]).max(0)
+        scores, found = scores_of(labels[start : start + step]).max(0)
         better = scores > best
         best = torch.where(better, scores, best)
-        where = torch.where(better, positions + start, where)
-    return where, best
+        positions = torch.where(better, found + start, positions)
+    return positions, best
 
 
-def fused_segments(
+def fuse_stuff(
     segmentation: Any,
     segments_info: Sequence[dict[str, Any]],
     class_of: Sequence[int],
     stuff: frozenset[int],
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """A panoptic read-out without fusing -> with all segments of one stuff class made one.
+    """Fuse all segments of one stuff class in a panoptic result.
 
-    transformers' own fusing gives a new segment the id of an older one whenever something was fused before
-    (the count goes on from the fused id), so the read-out is asked for separate segments, which are joined here.
+    transformers' own fusing gives a new segment the id of an older one whenever something was fused before (the count
+    continues from the fused id), so separate segments are asked for and fused here.
 
     Args:
         segmentation: (H, W) segment ids, tensor or array.
         segments_info: each with "id", "label_id" and "score".
         class_of: label -> class.
-        stuff: classes whose segments are one.
+        stuff: classes whose segments are fused.
 
     Returns:
-        (H, W) int32 ids from 1 in the order of the segments, 0 for none; and each segment's "id", "label_id" (a
-        class), "score" (the best of those joined).
+        (H, W) int32 ids from 1 in the order of the segments, 0 for none; and each segment's "id", "label_id" (a class),
+        "score" (the best of those fused).
     """
-    ids = np.asarray(on_device(segmentation, "cpu"))
+    ids = np.asarray(to_device(segmentation, "cpu"))
     panoptic = np.zeros(ids.shape, dtype=np.int32)
     segments: list[dict[str, Any]] = []
     of_stuff: dict[int, dict[str, Any]] = {}

@@ -1,1 +1,1 @@
-"""."""
+"""Metrics as `torchmetrics` states and as modules of `evaluate`."""

@@ -1,14 +1,18 @@
-"""Single images of an evaluation to look at: the image, its reference and what was predicted, small."""
+"""Single images of an evaluation to look at: the image, its labels and what was predicted, small."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ita_segmentation.evaluation.benchmarks import Benchmark
+from ita_segmentation.evaluation.evaluator import decode_sample
+from ita_segmentation.evaluation.predictors import Predictor
+from ita_segmentation.evaluation.scores import BenchmarkScores
 from ita_segmentation.visualization import LegendEntry, add_legend, paint_segments, resize_labels
 
 GROUPS = ("best", "worst")
@@ -18,15 +22,16 @@ GAP, TITLE_SIZE, PAPER, INK = 8, 15, (255, 255, 255), (24, 24, 24)
 
 @dataclass(frozen=True)
 class ExampleImage:
-    """One image of a benchmark, for looking at.
+    """One image of a benchmark, to look at.
 
     Attributes:
-        image_id: the data set's own.
+        image_id: the dataset's own.
         group: "best" or "worst".
-        score: mean IoU of this image's classes, in [0, 1].
-        image, reference, prediction: the image, and overlays of its labels and of what was predicted.
-        legend: of both overlays, if they do not carry one themselves: (id of the colour, class name and what there
-            is to say of it, IoU in this image or None).
+        score: mean IoU of the classes in this image's labels, in [0, 1].
+        image: the image.
+        reference: overlay of its labels.
+        prediction: overlay of what was predicted.
+        legend: of both overlays: (color id, class name and remark, IoU in this image or None).
     """
 
     image_id: str
@@ -38,6 +43,42 @@ class ExampleImage:
     legend: Sequence[LegendEntry] = ()
 
 
+def worst_and_best(
+    predictor: Predictor, benchmark: Benchmark, scores: BenchmarkScores, count: int
+) -> list[ExampleImage]:
+    """Predict the `count` images with the lowest and the `count` with the highest mean IoU once more.
+
+    Images without a label have no score and are left out; none is in both groups. Of equals, the earlier one comes
+    first.
+    """
+    indices, mious = scores.image_scores
+    scored = ~np.isnan(mious)
+    indices, mious = indices[scored], mious[scored]
+    order = mious.argsort(kind="stable")
+    worst = order[: min(count, -(-len(order) // 2))]
+    best = [place for place in (-mious).argsort(kind="stable") if place not in worst][:count]
+    chosen = {int(indices[place]): ("worst", float(mious[place])) for place in worst}
+    chosen |= {int(indices[place]): ("best", float(mious[place])) for place in best}
+    names = [names[0] for names in benchmark.classes]
+    found = {}
+    for index, row in zip(sorted(chosen), benchmark.rows_at(sorted(chosen)), strict=True):
+        sample = decode_sample(benchmark, row)
+        size = sample["label"].shape
+        prediction = predictor([sample["image"]], [size], frozenset({"semantic"}))[0]
+        group, score = chosen[index]
+        found[index] = example_image(
+            image_id=sample["image_id"],
+            group=group,
+            score=score,
+            image=sample["image"],
+            reference=sample["label"],
+            prediction=np.asarray(prediction.semantic),
+            names=names,
+            ignore_index=benchmark.ignore_index,
+        )
+    return [found[index] for index in chosen]
+
+
 def example_image(
     image_id: str,
     group: str,
@@ -45,70 +86,66 @@ def example_image(
     image: Image.Image,
     reference: np.ndarray,
     prediction: np.ndarray,
-    class_names: Sequence[str],
+    names: Sequence[str],
     ignore_index: int,
 ) -> ExampleImage:
-    """Overlays of an image's labels and prediction, at most 480 pixels long, with one legend for both.
+    """Draw overlays of an image's labels and prediction, at most 480 pixels long, with one legend for both.
 
     Args:
-        image: the image, any mode and size.
+        image_id: the dataset's own.
+        group: "best" or "worst".
+        score: the image's mean IoU.
+        image: any mode and size.
         reference: (H, W) integers, class indices or `ignore_index`.
         prediction: (H, W) integers, class indices.
-        class_names: (K,) names.
+        names: (K,) class names.
+        ignore_index: label of ignored pixels.
 
     Raises:
-        ValueError: if the maps differ in shape, or `group` is not one of `GROUPS`.
+        ValueError: the maps differ in shape.
     """
-    reference, prediction = np.asarray(reference), np.asarray(prediction)
     if reference.shape != prediction.shape:
         raise ValueError(f"{image_id}: the reference is {reference.shape}, the prediction {prediction.shape}")
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {GROUPS}, got {group!r}")
     counted = reference != ignore_index
-    classes, legend = _legend(reference[counted], prediction[counted], class_names)
+    classes, legend = _legend(reference[counted], prediction[counted], names)
     height, width = reference.shape
     factor = min(1.0, LONGEST_SIDE / max(height, width))
     size = max(1, round(height * factor)), max(1, round(width * factor))
-    pil_image = image.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
-    grey = pil_image.convert("L").convert("RGB")  # what is painted on it keeps the legend's hues
-    # Colours go by the place in the legend, so that the classes of one image look as different as can be.
-    place_of = {label: place for place, label in enumerate(classes)}
-    truth, said = (
-        paint_segments(grey, resize_labels(_places(labels, place_of), size), legend)[0]
+    small = image.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
+    gray = small.convert("L").convert("RGB")  # colors on it keep the legend's hues
+    # Color ids are places in the legend, so that the classes of one image differ as much as possible.
+    places = np.full(max(len(names), int(reference.max()) + 1), -1)
+    places[classes] = range(len(classes))
+    overlays = [
+        paint_segments(gray, places[resize_labels(labels, size)], legend)[0]
         for labels in (reference, prediction)
-    )
-    return ExampleImage(image_id, group, score, pil_image, truth, said, legend)
+    ]
+    return ExampleImage(image_id, group, score, small, overlays[0], overlays[1], legend)
 
 
 def _legend(
-    truth: np.ndarray, said: np.ndarray, class_names: Sequence[str]
+    reference: np.ndarray, prediction: np.ndarray, names: Sequence[str]
 ) -> tuple[list[int], list[LegendEntry]]:
-    """The classes of both maps, on the counted pixels (n,), largest first; and the entry of each with its IoU."""
-    truth, said = truth.astype(np.int64), said.astype(np.int64)
-    areas, claimed, hits = (
-        np.bincount(labels, minlength=len(class_names)) for labels in (truth, said, truth[truth == said])
+    """Return the classes in (n,) counted pixels, largest first, and an entry with the IoU of each."""
+    true_positives, referred, predicted = (
+        np.bincount(labels.astype(np.int64), minlength=len(names))
+        for labels in (reference[reference == prediction], reference, prediction)
     )
-    unions = areas + claimed - hits
+    unions = referred + predicted - true_positives
     classes = np.argsort(-unions, kind="stable")[: np.count_nonzero(unions)].tolist()
     legend: list[LegendEntry] = []
     for place, label in enumerate(classes):
-        if not claimed[label]:
-            legend.append((place, f"{class_names[label]}: missed", None))
-        elif not areas[label]:
-            legend.append((place, f"{class_names[label]}: not there", None))
+        if not predicted[label]:
+            legend.append((place, f"{names[label]}: missed", None))
+        elif not referred[label]:
+            legend.append((place, f"{names[label]}: not in the labels", None))
         else:
-            legend.append((place, class_names[label], float(hits[label] / unions[label])))
+            legend.append((place, names[label], float(true_positives[label] / unions[label])))
     return classes, legend
 
 
-def _places(labels: np.ndarray, place_of: Mapping[int, int]) -> np.ndarray:
-    """The labels' places in the legend; -1 for those that are not in it."""
-    values, places = np.unique(labels, return_inverse=True)
-    return np.array([place_of.get(int(value), -1) for value in values])[places].reshape(labels.shape)
-
-
 def numbered(examples: Sequence[ExampleImage]) -> dict[str, ExampleImage]:
-    """The examples by names such as "best_1" and "worst_3", counted within each group, the best first."""
+    """Name the examples "best_1", ..., "worst_1", ..., the best first."""
     return {
         f"{group}_{number}": example
         for group in GROUPS
@@ -116,18 +153,18 @@ def numbered(examples: Sequence[ExampleImage]) -> dict[str, ExampleImage]:
     }
 
 
-def encode_image(image: Image.Image, kind: str, quality: int = 85) -> bytes:
-    """The image as the content of a "JPEG" or "PNG" file; `quality` is JPEG's."""
+def jpeg_of(image: Image.Image, quality: int, longest_side: int | None = None) -> bytes:
+    """Encode an image, scaled down to `longest_side` pixels, as the content of a JPEG file."""
+    image = image.convert("RGB")
+    if longest_side is not None:
+        image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
     content = io.BytesIO()
-    if kind == "JPEG":
-        image.convert("RGB").save(content, kind, quality=quality, optimize=True)
-    else:
-        image.save(content, kind, optimize=True)
+    image.save(content, "JPEG", quality=quality, optimize=True)
     return content.getvalue()
 
 
 def side_by_side(example: ExampleImage) -> Image.Image:
-    """The three images in a row under their titles, and the legend."""
+    """Draw the three images in a row under their titles, and the legend."""
     parts = {
         "image": example.image,
         "reference": example.reference,

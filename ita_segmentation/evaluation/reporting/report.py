@@ -2,14 +2,15 @@
 
     results.json            all numbers
     results.md              tables beside published scores, classes, confusions
-    report.html             the same to click through, with images, in one file
+    report.html             the same with charts and images, in one self-contained file
     BENCHMARK/              per_class.csv, confusion.npz and .png, best_1.jpg, worst_1.jpg, ...
 
-A score that was not measured (nan) is null in JSON, empty in CSV and a dash in tables; it is never written as a number.
+A score that was not measured (NaN) is null in JSON, empty in CSV and a dash in tables; it is never written as a number.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -21,30 +22,31 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
-from ita_segmentation.evaluation.reporting.confusion_matrix import confusion_image
-from ita_segmentation.evaluation.reporting.examples import (
-    ExampleImage,
-    encode_image,
-    numbered,
-    side_by_side,
-)
-from ita_segmentation.evaluation.reporting.html_report import html_report
-from ita_segmentation.evaluation.reporting.markdown_report import (
-    markdown_report,
-    markdown_table,
-    summary_table,
-)
+from ita_segmentation.evaluation.reporting.confusions import worst_confusions
+from ita_segmentation.evaluation.reporting.examples import ExampleImage, jpeg_of, numbered, side_by_side
+from ita_segmentation.evaluation.reporting.figures import class_figure, confusion_figure, png_of
+from ita_segmentation.evaluation.reporting.published_scores import MARK
 from ita_segmentation.evaluation.reporting.score_tables import (
-    CLASS_COLUMNS,
-    Evaluation,
+    CLASS_TITLES,
+    MIOU_NOTE,
+    SCORE_COLUMNS,
     Results,
-    class_names,
+    ScoreTable,
+    cell_text,
+    class_table,
+    comparison_note,
+    counted_classes,
+    published_table,
+    score_of,
+    setting_text,
+    summary_tables,
+    tasks_of,
 )
 from ita_segmentation.files import write_files
-
-__all__ = ["ExampleImage", "markdown_table", "summary_table", "write_results"]
+from ita_segmentation.visualization import MAX_LEGEND_ENTRIES, color_of
 
 PACKAGES = (
     "ita-segmentation",
@@ -57,6 +59,8 @@ PACKAGES = (
     "datasets",
 )
 JPEG_QUALITY = 88
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY, MAX_THUMBNAILS = 340, 75, 12  # in the HTML page; number of each group
+CONFUSIONS_LISTED = 10
 
 
 def write_results(
@@ -66,90 +70,90 @@ def write_results(
     confusions: Mapping[str, np.ndarray] | None = None,
     examples: Mapping[str, Sequence[ExampleImage]] | None = None,
 ) -> tuple[Path, Path]:
-    """Writes all files under `output` (made if missing), whole or not at all.
+    """Write all files under `output`, either all of them or none.
 
     Args:
+        output: a folder, created if missing.
         model: what was evaluated, as given by the user.
-        results: benchmark -> scores, see `ita_segmentation.evaluation.reporting.score_tables`.
-        confusions: benchmark -> `ConfusionMatrix.matrix`, of those that have one.
+        results: benchmark -> scores, see `score_tables`.
+        confusions: benchmark -> (K, K) pixel counts, of those that have them.
         examples: benchmark -> its best and worst images, in the order in which they are shown.
 
     Returns:
         the paths of `results.json` and `results.md`.
 
     Raises:
-        ITAError: if a file cannot be written.
+        ITAError: a file cannot be written.
     """
-    confusions = {name: matrix for name, matrix in (confusions or {}).items() if np.any(matrix)}
-    evaluation = Evaluation(
-        model=model,
-        results=results,
-        confusions=confusions,
-        confusion_images={
-            name: confusion_image(matrix, class_names(results[name])) for name, matrix in confusions.items()
-        },
-        examples=examples or {},
-        folders=folder_names(list(results)),
-        versions=versions_used(),
-    )
-    contents = _overall_files(evaluation)
-    for benchmark in results:
-        contents |= _benchmark_files(evaluation, benchmark)
-    write_files({output / name: content for name, content in contents.items()})
+    confusions, examples = confusions or {}, examples or {}
+    versions = versions_used()
+    document = {"model": model, "benchmarks": plain_values(results), "versions": versions}
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # JSON can escape a lone surrogate of a file name; in the other files it becomes a question mark.
+    contents = {"results.json": text.encode("utf-8", "backslashreplace")}
+    folders = folder_names(list(results))
+    sections = []
+    for name, scores in results.items():
+        matrix = confusions.get(name)
+        matrix = matrix if matrix is not None and matrix.any() else None
+        files = _benchmark_files(scores, matrix, examples.get(name, ()))
+        contents |= {f"{folders[name]}/{file}": content for file, content in files.items()}
+        sections.append(_section(name, folders[name], scores, matrix, examples.get(name, ()), files))
+    page = {
+        "model": model,
+        "tables": summary_tables(results),
+        "published": published_table(results),
+        "published_mark": MARK,
+        "notes": _notes(results),
+        "benchmarks": sections,
+        "versions": versions,
+    }
+    for file in ("results.md", "report.html"):
+        contents[file] = _template(f"{file}.jinja").render(page).encode("utf-8", "replace")
+    write_files({output / file: content for file, content in contents.items()})
     return output / "results.json", output / "results.md"
 
 
-def _overall_files(evaluation: Evaluation) -> dict[str, bytes]:
-    """The files of the whole evaluation, by their names."""
-    model, results = evaluation.model, evaluation.results
-    document = {"model": model, "benchmarks": _plain(results), "versions": evaluation.versions}
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return {
-        "results.json": text.encode("utf-8", "backslashreplace"),  # JSON's own escape for a lone surrogate
-        "results.md": _encode(markdown_report(evaluation)),
-        "report.html": _encode(html_report(evaluation)),
-    }
+def summary_table(results: Results) -> str:
+    """Format one Markdown table for each task that was scored, one row a benchmark."""
+    return "\n".join(markdown_table(table.columns, table.rows) for table in summary_tables(results))
 
 
-def _benchmark_files(evaluation: Evaluation, benchmark: str) -> dict[str, bytes]:
-    """The files of one benchmark, by their names under the output folder."""
-    files = {"per_class.csv": _encode(per_class_csv(evaluation.results[benchmark]["classes"]))}
-    if benchmark in evaluation.confusions:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, confusion=evaluation.confusions[benchmark])
-        files["confusion.npz"] = buffer.getvalue()
-        files["confusion.png"] = encode_image(evaluation.confusion_images[benchmark], "PNG")
-    for name, example in numbered(evaluation.examples.get(benchmark, ())).items():
-        files[f"{name}.jpg"] = encode_image(side_by_side(example), "JPEG", JPEG_QUALITY)
-    return {f"{evaluation.folders[benchmark]}/{name}": content for name, content in files.items()}
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Format a GitHub Markdown table; floats are scores in [0, 1], shown as percent with two decimals."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(
+        "| " + " | ".join(_markdown(cell_text(value)) for value in line) + " |\n" for line in lines
+    )
 
 
-def per_class_csv(classes: Sequence[Mapping[str, Any]]) -> str:
-    """All classes in the order of their indices; scores as fractions, nothing where there is none."""
-    keys = [key for key in CLASS_COLUMNS.values() if any(key in entry for entry in classes)]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "name", "seen", "is_thing", *keys])
-    for index, entry in enumerate(classes):
-        values = [_plain(entry.get(key)) for key in ("name", "seen", "is_thing", *keys)]
-        writer.writerow([index, *("" if value is None else value for value in values)])
-    return text.getvalue()
+def plain_values(value: Any) -> Any:
+    """Convert to what JSON can hold: arrays to lists, NaN and infinity to None, unknown objects to text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain_values(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain_values(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int)) else str(value)
 
 
 def folder_names(benchmarks: Sequence[str]) -> dict[str, str]:
-    """A folder name for each benchmark: its name, without what a file system may refuse; no two alike."""
+    """Return a folder name for each benchmark, without what a file system may refuse; no two are equal."""
     folders: dict[str, str] = {}
     for benchmark in benchmarks:
-        plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", benchmark).strip("._")[:100] or "benchmark"
-        folder, number = plain, 2
+        safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", benchmark).strip("._")[:100] or "benchmark"
+        folder, number = safe, 2
         while folder.lower() in {taken.lower() for taken in folders.values()}:
-            folder, number = f"{plain}_{number}", number + 1
+            folder, number = f"{safe}_{number}", number + 1
         folders[benchmark] = folder
     return folders
 
 
 def versions_used() -> dict[str, str]:
-    """Versions of Python and of the packages that decide on the numbers, of those that are installed."""
+    """Return the versions of Python and of the installed packages that decide the numbers."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -159,23 +163,123 @@ def versions_used() -> dict[str, str]:
     return versions
 
 
-def _encode(text: str) -> bytes:
-    """UTF-8; what cannot be written in it (a lone surrogate of a file name) becomes a question mark."""
-    return text.encode("utf-8", "replace")
+def per_class_csv(classes: Sequence[Mapping[str, Any]]) -> str:
+    """Format all classes in the order of their indices; scores as fractions, empty where there is none."""
+    keys = [key for key in CLASS_TITLES.values() if any(key in entry for entry in classes)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["index", "name", "seen", "is_thing", *keys])
+    for index, entry in enumerate(classes):
+        writer.writerow(
+            [index, *(plain_values(entry.get(key)) for key in ("name", "seen", "is_thing", *keys))]
+        )
+    return text.getvalue()
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: arrays as lists, nan and infinity as None, what it does not know as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    return value if value is None else str(value)
+def _benchmark_files(
+    scores: Mapping[str, Any], matrix: np.ndarray | None, examples: Sequence[ExampleImage]
+) -> dict[str, bytes]:
+    """Make the files of one benchmark, by their names in its folder."""
+    files = {"per_class.csv": per_class_csv(scores["classes"]).encode("utf-8", "replace")}
+    if matrix is not None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, confusion=matrix)
+        names = [str(entry["name"]) for entry in scores["classes"]]
+        files["confusion.npz"] = buffer.getvalue()
+        files["confusion.png"] = png_of(confusion_figure(matrix, names))
+    for name, example in numbered(examples).items():
+        files[f"{name}.jpg"] = jpeg_of(side_by_side(example), JPEG_QUALITY)
+    return files
+
+
+def _section(
+    name: str,
+    folder: str,
+    scores: Mapping[str, Any],
+    matrix: np.ndarray | None,
+    examples: Sequence[ExampleImage],
+    files: Mapping[str, bytes],
+) -> dict[str, Any]:
+    """Collect what the templates show of one benchmark."""
+    classes = scores["classes"]
+    names = [str(entry["name"]) for entry in classes]
+    ranked = class_table(classes, counted_classes(classes))
+    table, chart = class_table(classes, classes), class_figure(scores)
+    table = ScoreTable(table.title, ["#", *table.columns], [[i, *row] for i, row in enumerate(table.rows)])
+    tiles = [("images", cell_text(int(scores["num_images"]))), ("classes", cell_text(len(classes)))]
+    for task in tasks_of(scores):
+        headlines = list(SCORE_COLUMNS[task].items())[: 3 if task == "semantic" else 1]
+        values = {title: score_of(scores, key) for title, key in headlines}
+        tiles += [(title, cell_text(value)) for title, value in values.items() if not math.isnan(value)]
+    confusions = {}
+    if matrix is not None:
+        for title, by in (("Largest shares of a class", "share"), ("Most pixels", "pixels")):
+            found = worst_confusions(matrix, CONFUSIONS_LISTED, by)
+            confusions[title] = [confusion.text(names) for confusion in found] or ["none"]
+    return {
+        "name": name,
+        "folder": folder,
+        "tiles": tiles,
+        "settings": {key: setting_text(value) for key, value in (scores.get("settings") or {}).items()},
+        "classes": table,
+        "ranked": ranked,
+        "num_without_scores": len(classes) - len(ranked.rows),
+        "chart": None if chart is None else _data_url(png_of(chart), "png"),
+        "confusions": confusions,
+        "confusion_image": _data_url(files["confusion.png"], "png") if matrix is not None else None,
+        "examples": [_example(key, example) for key, example in numbered(examples).items()],
+    }
+
+
+def _example(key: str, example: ExampleImage) -> dict[str, Any]:
+    group, _, number = key.partition("_")
+    images = {"image": example.image, "reference": example.reference, "prediction": example.prediction}
+    shown = images if int(number) <= MAX_THUMBNAILS else {}
+    return {
+        "key": key,
+        "group": group,
+        "number": number,
+        "image_id": example.image_id,
+        "score": cell_text(float(example.score)),
+        "thumbnails": {
+            title: _data_url(jpeg_of(image, THUMBNAIL_QUALITY, THUMBNAIL_SIDE), "jpeg")
+            for title, image in shown.items()
+        },
+        "legend": [
+            (f"rgb{color_of(index)}", label, "" if score is None else f"{100 * score:.0f} %")
+            for index, label, score in example.legend[:MAX_LEGEND_ENTRIES]
+        ],
+        "num_hidden": max(0, len(example.legend) - MAX_LEGEND_ENTRIES),
+    }
+
+
+def _notes(results: Results) -> list[str]:
+    semantic = any("miou" in scores for scores in results.values())
+    return [note for note in (MIOU_NOTE if semantic else "", comparison_note(results)) if note]
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=name.endswith(".html.jinja"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "cell": cell_text,
+        "line": lambda value: " ".join(str(value).split()),
+        "markdown": _markdown,
+        "markdown_table": lambda table: markdown_table(table.columns, table.rows),
+    }
+    environment.globals |= {"ScoreTable": ScoreTable, "zip": zip}
+    return environment.get_template(name)
+
+
+def _markdown(text: Any) -> str:
+    """Format one line that stays in its table cell and contains no HTML."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,8 +1,8 @@
-"""Everyone's baselines: other transformers models, loaded to be scored on the same images by the same metrics.
+"""Load other transformers models as baselines.
 
 Any checkpoint of `AutoModelForUniversalSegmentation` or `AutoModelForSemanticSegmentation` whose labels are the
-benchmark's classes (`baseline_labels.py`), with its own image processor and its own read-out (`baseline_models.py`),
-and `CLIPSegForImageSegmentation` with class names as prompts (`baseline_clipseg.py`).
+benchmark's classes (`labels.py`), with its own image processor and post-processing (`models.py`), and
+`CLIPSegForImageSegmentation` with class names as prompts (`clipseg.py`).
 """
 
 from __future__ import annotations
@@ -43,14 +43,21 @@ from ita_segmentation.evaluation.baselines.models import (
     SemanticPredictor,
     UniversalPredictor,
 )
-from ita_segmentation.evaluation.baselines.postprocessing import Network
+from ita_segmentation.evaluation.baselines.postprocessing import BaselinePredictor, Network
 from ita_segmentation.evaluation.predictors import Predictor
 
 UNUSED_WEIGHTS = {"dpt": "neck.fusion_stage.layers.0.residual_layer1."}
-"""Weights that a model has and never uses (the first fusion layer has nothing to fuse with); files may lack them."""
+"""Weights that a model has and never uses (its first fusion layer has nothing to fuse); files may lack them."""
 
 BROKEN_CHECKPOINT_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, AttributeError, ImportError),
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    AssertionError,
+    AttributeError,
+    ImportError,
     SafetensorError,
 )
 UNIVERSAL_PREDICTORS = {
@@ -62,10 +69,10 @@ UNIVERSAL_PREDICTORS = {
 
 
 def is_baseline(path: Path) -> bool:
-    """Whether a checkpoint is of another model than ITA: its config.json names one.
+    """Return whether the config.json of a checkpoint names another model than ITA.
 
     False for a folder without a readable config.json, and for what is neither a folder nor a model that transformers
-    can find on the Hub.
+    finds on the Hub.
     """
     if not path.is_dir() and not _may_be_on_hub(path):
         return False
@@ -86,9 +93,7 @@ def load_baseline(
     *,
     allow_missing: bool = False,
 ) -> Predictor:
-    """A checkpoint of another model, ready to be scored on a benchmark.
-
-    The predictor's `notes` are what a reader of its scores should know, one line each. `seen` is None.
+    """Load a checkpoint of another model for a benchmark.
 
     Args:
         path: a folder, or a model's name on the Hub.
@@ -96,8 +101,11 @@ def load_baseline(
         is_thing: (K,) which of them have instances; None if that is not known: semantic segmentation only.
         device: where the model runs.
         dtype: of mixed precision; None or float32 for none.
-        size: shortest side of the images fed to the network, in pixels; None for the checkpoint's own.
-        allow_missing: classes without a label are scored as never predicted, with a warning, instead of an error.
+        size: shortest side of the network's input in pixels; None for the checkpoint's own.
+        allow_missing: score classes without a label as never predicted, with a warning, instead of an error.
+
+    Returns:
+        a predictor whose `seen` is None.
 
     Raises:
         ITAError: the checkpoint cannot be loaded, is no segmentation model, lacks weights or an image processor,
@@ -106,24 +114,24 @@ def load_baseline(
     with _quiet():
         kind = _kind(path)
         network, tokenizer = _load(path, kind, device, dtype)
-    read_out = getattr(network.processor, "image_processor", network.processor)
-    _feed_whole_images(read_out, size)
+    image_processor = getattr(network.processor, "image_processor", network.processor)
+    _configure_size(image_processor, size)
     if kind == "clipseg":
-        predictor: Any = ClipSegPredictor(network, tokenizer, classes)
+        predictor: BaselinePredictor = ClipSegPredictor(network, tokenizer, classes)
     else:
         match = _match(path, network.model.config.id2label, classes, allow_missing)
-        predictor = _predictor(kind, network, read_out, match, is_thing)
+        predictor = _predictor(kind, network, image_processor, match, is_thing)
     if size is not None:
-        _try_out(path, predictor, size)
+        _check_size(path, predictor, size)
     return predictor
 
 
 def _predictor(
-    kind: str, network: Network, read_out: Any, match: LabelMatch, is_thing: Sequence[bool] | None
-) -> Any:
+    kind: str, network: Network, image_processor: Any, match: LabelMatch, is_thing: Sequence[bool] | None
+) -> BaselinePredictor:
     if kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
-        return UNIVERSAL_PREDICTORS.get(kind, UniversalPredictor)(network, read_out, match, is_thing)
-    return SemanticPredictor(network, read_out, match)
+        return UNIVERSAL_PREDICTORS.get(kind, UniversalPredictor)(network, image_processor, match, is_thing)
+    return SemanticPredictor(network, image_processor, match)
 
 
 def _match(
@@ -141,16 +149,17 @@ def _match(
     return match
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
 def _may_be_on_hub(path: Path) -> bool:
     return not path.exists() and re.fullmatch(r"[\w.-]*\w/[\w.-]+", path.as_posix()) is not None
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The content of config.json. Raises OSError or ValueError if there is none that can be read."""
+    """Return the content of config.json.
+
+    Raises:
+        OSError: there is none that can be read.
+        ValueError: it is not JSON, or holds something else.
+    """
     if path.is_dir():
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     else:
@@ -161,7 +170,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _kind(path: Path) -> str:
-    """The model type of a checkpoint that can be scored."""
+    """Return the model type of a checkpoint that can be scored."""
     if not path.is_dir() and not _may_be_on_hub(path):
         raise ITAError(f"no such checkpoint folder: {path}")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -181,7 +190,7 @@ def _kind(path: Path) -> str:
 
 
 def _load(path: Path, kind: str, device: str, dtype: torch.dtype | None) -> tuple[Network, Any]:
-    """The model with its processor, and its tokenizer if it has prompts."""
+    """Load the model with its processor, and its tokenizer if it has prompts."""
     name = str(path) if path.is_dir() else path.as_posix()
     if kind == "clipseg":
         loader: Any = CLIPSegForImageSegmentation
@@ -207,7 +216,7 @@ def _load(path: Path, kind: str, device: str, dtype: torch.dtype | None) -> tupl
 
 
 def _image_processor(path: Path, name: str, kind: str) -> Any:
-    # OneFormer's asks the Hub for a list of class names that only training needs.
+    # OneFormer's image processor asks the Hub for a list of class names that only training needs.
     settings = {"class_info_file": None} if kind == "oneformer" else {}
     try:
         return AutoImageProcessor.from_pretrained(name, **settings)
@@ -221,19 +230,19 @@ def _image_processor(path: Path, name: str, kind: str) -> Any:
 def _tokenizer(path: Path, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        knows_words = tokenizer("cat")["input_ids"] != tokenizer("dog")["input_ids"]
+        knows_names = tokenizer("cat")["input_ids"] != tokenizer("dog")["input_ids"]
     except BROKEN_CHECKPOINT_ERRORS as error:
         raise ITAError(
             f"the checkpoint {path} has no tokenizer that can be loaded: {one_line(error, 160)}"
         ) from error
-    if not knows_words:  # what transformers makes of a folder without a tokenizer's files
+    if not knows_names:  # what transformers loads from a folder without a tokenizer's files
         raise ITAError(f"the checkpoint {path} has no tokenizer (tokenizer.json)")
     return tokenizer
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' reports of what it loads: what matters of them becomes an error here."""
+    """Silence transformers' reports of what it loads: what matters of them becomes an error here."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -243,14 +252,10 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images
+def _configure_size(image_processor: Any, side: int | None) -> None:
+    """Turn off cropping, as every pixel is scored, and set the shortest side.
 
-
-def _feed_whole_images(image_processor: Any, side: int | None) -> None:
-    """Turns off cropping, as every pixel is scored, and sets the shortest side.
-
-    A square size becomes side x side; of a shortest and longest edge, both scale.
+    A square size becomes side x side; a shortest and a longest edge are scaled alike.
     """
     if getattr(image_processor, "do_center_crop", False):
         image_processor.do_center_crop = False
@@ -268,9 +273,9 @@ def _feed_whole_images(image_processor: Any, side: int | None) -> None:
     image_processor.do_resize = True
 
 
-def _try_out(path: Path, predictor: Any, side: int) -> None:
-    """One grey image through the model, to see whether it takes images of another size than its own."""
-    blank = Image.new("RGB", (round(side * 4 / 3), side), "grey")
+def _check_size(path: Path, predictor: BaselinePredictor, side: int) -> None:
+    """Run one gray image, to find out whether the model takes images of another size than its own."""
+    blank = Image.new("RGB", (round(side * 4 / 3), side), "gray")
     try:
         predictor([blank], [(blank.height, blank.width)], frozenset({"semantic"}))
     except BROKEN_CHECKPOINT_ERRORS as error:
