@@ -55,7 +55,7 @@ class Predictor(Protocol):
 
     tasks: frozenset[str]
     seen: list[bool] | None
-    notes: Sequence[str]
+    notes: tuple[str, ...]
 
     def __call__(
         self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]

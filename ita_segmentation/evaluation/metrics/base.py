@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,10 @@ class ArrayStateMetric(Metric):
         super().__init__(compute_with_cache=False, **kwargs)
         self.num_classes = num_classes
         self._row_types: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def compute(self, seen: Sequence[bool] | None = None) -> dict[str, Any]:
+        """Return all scores; with `seen` (K,) also the means over seen and unseen classes."""
 
     def add_sum(self, name: str, *shape: int) -> None:
         """Add a state of integers that is summed across processes."""

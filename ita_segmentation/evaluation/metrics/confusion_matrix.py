@@ -87,12 +87,12 @@ def count_pixels(
     if predicted.shape != referred.shape:
         raise ValueError(f"prediction has shape {tuple(predicted.shape)}, reference {tuple(referred.shape)}")
     counted = referred != ignore_index
-    predicted, referred = predicted[counted].long(), referred[counted].long()
-    hint = f" (ignore_index is {ignore_index})"
-    check_labels(predicted, num_classes, "prediction", hint)
-    check_labels(referred, num_classes, "reference", hint)
-    counts = torch.bincount(referred * num_classes + predicted, minlength=num_classes**2)
-    return counts.view(num_classes, num_classes)
+    for labels, role in ((predicted, "prediction"), (referred, "reference")):
+        if (counted & ((labels < 0) | (labels >= num_classes))).any():
+            check_labels(labels[counted], num_classes, role, f" (ignore_index is {ignore_index})")
+    ignored = num_classes**2
+    pairs = torch.where(counted, referred * num_classes + predicted, ignored).flatten()
+    return torch.bincount(pairs, minlength=ignored + 1)[:-1].view(num_classes, num_classes)
 
 
 def iou_scores(matrix: np.ndarray, seen: Sequence[bool] | None = None) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _integer_tensor(labels: Any, role: str, device: torch.device | str) -> Tenso
         return torch.from_numpy(as_integers(labels, role).astype(np.int64)).to(device)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{role} must hold integer labels, got {labels.dtype}")
-    return labels.detach().to(device)
+    return labels.detach().to(device, torch.int64)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from ita_segmentation.evaluation.reporting.score_tables import class_title, coun
 
 TRUE_COLOR, FALSE_COLOR, MUTED = "#1f61a8", "#c43e1c", "#6e6e6e"
 GROUP_COLORS = {True: "#1f61a8", False: "#c2541d", None: "#1f61a8"}
-GROUP_TITLES = {True: "seen", False: "unseen"}
+GROUP_TITLES = {True: "seen", False: "unseen", None: None}
 MEANS = {"iou": "miou", "acc": "macc", "pq": "pq", "sq": "sq", "rq": "rq", "ap": "ap"}
 MAX_NAMED_BARS = 90
 MAX_NAME_CHARACTERS = 26
@@ -45,7 +45,7 @@ def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 
     figure = Figure(figsize=(2 + 0.3 * len(columns), 2 + 0.3 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    target = np.where(np.eye(*cells.shape, dtype=bool)[..., None], _rgb(TRUE_COLOR), _rgb(FALSE_COLOR))
+    target = np.where(np.eye(len(rows), len(columns))[..., None] > 0, _rgb(TRUE_COLOR), _rgb(FALSE_COLOR))
     colors = 1 + np.sqrt(shares)[..., None] * (target - 1)  # the square root makes small shares visible
     axes.pcolormesh(range(len(columns)), range(len(rows)), colors, edgecolors="#e2e2e2", linewidth=0.5)
     axes.set_aspect("equal")
@@ -83,7 +83,7 @@ def class_figure(results: Mapping[str, Any]) -> Figure | None:
         places = [place for place, entry in enumerate(bars) if entry.get("seen") is group]
         if places:
             heights = [scores[place] for place in places]
-            axes.bar(places, heights, 0.8, color=GROUP_COLORS[group], label=GROUP_TITLES.get(group))
+            axes.bar(places, heights, 0.8, color=GROUP_COLORS[group], label=GROUP_TITLES[group])
     mean = 100 * score_of(results, MEANS[key])
     if not np.isnan(mean):
         axes.axhline(mean, color="black", linestyle="--", linewidth=1, label=f"mean {mean:.2f}")
