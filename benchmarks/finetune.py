@@ -1,10 +1,10 @@
 """What fine-tuning a checkpoint on fifty images of five new classes gains on these and costs on the old ones.
 
-    python benchmarks/finetune.py --output FOLDER      # data, training and scores; other arguments are run_train.py's
+    python benchmarks/finetune.py --output FOLDER      # data, training and scores; other arguments go to run_train.py
 
-The images are scenes with five things that the Scenes world does not have, amid its own things and textures. Of the
-fifty for training only the five are labelled. The work itself is done by the doors, as a user would:
-`run_prepare.py folder`, `run_train.py --config recipes/finetune_folder.yaml`, `run_eval.py`. Prints a Markdown table.
+The images are scenes with five things that Scenes does not have, among its own things and textures. Of the fifty for
+training only the five are labeled. The commands are those of a user: `run_prepare.py folder`, `run_train.py --config
+recipes/finetune_folder.yaml`, `run_eval.py`. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ NEW_THINGS = {
     "microscope": "U+1F52C",
     "gift box": "U+1F381",
 }
-"""Names and pictograms; no word of theirs is the Scenes world's."""
+"""Names and pictograms; Scenes has no class with one of these names."""
 SEEDS = {"train": 501, "validation": 502}
 OLD_THINGS, OLD_STUFF = 5, 4
-"""So many old classes may be in an image with new ones; others in each."""
+"""Number of old classes, different ones for each image, that may be beside new ones."""
 SIZE = 192
 
 
 @contextlib.contextmanager
-def larger_world() -> Iterator[None]:
-    """Inside, the Scenes world has the new things, too: after its own things and before stuff."""
+def extended_scenes() -> Iterator[None]:
+    """In this context Scenes also has the new things, after its own things and before stuff."""
     before = scenes_classes.VOCABULARY_FILE
     table = json.loads(before.read_text(encoding="utf-8"))
     table["things"] += [
@@ -68,15 +68,15 @@ def larger_world() -> Iterator[None]:
 
 
 def draw_images(split: str, count: int, size: int = SIZE) -> Iterator[tuple[Image.Image, np.ndarray]]:
-    """Images that show at least one new thing each, and (size, size) uint8 ids in the larger world's classes."""
-    with larger_world():
-        words = scenes_vocabulary()
-        new = [words.names.index(name) for name in NEW_THINGS]
-        old = sorted(set(words.thing_ids) - set(new))
+    """Images that show at least one new thing each, and (size, size) uint8 ids in the extended Scenes' classes."""
+    with extended_scenes():
+        vocabulary = scenes_vocabulary()
+        new = [vocabulary.names.index(name) for name in NEW_THINGS]
+        old = sorted(set(vocabulary.thing_ids) - set(new))
         index = 0
         while count:
             rng = np.random.default_rng([SEEDS[split], index])
-            others = [*rng.choice(old, OLD_THINGS, False), *rng.choice(words.stuff_ids, OLD_STUFF, False)]
+            others = [*rng.choice(old, OLD_THINGS, False), *rng.choice(vocabulary.stuff_ids, OLD_STUFF, False)]
             drawn = scene(SEEDS[split], index, size, [*new, *map(int, others)])
             index += 1
             if np.isin(drawn.semantic, new).any():
@@ -86,7 +86,7 @@ def draw_images(split: str, count: int, size: int = SIZE) -> Iterator[tuple[Imag
 
 def write_folder(folder: Path, split: str, count: int, classes: list[list[str]], size: int = SIZE) -> None:
     """Images, label PNGs and classes.json as `run_prepare.py folder` takes them; other classes become 255."""
-    with larger_world():
+    with extended_scenes():
         names = scenes_vocabulary().names
     table = np.full(256, IGNORE_INDEX, np.uint8)
     for label, (name, *_) in enumerate(classes):
@@ -100,45 +100,36 @@ def write_folder(folder: Path, split: str, count: int, classes: list[list[str]],
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Doors
+# Commands
 
 
-def run_door(*words: Any) -> float:
-    """Runs a door as a user would; returns its seconds. Raises CalledProcessError if it fails."""
-    print("$ python", *words, flush=True)
+def run_command(*arguments: Any) -> float:
+    """Run a command as a user would; return its seconds. Raises CalledProcessError if it fails."""
+    print("$ python", *arguments, flush=True)
     started = time.monotonic()
     settings = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=settings, check=True)
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=settings, check=True)
     return time.monotonic() - started
 
 
 def make_data(folder: Path, classes: list[list[str]]) -> None:
-    """`folder/data/mine`, what a user has: only the new classes; `folder/data/all`, to score: every class."""
+    """Make `folder/data/mine`, what a user has (only the new classes), and `folder/data/all`, for scores (all classes)."""
     new = [[name] for name in NEW_THINGS]
     write_folder(folder / "source" / "mine", "train", 50, new)
     write_folder(folder / "source" / "all", "validation", 120, [*classes, *new])
     for name in ("mine", "all"):
         source, output = folder / "source" / name, folder / "data" / name
-        run_door("run_prepare.py", "folder", "--source", source, "--output", output)
+        run_command("run_prepare.py", "folder", "--source", source, "--output", output)
 
 
 def scores_of(model: Path, folder: Path, name: str) -> dict[str, float]:
-    """mIoU of the new classes and of all others on the images with both; of the Scenes world's on its own."""
+    """mIoU of the new classes and of all others on the images with both; of all of Scenes on its own images."""
     results: dict[str, Any] = {}
     for part in ("all", "scenes"):
         output = folder / "scores" / name / part
-        words = [
-            "--benchmarks",
-            part,
-            "--data_dir",
-            folder / "data",
-            "--tasks",
-            "semantic",
-            "--num_examples",
-            0,
-        ]
-        limit = ["--limit", 100] if part == "scenes" else []
-        run_door("run_eval.py", "--model", model, *words, *limit, "--output", output)
+        options = ["--benchmarks", part, "--data_dir", folder / "data", "--tasks", "semantic", "--num_examples", 0]
+        options += ["--limit", 100] if part == "scenes" else []
+        run_command("run_eval.py", "--model", model, *options, "--output", output)
         results[part] = json.loads((output / "results.json").read_text(encoding="utf-8"))["benchmarks"][part]
     iou = {row["name"]: row["iou"] for row in results["all"]["classes"]}
     others = [value for name, value in iou.items() if name not in NEW_THINGS and value is not None]
@@ -167,7 +158,7 @@ def main() -> None:
     for seed in arguments.seeds:
         output = folder / "runs" / str(seed)
         words = ["--model", arguments.model, "--dataset", folder / "data" / "mine", "--output_dir", output]
-        seconds = run_door(
+        seconds = run_command(
             "run_train.py", "--config", "recipes/finetune_folder.yaml", *words, "--seed", seed, *more
         )
         rows[f"after, seed {seed} ({seconds / 60:.1f} min)"] = scores_of(output, folder, str(seed))

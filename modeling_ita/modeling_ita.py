@@ -47,6 +47,9 @@ from .set_criterion import SetCriterion
 from .text import TextEncoder
 from .vocabulary import Vocabulary, normalize_vocabulary
 
+CLIP_MODULES = r"clip_backbone\..*"
+"""A pattern of the names of all of CLIP's modules, for `exclude_modules` of a peft configuration."""
+
 
 @dataclass
 class ITAForOpenVocabSegmentationOutput(ModelOutput):
@@ -146,6 +149,21 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
         model.clip_backbone.freeze()
         model.mask_classifier.freeze()
         return (model, info) if wants_info else model
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Add a peft adapter, as `PreTrainedModel.add_adapter`.
+
+        `target_modules="all-linear"` leaves out the frozen CLIP, unless the configuration's `exclude_modules` says
+        otherwise. `peft.get_peft_model` has no such hook: give it `exclude_modules=CLIP_MODULES`.
+
+        Args:
+            adapter_config: a `peft.PeftConfig`.
+            adapter_name: name of the adapter; None for peft's default.
+        """
+        targets = getattr(adapter_config, "target_modules", None)
+        if targets == "all-linear" and adapter_config.exclude_modules is None:
+            adapter_config.exclude_modules = CLIP_MODULES
+        super().add_adapter(adapter_config, adapter_name)
 
 
 class ITAForOpenVocabSegmentation(ITAPreTrainedModel):

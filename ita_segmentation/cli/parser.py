@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,6 +76,19 @@ def run_command(
         sys.exit(1)
 
 
+class CompactHelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows one spelling of each option, and its default."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+        metavar = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(spellings[: 1 + (len(spellings[0]) == 2)])} {metavar}".strip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        has_default = action.default not in (None, [], argparse.SUPPRESS, False)
+        return (action.help or "") + (" (default: %(default)s)" if has_default else "")
+
+
 class ConfigArgumentParser(argparse.ArgumentParser):
     """An argument parser with `--config FILE` (YAML or JSON of the same arguments) and one-line errors.
 
@@ -102,6 +115,19 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
         help_text = "YAML or JSON file of these arguments; the command line takes precedence"
         self.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help_text)
+
+    def shorten_help(self, hidden: Collection[str], shortened: Collection[str]) -> None:
+        """Shorten `--help`.
+
+        Args:
+            hidden: Arguments that it leaves out, as it does all `--no_NAME` spellings.
+            shortened: Arguments of which it shows the first sentence.
+        """
+        for action in self._actions:
+            if action.dest in hidden or f"--no_{action.dest}" in action.option_strings:
+                action.help = argparse.SUPPRESS
+            elif action.dest in shortened:
+                action.help = one_line(action.help).partition(". ")[0].removesuffix(".")
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line on stderr."""
@@ -133,13 +159,17 @@ class ConfigArgumentParser(argparse.ArgumentParser):
 
     def _arguments_of(self, path: Path) -> list[str]:
         """Read the file's content as command-line arguments, so that it is checked like them."""
+        try:
+            values = read_mapping(path)
+        except ITAError as error:
+            raise UsageError(str(error)) from error
         actions = {
             option.lstrip("-").replace("-", "_"): action
             for action in self._actions
             for option in action.option_strings
         }
         arguments: list[str] = []
-        for key, value in read_mapping(path).items():
+        for key, value in values.items():
             action = actions.get(str(key).replace("-", "_"))
             if action is None or action.dest in ("config", "help"):
                 raise UsageError(f"{path}: unknown argument {key!r}")

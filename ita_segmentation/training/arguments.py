@@ -1,172 +1,256 @@
-"""What a training run can be told about its model and its optimisation."""
+"""Arguments of a training run: its model and its optimization."""
 
+import dataclasses
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import TrainingArguments
 
+from ita_segmentation.files import parse_mapping
 from ita_segmentation.training.schedules import STEP_MILESTONES
 
-
-class BadInput(Exception):
-    """Something the user gave cannot serve; the message says what, in one line."""
+MAY_BE_NEGATIVE = ("max_steps", "local_rank")
+MUST_BE_POSITIVE = (
+    "clip_learning_rate_factor",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "max_minutes",
+    "num_train_epochs",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+    "save_steps",
+)
+COMMON = (
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+    "dataloader_num_workers",
+    "use_cpu",
+)
+"""Arguments of transformers that `--help` describes beside our own."""
+DERIVED = (
+    "ddp_broadcast_buffers",
+    "ddp_find_unused_parameters",
+    "dataloader_pin_memory",
+    "label_names",
+    "local_rank",
+    "logging_nan_inf_filter",
+    "remove_unused_columns",
+    "report_to",
+    "resume_from_checkpoint",
+    "train_sampling_strategy",
+    "use_cpu",
+)
+"""Arguments that `ITATrainingArguments` sets itself, or that describe one start of a run."""
 
 
 @dataclass
 class ITAModelArguments:
-    """Where the network comes from: give `clip` for a new one, or `model` to go on with one."""
+    """Source of the network: `clip` for a new one, `model` to fine-tune a checkpoint."""
+
+    _argument_group_name = "model"
 
     clip: str | None = field(
         default=None,
         metadata={
-            "help": "A trained CLIP: a folder with open_clip_config.json and open_clip_model.safetensors, or what "
-            "open_clip can fetch: NAME:PRETRAINED, or hf-hub:ID."
+            "help": "Build a new model on this trained CLIP: a folder with open_clip_config.json and "
+            "open_clip_model.safetensors, or what open_clip can download: MODEL:TAG or hf-hub:OWNER/NAME"
         },
     )
-    model: str | None = field(default=None, metadata={"help": "Folder of an ITA checkpoint to fine-tune."})
-    model_config: str | None = field(
-        default=None,
-        metadata={"help": "Fields of ITAConfig, as JSON or YAML; one alone is --model_config.FIELD VALUE."},
+    model: str | None = field(default=None, metadata={"help": "Fine-tune the ITA checkpoint in this folder"})
+    model_config: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Fields of ITAConfig as a JSON or YAML mapping; a single one is --model_config.FIELD VALUE",
+        },
     )
-
     keep_vocabulary: float = field(
         default=0.0,
         metadata={
-            "help": "Of --model: its classes that the data set lacks are kept. What it segments of them with at least "
-            "this score (0..1) where the data set has no label is learned, too; 0: nothing is."
+            "help": "With --model: keep the checkpoint's classes that the dataset lacks. Segments that the original "
+            "checkpoint predicts with at least this score (0..1) where the dataset has no label become "
+            "pseudo-labels; 0 turns it off"
         },
     )
-
-    learn_words: bool = field(
+    tune_class_names: bool = field(
         default=False,
         metadata={
-            "help": "With keep_vocabulary: first move the token embeddings of the data set's names, where no name that "
-            "is kept shares them, to where CLIP sees its masks. For words that CLIP does not know."
+            "aliases": ["--learn_words"],
+            "help": "With --keep_vocabulary: before training, tune the token embeddings that only the dataset's class "
+            "names use, for names that CLIP does not know (--learn_words is the old spelling)",
         },
     )
 
     def __post_init__(self) -> None:
-        if self.learn_words and not self.keep_vocabulary:
-            raise ValueError("learn_words needs keep_vocabulary: new words are told from those that are kept")
+        if self.tune_class_names and not self.keep_vocabulary:
+            raise ValueError("tune_class_names needs keep_vocabulary, which says which names must not change")
         if not 0 <= self.keep_vocabulary < 1:
             raise ValueError(f"keep_vocabulary must be at least 0 and below 1, got {self.keep_vocabulary}")
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """`model_config` as a mapping."""
-        return read_mapping(self.model_config or "", "model_config")
+        """All mappings in `model_config` merged, later ones over earlier ones.
+
+        Raises:
+            ITAError: One is not a mapping.
+        """
+        changes: dict[str, Any] = {}
+        for text in self.model_config:
+            changes |= parse_mapping(text, "model_config")
+        return changes
 
 
 @dataclass
 class ITATrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with the method's defaults, and what a run of this network needs beside."""
+    """transformers' `TrainingArguments` with the method's defaults and the options of this trainer.
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of AdamW after warm-up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "None on norms and embeddings."})
-    max_grad_norm: float = field(default=0.01, metadata={"help": "Clips the gradient of the whole model."})
-    warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up; below 1: a share."})
+    Raises:
+        ValueError: A number is not finite or out of range.
+    """
+
+    _argument_group_name = "training"
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's learning rate after warm-up"})
+    weight_decay: float = field(default=0.05, metadata={"help": "Not applied to norms and embeddings"})
+    max_grad_norm: float = field(default=0.01, metadata={"help": "Clip the norm of the whole gradient"})
+    warmup_steps: float = field(
+        default=10, metadata={"help": "Steps of linear warm-up; a share of the run if below 1"}
+    )
     lr_scheduler_type: Literal["step", "cosine", "linear", "poly", "constant"] = field(
         default="step",
-        metadata={"help": "'step': a tenth after each of lr_milestones; 'poly': linear to the power 0.9."},
+        metadata={"help": "'step' divides by ten at each of lr_milestones; 'poly' has a power of 0.9"},
     )
     lr_milestones: list[float] = field(
         default_factory=lambda: list(STEP_MILESTONES),
-        metadata={"help": "Shares of the run (0..1), rising, after each of which 'step' falls to a tenth."},
+        metadata={"help": "Increasing shares of the run (0..1) at which 'step' divides by ten"},
     )
     max_minutes: float | None = field(
         default=None,
-        metadata={"help": "Ends the run after so many minutes; the learning rate follows the clock."},
+        metadata={"help": "End the run after this many minutes; the learning rate follows the clock"},
     )
     train_clip: Literal["none", "norms", "all"] = field(
         default="none",
-        metadata={"help": "What of CLIP's image tower learns: nothing, its normalisation layers, or all."},
+        metadata={"help": "Train nothing of CLIP's image tower, its normalization layers, or all of it"},
     )
     clip_learning_rate_factor: float = field(
-        default=0.1, metadata={"help": "CLIP's learning rate as a share of learning_rate, where CLIP learns."}
+        default=0.1,
+        metadata={"help": "CLIP's learning rate as a share of learning_rate, where it is trained"},
     )
     lora_rank: int = field(
-        default=0, metadata={"help": "Adapts CLIP's image tower by LoRA of this rank; 0: not. Needs peft."}
+        default=0, metadata={"help": "Adapt CLIP's image tower by LoRA of this rank (needs peft); 0: no LoRA"}
     )
     clip_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Precision in which a frozen CLIP's image tower is kept."}
+        default="float32", metadata={"help": "Precision of a frozen CLIP's image tower"}
     )
     channels_last: bool = field(
-        default=False, metadata={"help": "CLIP's image tower in channels-last memory: faster convolutions."}
+        default=False, metadata={"help": "CLIP's image tower in channels-last memory: faster convolutions"}
     )
     ema_decay: float = field(
         default=0.0,
-        metadata={"help": "Evaluates and saves a moving average of the weights, such as 0.9998; 0: none."},
+        metadata={"help": "Evaluate and save a moving average of the weights, e.g. 0.9998; 0: no average"},
     )
     half_weights: bool = field(
         default=False,
-        metadata={
-            "help": "Write the final checkpoint's weights in float16, half the size; it loads in float32."
-        },
+        metadata={"help": "Write the final weights in float16, half the size; they load in float32"},
     )
     sample_images: int = field(
-        default=6,
-        metadata={"help": "Draw predictions of so many images at each evaluation, in samples/; 0: none."},
+        default=6, metadata={"help": "Draw the predictions for this many images at each evaluation"}
     )
-    logging_steps: float = field(default=50, metadata={"help": "Log losses every so many steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps"})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step, too"})
     report_to: None | str | list[str] = field(
         default=None,
-        metadata={"help": "Trackers, such as 'tensorboard' (the default where it is installed) or 'wandb'."},
+        metadata={"help": "Trackers such as 'tensorboard' (the default where installed), 'wandb', or 'none'"},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "last",
+            "help": "Resume from the last checkpoint of output_dir ('last', or no value), from the last one if there "
+            "is any ('auto'), or from this folder",
+        },
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.max_steps < -1 or self.max_steps == 0:
+            raise ValueError(f"max_steps must be positive, or -1 for no limit, got {self.max_steps}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if not increases_within(self.lr_milestones, 0.0, 1.0):
+            raise ValueError(f"lr_milestones must increase between 0 and 1, got {self.lr_milestones}")
         schedule, self.lr_scheduler_type = self.lr_scheduler_type, "constant"
         if self.report_to is None:
             self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-        # Without being told so, processes that find no accelerator do not find each other either.
+        # Without `use_cpu`, processes that find no accelerator do not form a process group either.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
-        self.lr_scheduler_type = schedule  # "step" is none of transformers' own
-        self.remove_unused_columns = False  # examples are tensors that the collator takes as they are
+        self.lr_scheduler_type = schedule  # transformers has no "step" and no "poly" of this kind
+        self.remove_unused_columns = False  # examples are tensors, which the collator takes unchanged
         self.label_names = ["mask_labels", "class_labels"]
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        self.logging_nan_inf_filter = False  # a loss that is no number ends the run
+        self.logging_nan_inf_filter = False  # a non-finite loss ends the run
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # each trainable weight takes part in each step
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # all buffers are the frozen CLIP's
-        self._check()
-
-    def _check(self) -> None:
-        """Raises ValueError for what cannot be."""
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
-        if self.sample_images < 0:
-            raise ValueError(f"sample_images must not be negative, got {self.sample_images}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must not be negative, got {self.lora_rank}")
-        if self.clip_learning_rate_factor <= 0:
-            raise ValueError(
-                f"clip_learning_rate_factor must be positive, got {self.clip_learning_rate_factor}"
-            )
-        if not rises_within(self.lr_milestones, 0.0, 1.0):
-            raise ValueError(f"lr_milestones must rise from above 0 to below 1, got {self.lr_milestones}")
 
 
-def rises_within(values: Sequence[float], low: float, high: float) -> bool:
-    """Whether each value is greater than the one before, all between the limits."""
+def check_numbers(arguments: Any) -> None:
+    """Check that the numbers of a dataclass of arguments are finite and not negative, or positive where they must be.
+
+    Raises:
+        ValueError: Names the first one that is not.
+    """
+    for one in dataclasses.fields(arguments):
+        value = getattr(arguments, one.name)
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, (int, float)):
+                continue
+            if not math.isfinite(number):
+                raise ValueError(f"{one.name} must be a finite number, got {number}")
+            if number < 0 and one.name not in MAY_BE_NEGATIVE:
+                raise ValueError(f"{one.name} must not be negative, got {number}")
+            if number == 0 and one.name in MUST_BE_POSITIVE:
+                raise ValueError(f"{one.name} must be positive, got {number}")
+
+
+def increases_within(values: Sequence[float], low: float, high: float) -> bool:
+    """Tell whether values increase strictly, all between the limits."""
     bounded = [low, *values, high]
     return all(a < b for a, b in zip(bounded[:-1], bounded[1:], strict=True))
 
 
-def read_mapping(text: str, source: str) -> dict[str, Any]:
-    """A YAML or JSON mapping."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{source} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise BadInput(f"{source} must hold a mapping of names to values, not a {type(values).__name__}")
-    return values
+def changed_arguments(*arguments: Any) -> dict[str, Any]:
+    """Collect the arguments of dataclasses that are not the default, as `--config` reads them.
+
+    Tokens are left out, and so is what follows from the machine or is set by `ITATrainingArguments` itself.
+    """
+    changed: dict[str, Any] = {}
+    for group in arguments:
+        for one in dataclasses.fields(group):
+            default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+            value = getattr(group, one.name, default)
+            value = value.value if isinstance(value, Enum) else value
+            is_recorded = one.init and one.name not in DERIVED and not one.name.endswith("_token")
+            if is_recorded and value not in (default, []) and isinstance(value, (str, int, float, list)):
+                changed[one.name] = value
+    return changed

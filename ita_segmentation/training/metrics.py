@@ -1,4 +1,4 @@
-"""The numbers of a run between two log entries: summed where they arise, copied to the host once per entry."""
+"""Metrics of a run between two log entries: summed on the device, copied to the host once per entry."""
 
 import contextlib
 import resource
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from modeling_ita.set_criterion import Matches
+from modeling_ita.vocabulary import normalize_vocabulary
 
 LOSS_PARTS = ("loss_ce", "loss_mask", "loss_dice")
-COUNTS = ("matched", "matched_text", "true", "true_dominant", "skipped")
 _GIB = 2.0**30
 
 
 def count_text_queries(matches: Matches, num_text_queries: int) -> Tensor:
-    """How many matched queries of all predictions are text queries, the first of each image: a scalar."""
+    """Count the matched queries, over all predictions, that are text queries (the first of each image): a scalar."""
     return (matches.queries % matches.num_queries < num_text_queries).sum()
 
 
@@ -27,18 +27,19 @@ def count_dominant_classes(
     vocabulary: Sequence[Sequence[Sequence[str]]],
     class_labels: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """How many classes the images show, and how many of these have a name among the image's dominant categories.
+    """Count the classes in the images, and those with a name among their image's dominant categories.
 
     Args:
-        dominant, vocabulary: of each image, as the network's output has them.
-        class_labels: of each image (n,) int64.
+        dominant: Dominant categories of each image.
+        vocabulary: Classes of each image, each a sequence of names.
+        class_labels: Labels of each image, (n,) int64.
 
-    Returns: two scalars on the labels' device.
+    Returns:
+        Two scalars on the labels' device.
     """
     shown, found = [], []
     for names, classes, labels in zip(dominant, vocabulary, class_labels, strict=True):
-        unearthed = set(names)
-        is_dominant = torch.tensor([not unearthed.isdisjoint(synonyms) for synonyms in classes])
+        is_dominant = torch.tensor(normalize_vocabulary(classes).shares_name_with(names))
         is_shown = torch.zeros(len(classes), dtype=torch.bool, device=labels.device)
         is_shown[labels] = True
         shown.append(is_shown.sum())
@@ -47,7 +48,7 @@ def count_dominant_classes(
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory of this process so far, and of its CUDA device, in GiB."""
+    """Measure the peak memory of this process so far, and of its CUDA device, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = {"memory_gib": peak * (1 if sys.platform == "darwin" else 1024) / _GIB}
     if torch.cuda.is_available():
@@ -55,12 +56,13 @@ def peak_memory() -> dict[str, float]:
     return memory
 
 
-class RunNumbers:
-    """Sums over the batches since the last log entry, of this process.
+class MetricAccumulator:
+    """Sums over this process's batches since the last log entry.
 
     Attributes:
-        images: images since the last entry.
-        skipped: images that could not be read, in the whole run.
+        loss_names: Names of the losses, in order.
+        images: Images since the last entry.
+        skipped: Unreadable images in the whole run.
     """
 
     def __init__(self) -> None:
@@ -70,22 +72,29 @@ class RunNumbers:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self._started, self._not_counted = time.monotonic(), 0.0
+        self._started, self._excluded = time.monotonic(), 0.0
 
     @contextlib.contextmanager
-    def not_counted(self) -> Iterator[None]:
-        """Time in here (evaluation, checkpoints) is none of the images'."""
+    def exclude_time(self) -> Iterator[None]:
+        """Exclude the time in this context (evaluations, checkpoints) from the throughput."""
         started = time.monotonic()
         try:
             yield
         finally:
-            self._not_counted += time.monotonic() - started
+            self._excluded += time.monotonic() - started
 
     @torch.no_grad()
     def add(self, outputs: Any, matches: Matches, class_labels: list[Tensor], skipped: int) -> Tensor:
-        """Takes in a batch; nothing waits for the device.
+        """Add a batch without waiting for the device.
 
-        Returns: its losses, in the order of `loss_names`.
+        Args:
+            outputs: The model's outputs.
+            matches: What the criterion matched.
+            class_labels: Labels of each image, (n,) int64.
+            skipped: Number of unreadable images that were skipped.
+
+        Returns:
+            The batch's losses in the order of `loss_names`, (n,) float32.
         """
         self.loss_names = list(outputs.loss_dict)
         losses = torch.stack([outputs.loss_dict[name].detach().float() for name in self.loss_names])
@@ -99,45 +108,48 @@ class RunNumbers:
         self.skipped += skipped
         return losses
 
-    def take(self, total: Callable[[Tensor], Tensor], num_processes: int) -> dict[str, float]:
-        """The numbers of a log entry, of all processes; the sums start anew.
+    def flush(self, total: Callable[[Tensor], Tensor], num_processes: int) -> dict[str, float]:
+        """Compute the metrics of a log entry over all processes, and start again.
 
         Args:
-            total: sums a tensor over processes.
+            total: Sums a tensor over processes.
+            num_processes: Number of processes.
 
-        Returns: what docs/training.md lists. Losses are means over batches.
+        Returns:
+            The metrics that docs/training.md lists; losses are means over batches.
         """
         if self.sums is None:
             return {}
         skipped = self.sums.new_tensor([self.batches, self.skipped])
         *sums, batches, num_skipped = total(torch.cat([self.sums, skipped])).tolist()
         losses = {name: value / batches for name, value in zip(self.loss_names, sums, strict=False)}
-        of_all_predictions = {
+        parts = {
             f"{part}_sum": sum(value for name, value in losses.items() if name.startswith(part))
             for part in LOSS_PARTS
         }
         matched, text, shown, found = sums[len(losses) :]
-        seconds = max(time.monotonic() - self._started - self._not_counted, 1e-9)
-        return {
+        seconds = max(time.monotonic() - self._started - self._excluded, 1e-9)
+        metrics = {
+            "loss": sum(parts.values()),
             **losses,
-            **of_all_predictions,
+            **parts,
             "matched_text_queries": text / max(matched, 1.0),
             "true_classes_dominant": found / max(shown, 1.0),
             "skipped_images": num_skipped,
             "images_per_second": self.images * num_processes / seconds,
-        } | peak_memory()
-
-    def restart(self) -> None:
-        """Forgets all but what counts for the whole run."""
+            **peak_memory(),
+        }
         self.sums, self.batches, self.images = None, 0, 0
         self._restart_clock()
+        return metrics
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to make the same next log entry, times aside."""
+        """Return what a resumed run needs to log the same next entry, times aside."""
         sums = None if self.sums is None else self.sums.cpu()
         return {"sums": sums, "batches": self.batches, "skipped": self.skipped, "names": self.loss_names}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore what `state` returned."""
         self.sums = None if state["sums"] is None else state["sums"].to(device)
         self.batches, self.skipped, self.loss_names = state["batches"], state["skipped"], state["names"]
         self._restart_clock()

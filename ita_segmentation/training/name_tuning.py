@@ -1,9 +1,9 @@
-"""New words for a frozen CLIP: the token embeddings of a data set's names are moved to where its images are.
+"""New class names for a frozen CLIP: their token embeddings are tuned on the dataset's masks.
 
-CLIP's own opinion has a large share in every answer, and of a name that it never read it is arbitrary. As in textual
-inversion (Gal et al., arXiv 2208.01618) everything stays frozen but the embeddings of some tokens: those of the new
-names that no name which is kept, and no prompt template, has. So other words keep their embeddings to the bit. They
-are learned by classifying the images' masks, pooled from CLIP's dense feature, among all names.
+CLIP's own prediction has a large weight in the result, and for a name that CLIP never read it is arbitrary. As in
+textual inversion (Gal et al., arXiv 2208.01618) everything stays frozen but the embeddings of some tokens: those of the
+new names that no kept name and no prompt template uses. So the embeddings of all other names stay bitwise the same. The
+tokens are trained to classify the images' masks, pooled from CLIP's dense feature, among all names.
 """
 
 from collections.abc import Iterable
@@ -17,29 +17,29 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ita_segmentation.training.pseudo_labels import KeptVocabulary
-from ita_segmentation.training.weights import FROZEN
+from ita_segmentation.training.checkpoints import FROZEN
+from ita_segmentation.training.pseudo_labels import PseudoLabeler
 from modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.vocabulary import OTHER, Vocabulary
 
 logger = logging.get_logger(__name__)
 
 NUM_IMAGES, BATCH_SIZE = 100, 4
-"""So many augmented images are looked at."""
+"""Number of augmented images that are used, and the size of their batches."""
 STEPS, LEARNING_RATE = 100, 0.01
 
 
-def images_to_look_at(length: int) -> list[int]:
-    """Indices of examples of a data set of `length`, whose indices count on over epochs; all of it, evenly."""
+def images_to_use(length: int) -> list[int]:
+    """Choose `NUM_IMAGES` indices evenly from a dataset of `length`, whose indices continue over epochs."""
     return [index * max(length, NUM_IMAGES) // NUM_IMAGES for index in range(NUM_IMAGES)]
 
 
 def own_tokens(model: ITAForOpenVocabSegmentation, names: Iterable[str], others: Iterable[str]) -> list[int]:
-    """Tokens of `names` that neither `others`, a prompt template nor the word `other` have, in rising order."""
+    """List the tokens of `names` that neither `others`, a prompt template nor the name `other` use, in order."""
     tokenizer = model.clip_backbone.tokenizer
 
-    def tokens_of(words: Iterable[str]) -> set[int]:
-        return {token for word in words for token in tokenizer.encode(word)}
+    def tokens_of(texts: Iterable[str]) -> set[int]:
+        return {token for text in texts for token in tokenizer.encode(text)}
 
     templates = [template.format("") for template in model.config.templates]
     return sorted(tokens_of(names) - tokens_of([*others, *templates, OTHER]))
@@ -47,67 +47,87 @@ def own_tokens(model: ITAForOpenVocabSegmentation, names: Iterable[str], others:
 
 @torch.no_grad()
 def region_embeddings(model: ITAForOpenVocabSegmentation, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """CLIP's unit embeddings (R, D) of a training batch's masks, pooled as at inference, and their classes (R,)."""
+    """Pool CLIP's embeddings of a training batch's masks as at inference.
+
+    Args:
+        model: The model.
+        batch: `pixel_values` (B, 3, H, W); `mask_labels` (n, H, W) and `class_labels` (n,) of each image.
+
+    Returns:
+        Unit embeddings (R, D) float32 of the masks that cover a cell, and their classes (R,) int64 on the CPU.
+    """
     dense = model.clip_backbone(batch["pixel_values"]).dense.float()
     size = [side * model.config.dense_upsample for side in dense.shape[-2:]]
     dense = F.interpolate(dense, size=size, mode="bilinear", align_corners=False)
-    embeddings, classes = [dense.new_zeros(0, model.clip_backbone.embed_dim)], []
+    embeddings, classes = (
+        [dense.new_zeros(0, model.clip_backbone.embed_dim)],
+        [torch.zeros(0, dtype=torch.int64)],
+    )
     for image, (masks, labels) in enumerate(zip(batch["mask_labels"], batch["class_labels"], strict=True)):
         if not len(masks):
             continue
         cells = F.interpolate(masks[None].float(), size=size, mode="area") > 0.5
-        there = cells[0].flatten(1).any(1)
+        covers = cells[0].flatten(1).any(1)
         pooled = model.clip_backbone.pool_masks(dense[image : image + 1], cells)[0]
-        embeddings.append(F.normalize(pooled[there].float(), dim=-1))
-        classes.append(labels[there])
-    return torch.cat(embeddings), torch.cat([torch.zeros(0, dtype=torch.int64), *(c.cpu() for c in classes)])
+        embeddings.append(F.normalize(pooled[covers].float(), dim=-1))
+        classes.append(labels[covers].cpu())
+    return torch.cat(embeddings), torch.cat(classes)
 
 
-def learn_words_of(
-    dataset: Any, collator: Any, kept: KeptVocabulary, model: ITAForOpenVocabSegmentation, new: Vocabulary
+def tune_class_names(
+    model: ITAForOpenVocabSegmentation, new: Vocabulary, labeler: PseudoLabeler, dataset: Any, collator: Any
 ) -> None:
-    """Teaches the model the words of a data set, the same in all processes.
+    """Tune the token embeddings of a dataset's class names; the result is the same in all processes.
 
     Args:
-        dataset, collator: of the training run; examples are taken by index, and their augmentation with them.
-        kept: what labels the rest of the images.
-        new: classes of the data set, in the order of its training labels.
+        model: The model, changed in place.
+        new: The dataset's trained classes, in the order of their labels.
+        labeler: Labels the rest of the images, and has the classes that are kept.
+        dataset: Of the training run; examples are taken by index, with their augmentation.
+        collator: Of the training run.
     """
     device, found = model.clip_backbone.device, []
-    indices = images_to_look_at(len(dataset))
-    for start in logging.tqdm(range(0, len(indices), BATCH_SIZE), desc="learning words", unit="batch"):
+    indices = images_to_use(len(dataset))
+    for start in logging.tqdm(range(0, len(indices), BATCH_SIZE), desc="tuning class names", unit="batch"):
         batch = collator([dataset[index] for index in indices[start : start + BATCH_SIZE]])
-        found.append(region_embeddings(model, kept.complete(send_to_device(batch, device))))
+        batch = labeler.add_pseudo_labels(send_to_device(batch, device))
+        found.append(region_embeddings(model, batch))
     regions, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
-    learn_words(model, new, kept.classes, regions, classes)
+    tune_tokens(model, new, labeler.classes, regions, classes)
     table = model.clip_backbone.text_tower.token_embedding.weight
     with torch.no_grad():
         table.copy_(broadcast(table.clone()))
 
 
 @torch.no_grad()
-def take_words(model: ITAForOpenVocabSegmentation, checkpoint: Path) -> None:
-    """The words as a run had learned them, from one of its checkpoints."""
+def load_tuned_names(model: ITAForOpenVocabSegmentation, checkpoint: Path) -> None:
+    """Load the token embeddings of a run's checkpoint."""
     table = model.clip_backbone.text_tower.token_embedding.weight
     name = next(name for name, weight in model.named_parameters() if weight is table)
     with safe_open(checkpoint / FROZEN, framework="pt") as file:
         table.copy_(file.get_tensor(name))
 
 
-def learn_words(
+def tune_tokens(
     model: ITAForOpenVocabSegmentation, new: Vocabulary, kept: Vocabulary, regions: Tensor, classes: Tensor
 ) -> list[float]:
-    """Moves the new names' own tokens so that CLIP tells the regions apart; returns the losses.
+    """Tune the new names' own tokens so that CLIP classifies the regions.
 
     Args:
-        new: classes whose names are learned. kept: classes that stay as they are.
-        regions: (R, D) unit embeddings. classes: (R,) int64, of the new ones and then of those kept.
+        model: The model, changed in place.
+        new: Classes whose names are tuned.
+        kept: Classes whose names stay unchanged.
+        regions: (R, D) unit embeddings.
+        classes: (R,) int64, of the new classes and then of the kept ones.
+
+    Returns:
+        The loss of each step; none where there is nothing to tune.
     """
     backbone = model.clip_backbone
     tokens = own_tokens(model, new.names, kept.names)
     if not tokens or not len(regions):
         logger.warning(
-            "no word is learned: the new names have no token of their own, or no mask is in the images"
+            "no class name is tuned: the new names have no token of their own, or there are no masks"
         )
         return []
     others = model.encode_vocabulary(kept).prompt_embeds
@@ -128,11 +148,11 @@ def learn_words(
     handle = table.register_forward_hook(move)
     try:
         for _ in range(STEPS):
-            prompted = F.normalize(backbone.encode_tokens(prompt_tokens), dim=-1)
-            prompted = prompted.unflatten(0, (len(new.names), -1))
+            embeds = F.normalize(backbone.encode_tokens(prompt_tokens), dim=-1)
+            embeds = embeds.unflatten(0, (len(new.names), -1))
             loss = moves.new_zeros(())
-            for words in (prompted[:, 0], F.normalize(prompted[:, 1:].mean(1), dim=-1)):
-                similarity = regions @ torch.cat([words, others]).T
+            for name_embeds in (embeds[:, 0], F.normalize(embeds[:, 1:].mean(1), dim=-1)):
+                similarity = regions @ torch.cat([name_embeds, others]).T
                 best = similarity.new_full((len(regions), len(new) + len(kept)), -1.0)
                 best = best.scatter_reduce(1, owners, similarity, "amax")
                 loss = loss + F.cross_entropy(scale * best, classes)

@@ -1,9 +1,9 @@
-"""Fine-tuning on some classes without losing the others: the checkpoint as it was labels what the data leave out.
+"""Fine-tuning on some classes without forgetting the others: self-distillation through pseudo-labels.
 
-Labels of a few classes make every other object background, and a run on them alone unlearns it. Learning without
-forgetting (Li and Hoiem, arXiv 1606.09282) keeps the answers of the network as it was before; here they become masks.
-The words of the checkpoint are part of the training vocabulary, and in each augmented image the segments that the
-checkpoint is sure of are targets beside the labelled ones, where these leave room for them.
+With labels of a few classes every other object is background, and a run on them alone unlearns it. Learning without
+forgetting (Li and Hoiem, arXiv 1606.09282) keeps the original network's predictions as targets; here they are masks.
+The checkpoint's classes stay in the training vocabulary, and in each augmented image the segments that the original
+checkpoint predicts with a high score become targets beside the labeled ones, where those leave room for them.
 """
 
 import copy
@@ -13,37 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ita_segmentation.errors import UsageError
 from modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.vocabulary import normalize_vocabulary
 
-LEAST_SHARE = 0.5  # of a segment that labelled masks leave uncovered; below, the label has renamed it
+MIN_FREE_SHARE = 0.5
+"""Share of a segment outside of labeled masks below which it is dropped: the label has renamed it."""
 
 
 def kept_classes(
     model: ITAForOpenVocabSegmentation, classes: Sequence[str | Sequence[str]]
 ) -> list[list[str]]:
-    """The classes of a checkpoint's vocabulary that share no word with `classes`.
+    """List the classes of a checkpoint's vocabulary that share no name with `classes`.
 
     Raises:
-        ValueError: there are none.
+        UsageError: There are none.
     """
-    taken = {word.casefold() for word in normalize_vocabulary(classes).names}
-    own = model.default_vocabulary or ()
-    kept = [list(names) for names in own if taken.isdisjoint(name.casefold() for name in names)]
+    own = model.default_vocabulary
+    taken = [] if own is None else own.shares_name_with(normalize_vocabulary(classes).names)
+    kept = [list(names) for names, is_taken in zip(own or [], taken, strict=True) if not is_taken]
     if not kept:
-        raise ValueError("keep_vocabulary: the checkpoint has no classes but those of the data set")
+        raise UsageError("keep_vocabulary: the checkpoint has no classes but those of the dataset")
     return kept
 
 
-class KeptVocabulary:
-    """A checkpoint as it was before training, and the classes of its own that are to be kept.
+class PseudoLabeler:
+    """A checkpoint as it was before training, which labels its own classes in training batches.
 
     Args:
-        model: the checkpoint, on its device; a copy of it is made, which shares its CLIP where that is frozen.
-        processor: its image processor.
-        classes: the data set's. first_label: what the first class that is kept counts as; those of the data set that
-            are learned come before.
-        threshold: least score, 0..1, of a segment that becomes a target.
+        model: The checkpoint, on its device; it is copied, and shares its CLIP where that is frozen.
+        processor: Its image processor.
+        classes: The dataset's classes.
+        first_label: Training label of the first kept class, after the dataset's trained classes.
+        threshold: Least score, 0..1, of a segment that becomes a target.
+
+    Attributes:
+        classes: The classes that are kept.
     """
 
     def __init__(
@@ -64,12 +69,15 @@ class KeptVocabulary:
         self.processor, self.first_label, self.threshold = processor, first_label, threshold
 
     @torch.no_grad()
-    def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A training batch with the checkpoint's own segments after the labelled masks.
+    def add_pseudo_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Append the checkpoint's segments to the labeled masks of a training batch.
 
         Args:
             batch: `pixel_values` (B, 3, H, W), perhaps `pixel_mask`; `mask_labels` (n, H, W) bool and `class_labels`
                 (n,) of each image.
+
+        Returns:
+            A batch with more masks and labels.
         """
         outputs = self.model(
             pixel_values=batch["pixel_values"], pixel_mask=batch.get("pixel_mask"), vocabulary=self.classes
@@ -85,11 +93,16 @@ class KeptVocabulary:
     def add_segments(
         self, masks: Tensor, labels: Tensor, segmentation: Tensor, segments: list[dict[str, Any]]
     ) -> tuple[Tensor, Tensor]:
-        """One image's labelled masks (n, H, W) and labels (n,), and after them the segments that they leave free.
+        """Append the segments of one image that its labeled masks leave free.
 
         Args:
+            masks: (n, H, W) bool, labeled.
+            labels: (n,) int64, theirs.
             segmentation: (h, w) ids of `segments`, h and w at most H and W.
-            segments: {"id", "label_id"} of each.
+            segments: `{"id", "label_id"}` of each.
+
+        Returns:
+            More masks (n + m, H, W) and labels (n + m,), the labeled ones first.
         """
         free = ~masks.any(dim=0)
         height, width = segmentation.shape
@@ -97,7 +110,7 @@ class KeptVocabulary:
         for segment in segments:
             own = segmentation.to(masks.device) == segment["id"]
             left = own & free[:height, :width]
-            if left.sum() >= LEAST_SHARE * own.sum():
+            if left.sum() >= MIN_FREE_SHARE * own.sum():
                 more.append(left)
                 classes.append(self.first_label + segment["label_id"])
         if not more:

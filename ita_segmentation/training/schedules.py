@@ -9,22 +9,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 SCHEDULES = ("step", "cosine", "linear", "poly", "constant")
-STEP_MILESTONES = (0.89, 0.96)  # shares of the run after each of which "step" falls to a tenth (Mask2Former)
+STEP_MILESTONES = (0.89, 0.96)
+"""Shares of the run after each of which "step" divides by ten (Mask2Former's)."""
 POLY_POWER = 0.9
 
 
 def learning_rate_factor(
     schedule: str, progress: float, milestones: Sequence[float] = STEP_MILESTONES
 ) -> float:
-    """What multiplies the learning rate after a share `progress` (0..1) of the run, warm-up aside.
+    """Compute the factor of the learning rate after a share of the run, warm-up aside.
 
     Args:
-        schedule: "step" (a tenth after each milestone), "cosine", "linear", "poly" (linear to the power 0.9; these
-            three end at 0) or "constant".
-        milestones: shares of the run, of "step" alone.
+        schedule: "step" (divides by ten at each milestone), "cosine", "linear", "poly" (linear to the power 0.9;
+            these three end at 0) or "constant".
+        progress: Share of the run, 0..1.
+        milestones: Shares of the run, for "step" only.
 
     Raises:
-        ValueError: no schedule has that name.
+        ValueError: There is no such schedule.
     """
     left = 1.0 - min(progress, 1.0)
     if schedule == "step":
@@ -37,19 +39,17 @@ def learning_rate_factor(
         return left**POLY_POWER
     if schedule == "constant":
         return 1.0
-    raise ValueError(
-        f"no learning rate schedule is called {schedule!r}; there are {', '.join(map(repr, SCHEDULES))}"
-    )
+    raise ValueError(f"no learning rate schedule is called {schedule!r}; choose from {', '.join(SCHEDULES)}")
 
 
 class MinuteBudget:
-    """Wall-clock minutes of a run, over its resumed parts too.
+    """Wall-clock minutes of a run, including its parts before a resume.
 
     Args:
-        max_minutes: the budget; None: no end.
+        max_minutes: The budget; None for no limit.
 
     Attributes:
-        minutes: spent so far, as of the last `read_clock`.
+        minutes: Minutes spent, as of the last `read_clock`.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
@@ -60,20 +60,21 @@ class MinuteBudget:
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is spent, 0 without a budget."""
+        """Share of the budget that is spent; 0 without a budget."""
         return self.minutes / self.max_minutes if self.max_minutes else 0.0
 
     @property
     def is_spent(self) -> bool:
+        """Whether the budget is spent."""
         return self.progress >= 1.0
 
     def start(self, minutes_before: float = 0.0) -> None:
-        """Starts the clock of a run that has already had `minutes_before`."""
+        """Start the clock of a run that has already taken `minutes_before`."""
         self._minutes_before, self._started = minutes_before, time.monotonic()
         self.read_clock()
 
     def read_clock(self) -> None:
-        """All processes go by the first one's clock where it matters, so that they stop together."""
+        """Update `minutes`; with a budget, all processes take the first one's clock, so that they stop together."""
         minutes = self._minutes_before + (time.monotonic() - self._started) / 60.0
         if self.max_minutes and torch.distributed.is_available() and torch.distributed.is_initialized():
             shared = torch.tensor(minutes, dtype=torch.float64)
@@ -92,7 +93,16 @@ def build_scheduler(
     milestones: Sequence[float],
     budget: MinuteBudget,
 ) -> LambdaLR:
-    """Linear warm-up, then the schedule over the share of the steps or of the minutes, whichever is further."""
+    """Build a linear warm-up followed by a schedule over the steps or the minutes, whichever are further.
+
+    Args:
+        optimizer: The optimizer.
+        schedule: One of `SCHEDULES`.
+        num_steps: Steps of the run.
+        warmup_steps: Steps of the warm-up.
+        milestones: Of "step", as for `learning_rate_factor`.
+        budget: Minutes of the run.
+    """
 
     def factor(step: int) -> float:
         progress = max(step / max(num_steps, 1), budget.progress)

@@ -1,83 +1,98 @@
-"""transformers' Trainer, told what is particular here: frozen CLIP, loss parts, mIoU while training, safe checkpoints.
+"""transformers' Trainer for this model: frozen CLIP, loss parts, mIoU during training, safe checkpoints.
 
-Optimisation is Mask2Former's (arXiv 2112.01527, section 4.1): AdamW, weight decay on everything but norms and
-embeddings, the whole model's gradient clipped, learning rate in steps.
+Optimization is Mask2Former's (arXiv 2112.01527, section 4.1): AdamW, weight decay on everything but norms and
+embeddings, the norm of the whole gradient clipped, a learning rate in steps.
 """
 
 import contextlib
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError
-from torch import nn
-from torch.utils.data import DataLoader, SequentialSampler, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
 from ita_segmentation.data.training import INFINITE_LENGTH, EvaluationCollator, TrainingClasses
+from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.evaluation.metrics.confusion_matrix import ConfusionMatrix
 from ita_segmentation.training import checkpoints
 from ita_segmentation.training.arguments import ITATrainingArguments
-from ita_segmentation.training.clip_tuning import NORMS, merge_adapters
+from ita_segmentation.training.callbacks import (
+    NON_FINITE_BATCH,
+    STEPS_BETWEEN_CHECKS,
+    NonFiniteGuard,
+    ProgressLine,
+    StopSignals,
+    TrainingStoppedError,
+    write_non_finite_batch,
+)
+from ita_segmentation.training.clip_tuning import (
+    CLIP,
+    decayed_parameters,
+    merge_adapters,
+    separate_clip,
+    trainable,
+)
 from ita_segmentation.training.ema import WeightAverage
-from ita_segmentation.training.metrics import RunNumbers
-from ita_segmentation.training.non_finite import STEPS_BETWEEN_CHECKS, BatchWatch, write_nan_batch
-from ita_segmentation.training.progress_bar import ProgressLine
-from ita_segmentation.training.pseudo_labels import KeptVocabulary
+from ita_segmentation.training.metrics import MetricAccumulator
+from ita_segmentation.training.pseudo_labels import PseudoLabeler
+from ita_segmentation.training.results import Sample, take_sample, write_results
 from ita_segmentation.training.schedules import MinuteBudget, build_scheduler
-from ita_segmentation.training.stopping import PREEMPTED, Preemption, RunStopped
-from ita_segmentation.training.weights import AVERAGED, FrozenFile, load_weights, save_weights, trainable
 from modeling_ita.vocabulary import normalize_vocabulary
 
 logger = logging.get_logger(__name__)
 
-CLIP = "clip_backbone."
-EMBEDDINGS = ("embedding", "queries", "positions")  # how the names of plain parameters of that kind end
-TORCH_CANNOT_WRITE = (
-    "inline_container",
-    "PytorchStreamWriter",
-    "iostream error",
-)  # in what torch.save raises
 SCORES = ("miou", "miou_seen", "miou_unseen", "fwiou", "macc", "pacc")
 
 
 class RunCallback(TrainerCallback):
-    """Calls the trainer back where the loop has no method of its own to override."""
+    """Call the trainer where the training loop has no public method to override."""
 
     def __init__(self, trainer: "ITATrainer") -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore what a run has beside the Trainer's own state."""
         self.trainer.begin()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.budget.read_clock()  # just before the schedule asks
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the gradient; with a loss scaler, one that overflows is skipped and the scale reduced."""
+        if self.trainer.accelerator.scaler is None:
+            self.trainer.guard.record_gradient(state.global_step + 1, self.trainer.network)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the clock just before the schedule does."""
+        self.trainer.budget.read_clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Update the average, and decide whether to stop."""
         self.trainer.end_step(control)
 
 
 class ITATrainer(Trainer):
     """Trains the trainable part of an `ITAForOpenVocabSegmentation` and scores it by mIoU.
 
-    During an evaluation, callbacks' `on_prediction_step` gets `batch` (`inputs`, `labels`) and `predictions`, a list
-    of (H, W) label maps; `on_evaluate` follows when all are through.
-
     Args:
-        classes: the data set's classes. Training uses the seen ones as vocabulary, evaluation all of them.
-        eval_resize: in evaluation, resize images as the processor says.
-        keep_vocabulary: least score of the model's own segments that are learned beside the labels, so that it keeps
-            the other classes of its vocabulary; 0: none are.
-        **kwargs: as of `Trainer`; `args` are `ITATrainingArguments`, `processing_class` is the `ITAImageProcessor`.
+        classes: The dataset's classes. Training uses the seen ones as vocabulary, evaluation all of them.
+        eval_resize: Whether evaluation images are resized as the processor says.
+        keep_vocabulary: Least score of the model's own segments that become pseudo-labels, so that it keeps the other
+            classes of its vocabulary; 0 turns this off.
+        **kwargs: As for `Trainer`; `args` are `ITATrainingArguments`, `processing_class` is the `ITAImageProcessor`.
+
+    Raises:
+        UsageError: An option does not work with FSDP.
     """
 
     args: ITATrainingArguments
@@ -92,12 +107,15 @@ class ITATrainer(Trainer):
     ) -> None:
         model: Any = kwargs["model"]
         learning = trainable(model)
-        # Each process reads the frozen weights from the same file: they need not be sent to each other.
+        # Each process reads the frozen weights from the same file: DDP need not broadcast them.
         model._ddp_params_and_buffers_to_ignore = [
             name
             for name, _ in (*model.named_parameters(), *model.named_buffers())
             if name.startswith(CLIP) and name not in learning
         ]
+        train_dataset: Any = kwargs.get("train_dataset")
+        if hasattr(train_dataset, "__len__") and len(train_dataset) == INFINITE_LENGTH:
+            kwargs["args"].train_sampling_strategy = "sequential"  # every image is new: nothing to shuffle
         super().__init__(**kwargs)
         self.classes = classes
         self.train_vocabulary = normalize_vocabulary(classes.seen_classes)
@@ -106,158 +124,142 @@ class ITATrainer(Trainer):
         self.eval_collator = EvaluationCollator(self.processor, eval_resize)
         self.output = Path(self.args.output_dir or ".")
         self.budget = MinuteBudget(self.args.max_minutes)
-        self.numbers = RunNumbers()
+        self.metrics = MetricAccumulator()
         self.average: WeightAverage | None = None
-        self.preemption = Preemption()
-        self.preempted = False
-        self.saved_step: int | None = None
-        self.stop_reason: str | None = None
-        self._frozen: FrozenFile | None = None
-        self._resumed_from: Path | None = None
+        self.signals = StopSignals()
+        self.was_interrupted = False
+        self.last_checkpoint: Path | None = None
         every = 1 if self.args.device.type == "cpu" else STEPS_BETWEEN_CHECKS
-        self.watch = BatchWatch(self.args.device, self.args.gradient_accumulation_steps, every)
-        if self.args.ema_decay and self.is_fsdp_enabled:
-            raise ValueError("ema_decay does not work with FSDP, which shards the weights: use DDP")
-        self.kept: KeptVocabulary | None = None
+        self.guard = NonFiniteGuard(self.args.device, self.args.gradient_accumulation_steps, every)
+        if self.is_fsdp_enabled and (self.args.ema_decay or keep_vocabulary):
+            raise UsageError("ema_decay and keep_vocabulary do not work with FSDP's sharded weights: use DDP")
+        self.pseudo_labeler: PseudoLabeler | None = None
         if keep_vocabulary:
-            self._keep(model, keep_vocabulary)
+            self.pseudo_labeler = PseudoLabeler(
+                model,
+                self.processor,
+                classes.classes,
+                first_label=len(self.train_vocabulary),
+                threshold=keep_vocabulary,
+            )
+            kept = self.pseudo_labeler.classes
+            self.train_vocabulary = normalize_vocabulary([*self.train_vocabulary, *kept])
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(ProgressLine())
         self.add_callback(RunCallback(self))
 
-    def _keep(self, model: Any, threshold: float) -> None:
-        """From now on the classes of the model that the data set lacks are learned as it knows them now."""
-        if self.is_fsdp_enabled:
-            raise ValueError("keep_vocabulary does not work with FSDP, which shards the weights: use DDP")
-        first_label = len(self.train_vocabulary)
-        self.kept = KeptVocabulary(model, self.processor, self.classes.classes, first_label, threshold)
-        self.train_vocabulary = normalize_vocabulary([*self.train_vocabulary, *self.kept.classes])
-
     @property
     def network(self) -> Any:
-        """The `ITAForOpenVocabSegmentation` within whatever wraps it."""
+        """The `ITAForOpenVocabSegmentation` within DDP, FSDP or compiled wrappers."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     # --------------------------------------------------------------------------------------------- a run
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As of `Trainer`.
+        """Train as `Trainer` does.
 
         Raises:
-            RunStopped: a loss or a gradient was no number; or SIGTERM came, and a checkpoint was saved.
-            ValueError: the checkpoint is of another run.
+            TrainingStoppedError: A loss or a gradient was not finite; or SIGTERM or Ctrl-C came.
+            ITAError: The checkpoint is of another run.
         """
-        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.last_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.is_world_process_zero() and self.output.is_dir():
-            checkpoints.clear_leftovers(self.output)
+            checkpoints.clear_temporary(self.output)
         self.accelerator.wait_for_everyone()
-        with self.preemption:
+        with self.signals:
             try:
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except RunStopped as error:
-                self.stop_reason = str(error)
+            except TrainingStoppedError:
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
+                self.save_results([])
                 raise
-        if self.preempted:
+        if self.was_interrupted:
+            self.save_results([])
             step = self.state.global_step
-            state = "saved" if self.saved_step == step else "could not be saved"
-            raise RunStopped(f"SIGTERM after step {step}; checkpoint-{step} is {state}", PREEMPTED)
+            folder = checkpoints.checkpoint_folder(self.output, step)
+            saved = f"{folder} is saved" if self.last_checkpoint == folder else f"{folder} could not be saved"
+            name, status = "SIGTERM", 143
+            if self.signals.received is not None:
+                name, status = self.signals.received.name, 128 + self.signals.received
+            raise TrainingStoppedError(f"stopped by {name} after step {step}; {saved}", status)
         return result
 
     def begin(self) -> None:
-        """The state that a run has beside the Trainer's: new, or the resumed checkpoint's."""
+        """Start or restore what a run has beside the Trainer's own state: the average, unlogged sums, minutes."""
         if self.args.ema_decay:
             self.average = WeightAverage(trainable(self.network), self.args.ema_decay)
-        minutes = 0.0
-        file = self._resumed_from and self._resumed_from / self._run_state_name
-        if file and file.is_file():
-            state = torch.load(file, weights_only=True)
-            self.numbers.load_state(state["numbers"], self.args.device)
-            self._tr_loss = state["loss"].to(self.args.device)
-            self._globalstep_last_logged, minutes = state["last_logged"], state["minutes"]
-        if self.average is not None and self._resumed_from is not None:
-            try:
-                self.average.load(self._resumed_from / AVERAGED)
-            except (OSError, KeyError, SafetensorError) as error:
-                raise ValueError(
-                    f"{self._resumed_from} has no average of these weights (ema_decay)"
-                ) from error
-        elif self._resumed_from is not None and (self._resumed_from / AVERAGED).is_file():
-            raise ValueError(
-                f"{self._resumed_from} has averaged weights: go on with the ema_decay of its run"
-            )
+        resumed, minutes = self.last_checkpoint, 0.0
+        if resumed is not None:
+            if (resumed / self._run_state_name).is_file():
+                state = torch.load(resumed / self._run_state_name, weights_only=True)
+                self.metrics.load_state(state["metrics"], self.args.device)
+                minutes = state["minutes"]
+            has_average = (resumed / checkpoints.AVERAGED).is_file()
+            if has_average != (self.average is not None):
+                has = "averaged weights" if has_average else "no averaged weights"
+                raise ITAError(f"{resumed} has {has}: use the ema_decay of its run")
+            if self.average is not None:
+                try:
+                    self.average.load(resumed / checkpoints.AVERAGED)
+                except (KeyError, RuntimeError, SafetensorError) as error:
+                    raise ITAError(f"{resumed} has an average of other weights") from error
         self.budget.start(minutes)
 
     def end_step(self, control: Any) -> None:
-        """After the optimiser's step: the average, the budget, and what may end the run."""
+        """Update the average after an optimizer step, and decide whether the run must stop."""
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.update()
         if self.budget.is_spent:
             control.should_training_stop = True
-        due = control.should_save or control.should_log or control.should_training_stop
-        if due or control.should_evaluate or self.state.global_step % self.watch.every == 0:
-            self.preempted = self._check()
-        if self.preempted:
-            self.stop_reason = f"stopped by SIGTERM after step {self.state.global_step}"
+        if control.should_training_stop:
+            control.should_log = True  # the last step is logged, however short the run
+        due = control.should_save or control.should_log or control.should_evaluate
+        if due or self.state.global_step % self.guard.every == 0:
+            self.was_interrupted = self._check()
+        if self.was_interrupted and not control.should_training_stop:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # whoever sends SIGTERM does not wait long
+            control.should_evaluate = False  # a scheduler that sends SIGTERM does not wait long
 
     def _check(self) -> bool:
-        """Whether any process was asked to stop. Raises RunStopped if a step was no number."""
-        bad_step, asked = self.watch.verdict(self.preemption.requested)
+        """Tell whether any process was asked to stop. Raises TrainingStoppedError after a non-finite step."""
+        bad_step, stop_requested = self.guard.check(self.signals.received is not None)
         if bad_step is None:
-            return asked
-        processes = gather_object([self.watch.batches_of(bad_step, self.numbers.loss_names)])
-        rate = self._get_learning_rate()
+            return stop_requested
+        processes = gather_object([self.guard.batches_of(bad_step, self.metrics.loss_names)])
         if self.is_world_process_zero():
-            write_nan_batch(self.output, bad_step, rate, processes)
+            scheduler: Any = self.lr_scheduler
+            write_non_finite_batch(self.output, bad_step, float(scheduler.get_last_lr()[0]), processes)
         names = [name for process in processes for batch in process for name in batch["image_names"]]
-        raise RunStopped(
-            f"the loss or its gradient is no number at step {bad_step}, of {', '.join(names[:8])}"
-            f"{' and others' if len(names) > 8 else ''}; see {self.output / 'nan_batch.json'}"
+        raise TrainingStoppedError(
+            f"the loss or its gradient is not finite at step {bad_step}, with {', '.join(names[:8])}"
+            f"{' and others' if len(names) > 8 else ''}; see {self.output / NON_FINITE_BATCH}"
         )
 
     def finish(self) -> None:
-        """After the run: the model has the averaged weights, and no adapters."""
+        """Put the averaged weights into the model after the run, and merge adapters."""
         if self.average is not None:
             self.average.swap()
             self.average = None
         merge_adapters(self.network)
 
-    # -------------------------------------------------------------------------------------- optimisation
+    # -------------------------------------------------------------------------------------- optimization
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of all parameters but those of norms, embeddings and scales."""
-        exempt = {
-            id(parameter)
-            for module in model.modules()
-            if isinstance(module, (*NORMS, nn.Embedding))
-            for parameter in module.parameters(recurse=False)
-        }
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in exempt
-            and parameter.ndim > (1 if name.startswith(CLIP) else 0)  # CLIP's own: biases and layer scales
-            and not name.endswith(EMBEDDINGS)
-        ]
+        """List all parameters but those of norms, embeddings and scales."""
+        return decayed_parameters(model)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Weights of CLIP, where they learn, are in groups with a learning rate of their own."""
+        """Create the optimizer, with CLIP's trained weights in groups with a learning rate of their own."""
         if self.optimizer is None:
             optimizer: Any = super().create_optimizer(model)
+            rate = self.args.learning_rate * self.args.clip_learning_rate_factor
             network: Any = self.model if model is None else model
-            of_clip = {id(p) for name, p in network.named_parameters() if CLIP in name and p.requires_grad}
-            for group in list(optimizer.param_groups) if of_clip else []:
-                clip = [p for p in group["params"] if id(p) in of_clip]
-                group["params"] = [p for p in group["params"] if id(p) not in of_clip]
-                lr = self.args.learning_rate * self.args.clip_learning_rate_factor
-                optimizer.add_param_group({**group, "params": clip, "lr": lr})
+            separate_clip(optimizer, network, rate)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Warm-up, then the schedule over the share of the steps or of the minutes, whichever is further."""
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule: warm-up, then by the share of the steps or of the minutes, whichever is larger."""
         if self.lr_scheduler is None:
             chosen: Any = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = build_scheduler(
@@ -268,62 +270,52 @@ class ITATrainer(Trainer):
                 self.args.lr_milestones,
                 self.budget,
             )
-            self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if hasattr(dataset, "__len__") and len(dataset) == INFINITE_LENGTH:
-            return SequentialSampler(dataset)  # every image is new: there is nothing to shuffle
         if hasattr(dataset, "epoch_sampler"):
             return dataset.epoch_sampler()  # its indices carry the epoch, which decides the augmentation
         return super()._get_train_sampler(dataset)
 
-    def _run_epoch(self, *arguments, **keywords):
-        if self.state.global_step >= self.state.max_steps:  # resumed after its last step
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        """Get the batches of an optimizer step, with pseudo-labels, and tell the criterion their number of masks."""
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last step
             self.control.should_training_stop = True
-            return
-        super()._run_epoch(*arguments, **keywords)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step of the optimiser; the criterion learns how many masks they have together."""
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.kept is not None:
+        if self.pseudo_labeler is not None:
             with self.accelerator.autocast():
-                batches = [self.kept.complete(batch) for batch in batches]
+                batches = [self.pseudo_labeler.add_pseudo_labels(batch) for batch in batches]
         counts = [[len(labels) for labels in batch["class_labels"]] for batch in batches]
         self.network.criterion.begin_step(counts)
         return batches, num_items
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss of a batch and record its parts."""
         names, skipped = inputs.pop("image_names", []), inputs.pop("skipped_images", [])
         if self.args.channels_last:
             pixels = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
             inputs = {**inputs, "pixel_values": pixels}
         outputs = model(**inputs, vocabulary=self.train_vocabulary)
         matches = self.network.criterion.matches
-        losses = self.numbers.add(outputs, matches, inputs["class_labels"], len(skipped))
-        self.watch.record(self.state.global_step + 1, names, losses)
+        losses = self.metrics.add(outputs, matches, inputs["class_labels"], len(skipped))
+        self.guard.record(self.state.global_step + 1, names, losses)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
-        if self.accelerator.scaler is None:  # with one, a gradient that overflows is skipped and scaled down
-            self.watch.record_gradient(self.state.global_step + 1, norm)
-        return norm
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the numbers of the batches since the last entry, and the time that went and is left."""
+        """Log, with the metrics of the batches since the last entry, and the time spent and left."""
         if "loss" in logs:
-            steps_left = self.state.max_steps - self.state.global_step
             num_processes = self.accelerator.num_processes
+            steps_left = self.state.max_steps - self.state.global_step
             per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * num_processes
 
-            def total(tensor: torch.Tensor) -> torch.Tensor:
-                return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+            def total(tensor: Tensor) -> Any:
+                return self.accelerator.reduce(tensor, reduction="sum")
 
-            logs.update(self.numbers.take(total, num_processes))
-            self.numbers.restart()
+            logs |= self.metrics.flush(total, num_processes)
             logs["eta_minutes"] = steps_left * per_step / logs["images_per_second"] / 60.0
             if self.args.max_minutes:
                 minutes_left = max(self.args.max_minutes - self.budget.minutes, 0.0)
@@ -335,60 +327,53 @@ class ITATrainer(Trainer):
     # --------------------------------------------------------------------------------------- checkpoints
 
     @property
-    def frozen(self) -> FrozenFile:
-        """The file of the frozen weights; their fingerprint is computed once."""
-        if self._frozen is None:
-            self._frozen = FrozenFile(self.network, self.output)
-        return self._frozen
-
-    @property
     def _run_state_name(self) -> str:
         return f"run_state_{self.args.process_index}.pt"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint, or none: if it cannot be written the run goes on, and the checkpoints before it stay."""
+        """Save a checkpoint, or none: if it cannot be written the run continues, and earlier checkpoints stay."""
         self._check()
         folder = checkpoints.checkpoint_folder(self.output, self.state.global_step)
-        written = checkpoints.unfinished(folder)
-        digests: dict[str, str] = {}
+        written = checkpoints.temporary_folder(folder)
 
         def write() -> None:
-            digests.update(self._write_checkpoint(written))
+            self._write_checkpoint(written)
 
-        def publish() -> None:
+        def commit() -> None:
             if self.is_world_process_zero():
-                checkpoints.publish(folder, digests)
+                checkpoints.commit(folder)
                 best = self.state.best_model_checkpoint
                 checkpoints.keep_latest(self.output, self.args.save_total_limit, best)
 
-        with self.numbers.not_counted():
+        with self.metrics.exclude_time():
             if self.is_world_process_zero():
                 shutil.rmtree(written, ignore_errors=True)
-                with contextlib.suppress(OSError):  # writing into it tells
+                with contextlib.suppress(OSError):  # writing into it reports this
                     written.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            for part in (write, publish):
-                failures = [reason for reason in gather_object([failure_of(part)]) if reason]
+            for part in (write, commit):
+                failures = [reason for reason in gather_object([checkpoints.failure_of(part)]) if reason]
                 if failures:
                     if self.is_world_process_zero():
                         shutil.rmtree(written, ignore_errors=True)
-                        logger.error(f"{folder.name} could not be written, the run goes on: {failures[0]}")
+                        logger.error(f"{folder.name} could not be written, the run continues: {failures[0]}")
                     return
-        self.saved_step = self.state.global_step
+        self.last_checkpoint = folder
 
-    def _write_checkpoint(self, folder: Path) -> dict[str, str]:
-        """This process' files of a checkpoint. Returns the SHA-256 of files that need not be read for it."""
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Write this process's files of a checkpoint."""
         self.store_flos()
-        digests: dict[str, str] = {}
         if self.is_fsdp_enabled:
-            self.save_model(str(folder), _internal_call=True)
+            super().save_model(str(folder), _internal_call=True)
         elif self.is_world_process_zero():
-            digests = save_weights(self.network, self.average, self.frozen, folder)
+            checkpoints.save_weights(self.network, self.average, folder, self.last_checkpoint)
             self.processor.save_pretrained(folder)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
+            state = {"metrics": self.metrics.state(), "minutes": self.budget.minutes}
+            torch.save(state, folder / self._run_state_name)
         if self.is_world_process_zero():
             if self.state.best_global_step:
                 best = checkpoints.checkpoint_folder(self.output, self.state.best_global_step)
@@ -399,23 +384,32 @@ class ITATrainer(Trainer):
                 if isinstance(callback, ExportableState):
                     states[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        return digests
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        state = {
-            "numbers": self.numbers.state(),
-            "loss": self._tr_loss.cpu(),
-            "last_logged": self._globalstep_last_logged,
-            "minutes": self.budget.minutes,
-        }
-        torch.save(state, Path(output_dir) / self._run_state_name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_weights(self.network, self.frozen, Path(resume_from_checkpoint))
+            checkpoints.load_weights(self.network, Path(resume_from_checkpoint))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the complete model, each file of it written or left unchanged, with `half_weights` in float16.
+
+        Args:
+            output_dir: A folder; None takes the run's.
+            _internal_call: Not used.
+
+        Raises:
+            ITAError: It cannot be written.
+        """
+        if self.is_fsdp_enabled:
+            weights = self.accelerator.get_state_dict(self.model)
+        else:
+            weights = self.network.state_dict()
+        if not self.is_world_process_zero():
+            return
+        if self.args.half_weights:
+            weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
+        checkpoints.write_model(self.network, self.processor, weights, Path(output_dir or self.output))
 
     # ---------------------------------------------------------------------------------------- evaluation
 
@@ -426,64 +420,79 @@ class ITATrainer(Trainer):
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """MIoU from one confusion matrix over the evaluation images; logits are never kept or gathered.
+        """Compute mIoU from one confusion matrix over the evaluation images; no logits are kept or gathered.
 
-        The averaged weights are scored if there is an average. No random number of the run is used up.
+        The averaged weights are scored if there is an average. The run's random state is left unchanged.
+
+        Args:
+            eval_dataset: None takes the trainer's.
+            ignore_keys: Not used.
+            metric_key_prefix: Prefix of the names of the metrics.
 
         Returns:
-            `eval_miou`, `eval_miou_seen`, `eval_miou_unseen`, `eval_fwiou`, `eval_macc`, `eval_pacc` in 0..1
-            (those that have a value), and the time it took.
+            `eval_miou`, `eval_miou_seen`, `eval_miou_unseen`, `eval_fwiou`, `eval_macc`, `eval_pacc` in 0..1 (those
+            that have a value), and the time it took.
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         started = time.time()
-        shard = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        indices = range(self.args.process_index, len(dataset), self.args.world_size)
         loader: DataLoader = DataLoader(
-            shard,
+            Subset(dataset, indices),
             batch_size=self.args.per_device_eval_batch_size,
             collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),
         )
         confusion = ConfusionMatrix(len(self.classes.classes), self.classes.ignore_index).to(self.args.device)
-        self.callback_handler.eval_dataloader = loader
-        weights = contextlib.nullcontext() if self.average is None else self.average.in_place()
-        with self.numbers.not_counted(), weights:
-            self._score(loader, confusion)
+        with self.metrics.exclude_time():
+            with contextlib.nullcontext() if self.average is None else self.average.in_place():
+                samples = self._score(loader, confusion, indices)
+            samples = gather_object(samples)
         scores = confusion.compute(seen=self.classes.seen)  # summed over all processes
         metrics = {
             f"{metric_key_prefix}_{name}": scores[name] for name in SCORES if not math.isnan(scores[name])
         }
+        if not scores["num_classes_counted"]:
+            logger.warning("no evaluation image has a labeled pixel: there is nothing to score")
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)
+        with self.metrics.exclude_time():
+            self.save_results(sorted(samples, key=lambda sample: sample.index))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _score(self, loader: DataLoader, confusion: ConfusionMatrix) -> None:
-        """Counts the evaluation images of this process."""
+    def _score(self, loader: DataLoader, confusion: ConfusionMatrix, indices: Sequence[int]) -> list[Sample]:
+        """Count the evaluation images of this process; return the first of all images as samples."""
         model = self.network
         was_training = model.training
         model.eval()
+        samples: list[Sample] = []
+        done = 0
         for batch in loader:
             with self.accelerator.autocast():
-                outputs = model(**self._prepare_inputs(batch["inputs"]), vocabulary=self.eval_vocabulary)
+                inputs = send_to_device(batch["inputs"], self.args.device)
+                outputs = model(**inputs, vocabulary=self.eval_vocabulary)
             sizes = [label.shape for label in batch["labels"]]
             maps = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-            for predicted, label in zip(maps, batch["labels"], strict=True):
+            for place, (predicted, label) in enumerate(zip(maps, batch["labels"], strict=True)):
                 confusion.update(predicted, label)
-            self.control = self.callback_handler.call_event(
-                "on_prediction_step", self.args, self.state, self.control, batch=batch, predictions=maps
-            )
+                if indices[done] < self.args.sample_images:
+                    samples.append(take_sample(batch, place, indices[done], predicted, self.processor))
+                done += 1
         model.train(was_training)
+        return samples
 
+    def save_results(self, samples: Sequence[Sample]) -> None:
+        """Write the log, `results.png` and sample predictions; a disk that cannot be written costs only these.
 
-def failure_of(action: Any) -> str | None:
-    """Why a disk could not be written, in one line; None if it was."""
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
-        return " ".join(str(error).split())
-    except RuntimeError as error:  # what torch makes of a disk that is full
-        if not any(sign in str(error) for sign in TORCH_CANNOT_WRITE):
-            raise
-        return "torch could not write a file (is the disk full?)"
-    return None
+        Args:
+            samples: Of the evaluation at this step; also shown in TensorBoard, if that is used.
+        """
+        if self.is_world_process_zero():
+            boards = [one for one in self.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
+            try:
+                write_results(
+                    self.output, self.state, samples, self.classes, [one.tb_writer for one in boards]
+                )
+            except (OSError, ITAError) as error:
+                logger.error(f"the results could not be written, the run continues: {one_line(error)}")

@@ -1,4 +1,4 @@
-"""Fine-tuning on a few classes: what the checkpoint knew is learned beside the labels, through the public doors."""
+"""Fine-tuning on a few classes: what the checkpoint knew is learned beside the labels, through the public commands."""
 
 import json
 from pathlib import Path
@@ -6,27 +6,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from finetune import NEW_THINGS, draw_images, larger_world, write_folder
+from finetune import NEW_THINGS, draw_images, extended_scenes, write_folder
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers import training_runs
 from helpers.tiny_checkpoint import save_tiny_checkpoint
 from ita_segmentation.cli import prepare as run_prepare
-from ita_segmentation.cli import train as run_train
 from ita_segmentation.data.scenes import scene, scenes_vocabulary
-from ita_segmentation.training import name_tuning as words_room
-from ita_segmentation.training.history import read_history
+from ita_segmentation.errors import UsageError
+from ita_segmentation.training import PseudoLabeler, name_tuning
 from ita_segmentation.training.name_tuning import (
-    images_to_look_at,
-    learn_words,
+    images_to_use,
     own_tokens,
     region_embeddings,
+    tune_tokens,
 )
-from ita_segmentation.training.pseudo_labels import KeptVocabulary, kept_classes
+from ita_segmentation.training.pseudo_labels import kept_classes
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 from modeling_ita.vocabulary import normalize_vocabulary
 
-NEW = ["kite", ["automobile", "coach"]]  # "automobile" is a word of the checkpoint's class "car"
+NEW = ["kite", ["automobile", "coach"]]  # "automobile" is a name of the checkpoint's class "car"
 KEPT = [["sky"], ["dog", "puppy"], ["grass"]]
 
 
@@ -49,29 +49,24 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def words_for(folder: Path, output: str, *more: str) -> list[str]:
-    words = [
-        "--min_scale",
-        0.9,
-        "--model",
-        folder / "model",
-        "--dataset",
-        folder / "data",
-        "--output_dir",
-        folder / output,
-    ]
-    words += [
-        "--image_size",
-        64,
-        "--max_steps",
-        6,
-        "--per_device_train_batch_size",
-        2,
-        "--learning_rate",
-        1e-3,
-    ]
-    words += ["--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
-    return [*map(str, words), "--use_cpu", "true", *more]
+@pytest.fixture(scope="module")
+def arguments(folder) -> list[str]:
+    """Arguments of a run of six steps on the data, from the checkpoint."""
+    options = {
+        "model": folder / "model",
+        "dataset": folder / "data",
+        "min_scale": 0.9,
+        "image_size": 64,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "use_cpu": "true",
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def load(path: Path) -> ITAForOpenVocabSegmentation:
@@ -83,15 +78,15 @@ def load(path: Path) -> ITAForOpenVocabSegmentation:
 
 
 @pytest.fixture(scope="module")
-def kept(folder) -> KeptVocabulary:
+def kept(folder) -> PseudoLabeler:
     processor = ITAImageProcessor.from_pretrained(folder / "model")
-    return KeptVocabulary(load(folder / "model"), processor, NEW, first_label=2, threshold=0.5)
+    return PseudoLabeler(load(folder / "model"), processor, NEW, first_label=2, threshold=0.5)
 
 
 def test_all_classes_that_share_no_word_with_the_new_ones_are_kept(folder, kept):
     model = load(folder / "model")
     assert kept.classes == KEPT == kept_classes(model, ["kite", "Car"])
-    with pytest.raises(ValueError, match="no classes but those"):
+    with pytest.raises(UsageError, match="no classes but those"):
         kept_classes(model, ["sky", "puppy", "grass", "car"])
 
 
@@ -110,13 +105,13 @@ def test_segments_are_learned_where_labels_leave_at_least_half_of_them(kept):
 
 def test_the_checkpoint_labels_as_it_was_however_the_model_has_learned(folder):
     model = load(folder / "model")
-    kept = KeptVocabulary(model, ITAImageProcessor.from_pretrained(folder / "model"), NEW, 2, 1e-6)
+    kept = PseudoLabeler(model, ITAImageProcessor.from_pretrained(folder / "model"), NEW, 2, 1e-6)
     batch = {
         "pixel_values": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
         "mask_labels": [torch.zeros(0, 64, 64, dtype=torch.bool)] * 2,
         "class_labels": [torch.zeros(0, dtype=torch.int64)] * 2,
     }
-    before = kept.complete(batch)
+    before = kept.add_pseudo_labels(batch)
     assert kept.model.clip_backbone is model.clip_backbone  # a frozen CLIP is not held twice
     assert sum(map(len, before["class_labels"])) > 0
     assert all(2 <= label < 5 for labels in before["class_labels"] for label in labels.tolist())
@@ -124,7 +119,7 @@ def test_the_checkpoint_labels_as_it_was_however_the_model_has_learned(folder):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_()
-    after = kept.complete(batch)
+    after = kept.add_pseudo_labels(batch)
     for name in ("mask_labels", "class_labels"):
         assert all(torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
 
@@ -150,7 +145,7 @@ def test_new_names_come_to_where_their_images_are_and_no_other_name_moves(folder
         [places.repeat_interleave(5, 0), before]
     )  # five of each new class, and each old name's own
     classes = torch.tensor([0] * 5 + [1] * 5 + [2, 3, 3, 4])
-    losses = learn_words(model, new, kept.classes, regions, classes)
+    losses = tune_tokens(model, new, kept.classes, regions, classes)
     assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(model.encode_vocabulary(KEPT).prompt_embeds, before)
     names = torch.cat(
@@ -179,90 +174,77 @@ def test_regions_are_pooled_as_at_inference(folder):
 
 
 def test_small_data_sets_are_looked_at_again_and_large_ones_evenly():
-    assert images_to_look_at(7) == list(range(100))
-    assert images_to_look_at(1000) == list(range(0, 1000, 10))
+    assert images_to_use(7) == list(range(100))
+    assert images_to_use(1000) == list(range(0, 1000, 10))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Runs
 
 
-def test_a_run_keeps_the_vocabulary_adds_to_it_and_leaves_clip_as_it_is_but_for_words(folder, monkeypatch):
-    monkeypatch.setattr(words_room, "NUM_IMAGES", 8)
-    run_train.main(words_for(folder, "kept", "--keep_vocabulary", "0.01", "--learn_words", "true"))
-    before, after = load(folder / "model"), load(folder / "kept")
-    assert after.config.vocabulary == [*KEPT, ["kite"], ["automobile", "coach"]]
-    assert after.config.train_vocabulary == [
-        *before.config.train_vocabulary,
-        ["kite"],
-        ["automobile", "coach"],
-    ]
-    old, new = (load_file(folder / name / "model.safetensors") for name in ("model", "kept"))
-    same = {name for name in old if torch.equal(old[name], new[name])}
+@pytest.fixture(scope="module")
+def kept_run(folder, arguments) -> Path:
+    """A run that keeps the checkpoint's vocabulary, with a checkpoint in the middle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(name_tuning, "NUM_IMAGES", 8)
+        more = ["--keep_vocabulary", "0.01", "--learn_words", "true", "--save_strategy", "steps"]
+        return training_runs.run(arguments, folder / "kept", *more, "--save_steps", "3")
+
+
+def test_a_run_keeps_the_vocabulary_adds_to_it_and_changes_clip_only_in_new_tokens(folder, kept_run):
+    before, after = load(folder / "model"), load(kept_run)
+    new = [["kite"], ["automobile", "coach"]]
+    assert after.config.vocabulary == [*KEPT, *new]
+    assert after.config.train_vocabulary == [*before.config.train_vocabulary, *new]
+    old, trained = (load_file(path / "model.safetensors") for path in (folder / "model", kept_run))
+    same = {name for name in old if torch.equal(old[name], trained[name])}
     clip = {name for name in old if name.startswith("clip_backbone.")}
     table = next(name for name in clip if name.endswith("token_embedding.weight"))
     assert clip - same == {table} and len(old) - len(same) > 50
-    assert 0 < (old[table] != new[table]).any(1).sum() <= 3  # kite, automobile, coach
+    assert 0 < (old[table] != trained[table]).any(1).sum() <= 3  # kite, automobile, coach
 
 
-def test_without_it_the_data_s_classes_are_all_that_is_left(folder):
-    run_train.main(words_for(folder, "alone"))
-    assert load(folder / "alone").config.vocabulary == [["kite"], ["automobile", "coach"]]
+def test_without_it_only_the_data_s_classes_are_left(folder, arguments, tmp_path):
+    output = training_runs.run(arguments, tmp_path / "alone", "--max_steps", "1")
+    assert load(output).config.vocabulary == [["kite"], ["automobile", "coach"]]
 
 
-def test_a_resumed_run_keeps_what_the_checkpoint_knew_at_the_start(folder, monkeypatch):
-    monkeypatch.setattr(words_room, "NUM_IMAGES", 8)
-    more = (
-        "--keep_vocabulary",
-        "0.01",
-        "--learn_words",
-        "true",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "3",
-    )
-    run_train.main(words_for(folder, "whole", *more))
-    checkpoint = str(folder / "whole/checkpoint-3")
-    run_train.main(words_for(folder, "resumed", *more, "--resume_from_checkpoint", checkpoint))
-    whole, resumed = (
-        [entry["loss"] for entry in read_history(folder / name) if "loss" in entry]
-        for name in ("whole", "resumed")
-    )
-    assert len(whole) == 6 and resumed == whole
+def test_a_resumed_run_keeps_what_the_checkpoint_knew_at_the_start(kept_run, arguments, tmp_path):
+    more = ["--keep_vocabulary", "0.01", "--tune_class_names", "true"]
+    more += ["--resume_from_checkpoint", str(kept_run / "checkpoint-3")]
+    resumed = training_runs.run(arguments, tmp_path / "resumed", *more)
+    losses = training_runs.losses_of(kept_run)
+    assert len(losses) == 6 and training_runs.losses_of(resumed) == losses
 
 
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
         (["--keep_vocabulary", "1.5"], "must be at least 0 and below 1"),
-        (["--learn_words", "true"], "learn_words needs keep_vocabulary"),
-        (["--keep_vocabulary", "0.5", "--dataset", "{folder}/own"], "no classes but those of the data set"),
+        (["--tune_class_names", "true"], "tune_class_names needs keep_vocabulary"),
+        (["--keep_vocabulary", "0.5", "--dataset", "own"], "no classes but those of the dataset"),
+        (["--keep_vocabulary", "0.5", "--clip", "somewhere"], "give one of --clip CLIP"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_in_one_line(folder, capsys, more, reason):
-    release = folder / "own_release"
-    if not release.is_dir():
+def test_what_cannot_be_kept_is_refused_in_one_line(arguments, tmp_path, capsys, more, reason):
+    if "own" in more:
         for part in ("images", "labels"):
-            (release / part).mkdir(parents=True)
-        (release / "classes.json").write_text(json.dumps(["sky", "dog", "grass", "car"]))
-        Image.new("RGB", (64, 64)).save(release / "images/0.png")
-        Image.new("L", (64, 64)).save(release / "labels/0.png")
-        words = ["folder", "--source", str(release), "--output", str(folder / "own")]
+            (tmp_path / "release" / part).mkdir(parents=True)
+        (tmp_path / "release/classes.json").write_text(json.dumps(["sky", "dog", "grass", "car"]))
+        Image.new("RGB", (64, 64)).save(tmp_path / "release/images/0.png")
+        Image.new("L", (64, 64)).save(tmp_path / "release/labels/0.png")
+        words = ["folder", "--source", str(tmp_path / "release"), "--output", str(tmp_path / "own")]
         assert run_prepare.prepare_benchmark(words) == 0
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run_train.main(words_for(folder, "refused", *(word.format(folder=folder) for word in more)))
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2 and reason in message.splitlines()[-1] and "Traceback" not in message
-    assert not (folder / "refused").exists()
+        more = [str(tmp_path / word) if word == "own" else word for word in more]
+    status, text = training_runs.failure(capsys, arguments, "--output_dir", str(tmp_path / "refused"), *more)
+    assert status == 2 and reason in text.splitlines()[-1] and "Traceback" not in text
+    assert not (tmp_path / "refused").exists()
 
 
-def test_a_new_model_has_nothing_to_keep(folder, capsys):
-    words = words_for(folder, "refused", "--keep_vocabulary", "0.5", "--clip", "somewhere")
-    with pytest.raises(SystemExit):
-        run_train.main([word for word in words if word not in ("--model", str(folder / "model"))])
-    assert "--keep_vocabulary is for --model" in capsys.readouterr().err
+def test_a_new_model_has_nothing_to_keep(arguments, tmp_path, capsys):
+    words = [*arguments[2:], "--keep_vocabulary", "0.5", "--clip", "somewhere"]
+    status, text = training_runs.failure(capsys, words, "--output_dir", str(tmp_path / "refused"))
+    assert status == 2 and "--keep_vocabulary is for --model" in text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -281,12 +263,12 @@ def test_images_with_new_things_label_these_alone(tmp_path):
     assert len(list((tmp_path / "images/train").iterdir())) == 4
 
 
-def test_the_larger_world_ends_where_it_ends():
+def test_scenes_are_extended_only_within_the_context():
     before = scene(3, 0, 64, "all")
     own = list(scenes_vocabulary().names)
-    words = {word for names in scenes_vocabulary().classes for word in names}
-    assert words.isdisjoint(NEW_THINGS)
-    with larger_world():
+    names = {name for names in scenes_vocabulary().classes for name in names}
+    assert names.isdisjoint(NEW_THINGS)
+    with extended_scenes():
         assert len(scenes_vocabulary().names) == len(own) + 5
     assert next(draw_images("train", 1, 64))[1].max() > 154
     assert scenes_vocabulary().names == own

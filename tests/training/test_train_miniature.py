@@ -9,47 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from open_clip.model import CustomTextCLIP
 from PIL import Image
-from safetensors.torch import save_file
 
+from helpers import training_runs
 from helpers.miniature_releases import save_segment_ids
-from helpers.tiny_checkpoint import tiny_config
 from ita_segmentation.cli import prepare as run_prepare
-from ita_segmentation.cli import train as run_train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 16
-
-RECIPE = """
-image_size: 64
-min_scale: 0.8
-max_scale: 1.2
-model_config:
-  hidden_dim: 32
-  mask_dim: 32
-  num_attention_heads: 2
-  num_learned_queries: 8
-  num_dominant_categories: 2
-  encoder_layers: 1
-  encoder_ffn_dim: 32
-  decoder_layers: 2
-  decoder_ffn_dim: 32
-  train_num_points: 64
-  templates: ["a photo of a {}."]
-per_device_train_batch_size: 2
-learning_rate: 3.0e-3
-max_grad_norm: 1.0
-lr_scheduler_type: constant
-warmup_steps: 1
-logging_steps: 1
-eval_strategy: "no"
-save_strategy: "no"
-use_cpu: true
-disable_tqdm: true
-report_to: none
-"""
 
 
 def build_release(folder: Path) -> None:
@@ -89,21 +56,21 @@ def folder(tmp_path_factory) -> Path:
     build_release(folder / "release")
     words = ["coco-panoptic", "--source", str(folder / "release"), "--output", str(folder / "data")]
     assert run_prepare.prepare_benchmark([*words, "--split", "train"]) == 0
-    config = dict(tiny_config().clip_model_config or {})
-    config.pop("custom_text")
-    torch.manual_seed(0)
-    clip = CustomTextCLIP(**config)
-    (folder / "clip").mkdir()
-    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    weights = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
-    save_file(weights, folder / "clip/open_clip_model.safetensors")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    changes = {
+        "dataset": str(folder / "data"),
+        "clip": str(training_runs.make_clip(folder / "clip")),
+        "min_scale": 0.8,
+        "max_scale": 1.2,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 1,
+        "ema_decay": 0.0,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    (folder / "recipe.json").write_text(json.dumps(training_runs.RECIPE | changes))
     return folder
-
-
-def words_for(folder: Path, name: str, steps: int, *more: str) -> list[str]:
-    words = ["--config", folder / "recipe.yaml", "--clip", folder / "clip", "--dataset", folder / "data"]
-    return [*map(str, [*words, "--output_dir", folder / name, "--max_steps", steps]), *more]
 
 
 def launch(folder: Path, name: str, processes: int, *more: str) -> list[float]:
@@ -113,19 +80,22 @@ def launch(folder: Path, name: str, processes: int, *more: str) -> list[float]:
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
     subprocess.run(
-        [*launch, str(ROOT / "run_train.py"), *words_for(folder, name, STEPS, *more)],
+        [
+            *launch,
+            str(ROOT / "run_train.py"),
+            "--config",
+            str(folder / "recipe.json"),
+            "--max_steps",
+            str(STEPS),
+        ]
+        + ["--output_dir", str(folder / name), *more],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
         check=True,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    return losses_of(folder / name)
-
-
-def losses_of(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return training_runs.losses_of(folder / name)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +114,10 @@ def test_a_coco_release_trains_and_the_loss_falls(folder, processes, more):
 
 def test_a_run_broken_off_in_the_middle_of_its_second_epoch_sees_what_it_would_have_seen(folder):
     """Four steps are an epoch; the resumed run has a worker, the unbroken one has none."""
-    run_train.main(words_for(folder, "whole", 10, "--save_strategy", "steps", "--save_steps", "6"))
-    checkpoint = str(folder / "whole" / "checkpoint-6")
-    resume = ["--resume_from_checkpoint", checkpoint, "--dataloader_num_workers", "1"]
-    run_train.main(words_for(folder, "resumed", 10, *resume))
-    whole, resumed = losses_of(folder / "whole"), losses_of(folder / "resumed")
-    assert len(whole) == 10 and whole == resumed
+    arguments = ["--config", str(folder / "recipe.json"), "--max_steps", "10"]
+    more = ["--save_strategy", "steps", "--save_steps", "6"]
+    whole = training_runs.run(arguments, folder / "whole", *more)
+    more = ["--resume_from_checkpoint", str(whole / "checkpoint-6"), "--dataloader_num_workers", "1"]
+    resumed = training_runs.run(arguments, folder / "resumed", *more)
+    losses = training_runs.losses_of(whole)
+    assert len(losses) == 10 and training_runs.losses_of(resumed) == losses

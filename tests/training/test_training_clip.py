@@ -5,16 +5,21 @@ import socket
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import training_runs
 from helpers.tiny_checkpoint import CLASSES, EncodedNames, tiny_config
-from ita_segmentation.cli import train as run_train
-from ita_segmentation.training.clip_tuning import merge_adapters, prepare_clip
-from ita_segmentation.training.weights import learned_weights, trainable
+from ita_segmentation.errors import UsageError
+from ita_segmentation.training.clip_tuning import (
+    CLIP,
+    learned_weights,
+    merge_adapters,
+    prepare_clip,
+    trainable,
+)
 from modeling_ita import ITAForOpenVocabSegmentation
-
-CLIP = "clip_backbone."
+from modeling_ita.modeling_ita import CLIP_MODULES
 
 
 @pytest.fixture
@@ -23,23 +28,13 @@ def model() -> ITAForOpenVocabSegmentation:
     return ITAForOpenVocabSegmentation(tiny_config())
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> list[str]:
-    return training_runs.make_world(tmp_path_factory.mktemp("clip"), max_steps=2, eval_strategy="no")
-
-
-def build(world, folder, *more: str):
-    words = [*world, "--output_dir", str(folder), *more]
-    return run_train.build_trainer(run_train.parse_arguments(words))[0]
-
-
 def features(model: ITAForOpenVocabSegmentation) -> torch.Tensor:
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     return model.clip_backbone(pixels).dense.float()
 
 
-def test_a_frozen_clip_is_in_no_bucket_of_ddp(world, tmp_path):
-    model = build(world, tmp_path).network
+def test_a_frozen_clip_is_in_no_bucket_of_ddp(arguments, tmp_path):
+    model = training_runs.build(arguments, tmp_path).network
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,8 +85,10 @@ def test_changed_text_weights_are_noticed(model):
     assert not torch.allclose(model.encode_vocabulary(CLASSES).prompt_embeds, before)
 
 
-def test_clip_learns_at_a_rate_of_its_own(world, tmp_path):
-    trainer = build(world, tmp_path, "--train_clip", "all", "--clip_learning_rate_factor", "0.25")
+def test_clip_learns_at_a_rate_of_its_own(arguments, tmp_path):
+    trainer = training_runs.build(
+        arguments, tmp_path, "--train_clip", "all", "--clip_learning_rate_factor", "0.25"
+    )
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     groups = trainer.create_optimizer().param_groups
     for group in groups:
@@ -119,13 +116,31 @@ def test_adapters_start_as_nothing_and_are_merged_into_the_weights(model):
         torch.testing.assert_close(model.state_dict()[name], tensor)
 
 
-def test_a_run_with_adapters_leaves_checkpoints_that_load_everywhere(world, tmp_path):
-    run_train.main([*world, "--output_dir", str(tmp_path), "--lora_rank", "2", "--save_steps", "1"])
+def test_a_run_with_adapters_leaves_checkpoints_that_load_everywhere(arguments, tmp_path):
+    more = ["--lora_rank", "2", "--max_steps", "2", "--save_steps", "1", "--eval_strategy", "no"]
+    training_runs.run(arguments, tmp_path, *more, "--report_to", "none")
     final = ITAForOpenVocabSegmentation.from_pretrained(tmp_path).state_dict()
     last = ITAForOpenVocabSegmentation.from_pretrained(tmp_path / "checkpoint-2").state_dict()
     assert final.keys() == last.keys()
     for name, tensor in final.items():
         torch.testing.assert_close(tensor, last[name])
+
+
+def adapted(model: torch.nn.Module) -> set[bool]:
+    """Whether modules with an adapter are CLIP's."""
+    names = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
+    return {CLIP in name for name in names}
+
+
+def test_all_linear_leaves_the_frozen_clip_alone_unless_asked(model, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)  # any release
+    model.add_adapter(LoraConfig(target_modules="all-linear"))
+    assert adapted(model) == {False}
+    model = ITAForOpenVocabSegmentation(tiny_config())
+    model.add_adapter(LoraConfig(target_modules="all-linear", exclude_modules=[]))
+    assert adapted(model) == {False, True}
+    config = LoraConfig(target_modules="all-linear", exclude_modules=CLIP_MODULES)
+    assert adapted(get_peft_model(ITAForOpenVocabSegmentation(tiny_config()), config)) == {False}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -145,12 +160,12 @@ def test_a_frozen_clip_can_be_kept_in_half_precision(model, dtype):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("wishes", "message"),
     [
         (("norms", 4, "float32", False), "one of --train_clip and --lora_rank"),
         (("all", 0, "float16", False), "is for a frozen CLIP"),
     ],
 )
-def test_wishes_that_contradict_each_other_are_refused(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        prepare_clip(model, *arguments)
+def test_wishes_that_contradict_each_other_are_refused(model, wishes, message):
+    with pytest.raises(UsageError, match=message):
+        prepare_clip(model, *wishes)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from helpers.tiny_checkpoint import tiny_config
+from ita_segmentation.training.callbacks import NonFiniteGuard, progress_line
 from ita_segmentation.training.ema import WeightAverage, decay_after
 from ita_segmentation.training.metrics import count_dominant_classes, count_text_queries
-from ita_segmentation.training.non_finite import BatchWatch
-from ita_segmentation.training.progress_bar import progress_line
 from ita_segmentation.training.schedules import MinuteBudget, build_scheduler, learning_rate_factor
 from modeling_ita import ITAForOpenVocabSegmentation, set_criterion
 from modeling_ita.set_criterion import Matches
@@ -179,19 +178,24 @@ def test_a_class_counts_once_and_is_dominant_by_any_of_its_names():
     assert (shown.item(), found.item()) == (3, 1)
 
 
-def test_the_watch_names_the_first_step_that_was_no_number():
-    watch = BatchWatch(torch.device("cpu"), batches_per_step=2, every=2)
+def test_the_guard_names_the_first_non_finite_step():
+    guard = NonFiniteGuard(torch.device("cpu"), batches_per_step=2, every=2)
     for step in (1, 2, 3):
         for half in "ab":
             loss = torch.tensor([1.0, float("nan") if (step, half) == (2, "b") else 2.0])
-            watch.record(step, [f"{step}{half}"], loss)
-    assert watch.verdict(is_asked_to_stop=True) == (2, True)
-    batches = watch.batches_of(2, ["loss_ce", "loss_mask"])
+            guard.record(step, [f"{step}{half}"], loss)
+    assert guard.check(stop_requested=True) == (2, True)
+    batches = guard.batches_of(2, ["loss_ce", "loss_mask"])
     assert [batch["image_names"] for batch in batches] == [["2a"], ["2b"]]
     assert batches[1]["losses"] == {"loss_ce": 1.0, "loss_mask": "nan"}
-    fine = BatchWatch(torch.device("cpu"), 1, 1)
-    fine.record_gradient(1, torch.tensor(3.0))
-    assert fine.verdict(is_asked_to_stop=False) == (None, False)
+    fine = NonFiniteGuard(torch.device("cpu"), 1, 1)
+    layer = torch.nn.Linear(2, 1)
+    layer(torch.ones(2)).backward()
+    fine.record_gradient(1, layer)
+    assert fine.check(stop_requested=False) == (None, False)
+    layer.weight.grad[0, 0] = float("inf")
+    fine.record_gradient(2, layer)
+    assert fine.check(stop_requested=False) == (2, False)
 
 
 def test_the_progress_line_says_what_is_left():

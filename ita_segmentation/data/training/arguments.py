@@ -17,6 +17,8 @@ from ita_segmentation.errors import UsageError
 class ITADataArguments:
     """The data of a training run."""
 
+    _argument_group_name = "data"
+
     dataset: str = field(
         default="scenes",
         metadata={
