@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,21 +50,20 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_page(
-    *arguments: str, script: Path = ROOT / "run_app.py", folder: Path = ROOT
-) -> Iterator[Server]:
+def running_page(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Starts the page with `arguments`, waits until it answers, and ends it."""
     port = free_port()
     with tempfile.TemporaryDirectory() as uploads, tempfile.TemporaryFile() as log:
-        environment = {
+        variables = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "GRADIO_TEMP_DIR": uploads,
+            "GRADIO_ANALYTICS_ENABLED": "False",
             "NO_PROXY": "127.0.0.1",
+            **(environment or {}),
         }
-        environment["GRADIO_ANALYTICS_ENABLED"] = "False"
-        command = [sys.executable, str(script), *arguments, "--port", str(port)]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        command = [sys.executable, str(ROOT / "run_app.py"), *arguments, "--port", str(port)]
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log)
         try:
             address = f"http://127.0.0.1:{port}"
             wait_until_up(process, address)
