@@ -5,29 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LINES = """\
-import torch
-from transformers import AutoImageProcessor, AutoModel
+from transformers import pipeline
 
-checkpoint = {checkpoint!r}
-model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-
-image = processor.fetch_images({image!r})  # a path
-vocabulary = {vocabulary}
-with torch.inference_mode():
-    outputs = model(**processor(images=image, return_tensors="pt"), vocabulary=vocabulary)
-size = (image.height, image.width)
-{post_processing}
+segmenter = pipeline("image-segmentation", model={checkpoint!r}, trust_remote_code=True)
+segments = segmenter(
+    {image!r},  # a path
+    candidate_labels={labels},
+    subtask={task!r},
+    threshold={threshold!r},
+)
+for number, segment in enumerate(segments):
+    print(number, segment["label"], segment["score"])
+    segment["mask"].save(f"mask_{{number}}.png")  # 255 where the segment is
 """
-SEMANTIC = """\
-label_map = processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0]  # (H, W), class indices
-for index in label_map.unique().tolist():
-    print(outputs.vocabulary[0][index][0])"""
-SEGMENTS = """\
-result = processor.post_process_{task}_segmentation(outputs, threshold={threshold!r}, target_sizes=[size])[0]
-label_map = result["segmentation"]  # (H, W), segment ids; 0: no segment
-for segment in result["segments_info"]:
-    print(segment["id"], outputs.vocabulary[0][segment["label_id"]][0], round(segment["score"], 3))"""
 
 
 def python_lines(
@@ -37,7 +27,7 @@ def python_lines(
     task: str,
     threshold: float | None,
 ) -> str:
-    """Write a program that makes `label_map`, the same as the page's.
+    """Write a program that finds the same segments as the page.
 
     Args:
         checkpoint: folder or Hub id.
@@ -46,11 +36,11 @@ def python_lines(
         task: "semantic", "panoptic" or "instance".
         threshold: minimum score of a segment.
     """
-    names = None if vocabulary is None else [list(synonyms) for synonyms in vocabulary]
-    template = SEMANTIC if task == "semantic" else SEGMENTS
+    labels = None if vocabulary is None else ["|".join(names) for names in vocabulary]
     return LINES.format(
         checkpoint=checkpoint,
         image=image,
-        vocabulary=f"{names!r}" if names else "None  # the checkpoint's own classes",
-        post_processing=template.format(task=task, threshold=threshold),
+        labels=repr(labels),
+        task=task,
+        threshold=threshold,
     )

@@ -51,7 +51,7 @@ class GradioSegmenter:
         processor: its `ITAImageProcessor`.
         checkpoint: what the Python lines call the checkpoint.
         limits: what one request may ask for.
-        notice: a sentence shown with every result, such as what the checkpoint was trained on.
+        notice: what is shown with every result, such as what the checkpoint was trained on.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class GradioSegmenter:
         segmenter = Segmenter(
             self.model, self.processor, vocabulary, task, threshold=threshold, keep_overlaps=True
         )
-        classes = segmenter.classes
+        classes = segmenter.encoded_classes
         for start in range(0, len(classes), CLASSES_PER_STEP):
             yield None
             with self._turn:
@@ -131,7 +131,7 @@ class GradioSegmenter:
         view = view_of_result(image, result, name, typed=vocabulary is not None)
         if not result.segments:
             remarks = [*remarks, f"{empty_line(result, segmenter).capitalize()}."]
-        view["remarks"] = [*remarks, *([self.notice] if self.notice else [])]
+        view["remarks"] = [*remarks, *([f"Note: {self.notice}."] if self.notice else [])]
         view["python"] = python_lines(self.checkpoint, name, vocabulary, task, threshold)
         view["seconds"] = round(time.perf_counter() - started, 3)
         yield view

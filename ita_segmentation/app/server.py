@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from ita_segmentation.app.page import Example, build_page, page_style
 from ita_segmentation.app.segmenter import GradioSegmenter, Limits
 from ita_segmentation.app.uploads import upload_folder
+from ita_segmentation.checkpoints import domain_notice
 from ita_segmentation.errors import ITAError
 from ita_segmentation.images import IMAGE_SUFFIXES
 
@@ -64,7 +65,7 @@ def build(model: Any, processor: Any, checkpoint: str, limits: Limits, options: 
     Class names that somebody types are never written to the disk.
     """
     model.text_encoder.use_disk = False
-    segmenter = GradioSegmenter(model, processor, checkpoint, limits)
+    segmenter = GradioSegmenter(model, processor, checkpoint, limits, notice=domain_notice(model.config))
     return build_page(segmenter, options.examples, options.concurrency, options.max_waiting)
 
 

@@ -24,7 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ita_segmentation.checkpoints import load_checkpoint, resolve_checkpoint, set_shortest_side
+from ita_segmentation.checkpoints import (
+    domain_notice,
+    load_checkpoint,
+    resolve_checkpoint,
+    set_shortest_side,
+)
 from ita_segmentation.cli.parser import run_command
 from ita_segmentation.cli.predict_options import read_options
 from ita_segmentation.errors import ITAError, UsageError
@@ -158,6 +163,9 @@ def _segmenter(
     from ita_segmentation.prediction.segmenter import Segmenter
 
     model, processor = load_checkpoint(arguments.model, device)
+    notice = domain_notice(model.config)
+    if notice is not None:
+        print(f"note: {notice}", file=sys.stderr)
     set_shortest_side(processor, arguments.size)
     if vocabulary is None and model.default_vocabulary is None:
         raise ITAError(

@@ -9,7 +9,6 @@ matched with a class by its name.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from cvat_sdk import auto_annotation
@@ -97,7 +96,7 @@ def create(
     from ita_segmentation.checkpoints import load_checkpoint
     from modeling_ita.vocabulary import parse_classes
 
-    network, processor = load_checkpoint(Path(model), device)
+    network, processor = load_checkpoint(model, device)
     vocabulary = None if classes is None else parse_classes(classes)
     uncountable = None if stuff is None else [name for names in parse_classes(stuff) for name in names]
     segmenter = Segmenter(network, processor, vocabulary, task=task, stuff=uncountable, keep_overlaps=True)

@@ -16,11 +16,12 @@ from ita_segmentation.visualization import resize_labels
 
 TASKS = ("semantic", "panoptic", "instance")
 DEFAULT_THRESHOLDS = {"semantic": 0.5, "panoptic": 0.8, "instance": 0.5}
+"""Minimum score of a segment, or of a pixel's class."""
 MAX_GUESSES = 3
 NO_CLASS = -1
 """In a semantic map: no class reaches the threshold."""
-SCORED_SIDE = 128
-"""Longest side, in pixels, of the maps from which the scores of semantic segments are averaged."""
+MASK_STRIDE = 4
+"""Of the network's masks."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,12 @@ class Segmenter:
         processor: its `ITAImageProcessor`.
         vocabulary: classes, each a list of synonyms; None for the checkpoint's own. It is encoded once.
         task: "semantic", "panoptic" or "instance".
-        threshold: minimum score of a segment; None for the task's own (panoptic 0.8, instance 0.5).
+        threshold: minimum score of a segment, or of the class of a pixel; None for the task's own (semantic 0.5,
+            panoptic 0.8, instance 0.5).
         stuff: names of the classes that are stuff (not countable); None for what the checkpoint says.
         keep_overlaps: keep what one instance hides of another in `SegmentedImage.result`.
+        distractors: let the checkpoint's own classes compete with the given ones, without being reported, so that
+            an image can show none of the given ones.
 
     Raises:
         ITAError: there is no vocabulary at all, or a name of `stuff` is not in it.
@@ -97,8 +101,9 @@ class Segmenter:
         threshold: float | None = None,
         stuff: Sequence[str] | None = None,
         keep_overlaps: bool = False,
+        distractors: bool = True,
     ):
-        from modeling_ita.vocabulary import normalize_vocabulary
+        from modeling_ita.vocabulary import normalize_vocabulary, with_distractors
 
         if vocabulary is None and model.default_vocabulary is None:
             raise ITAError("the checkpoint has no classes of its own: name the classes")
@@ -107,6 +112,10 @@ class Segmenter:
         self.threshold = DEFAULT_THRESHOLDS.get(task) if threshold is None else threshold
         self.stuff_ids = None if stuff is None else self._ids_of(stuff)
         self.keep_overlaps = keep_overlaps
+        self._competing = self.vocabulary
+        if distractors and self.vocabulary is not None:
+            pools = model.default_vocabulary, model.config.train_vocabulary
+            self._competing, _ = with_distractors(self.vocabulary, *pools)
 
     @property
     def classes(self) -> list[list[str]]:
@@ -121,10 +130,16 @@ class Segmenter:
         return {
             "task": self.task,
             "threshold": self.threshold,
+            "distractors": self._competing != self.vocabulary,
             "size": size,
             "stuff_ids": None if self.stuff_ids is None else sorted(self.stuff_ids),
             "vocabulary": self.classes,
         }
+
+    @property
+    def encoded_classes(self) -> list[list[str]]:
+        """The vocabulary with its distractors: what is encoded before an image can be segmented."""
+        return [list(names) for names in self._competing or self.classes]
 
     def encode(self, classes: Sequence[Sequence[str]]) -> None:
         """Encode some of the classes ahead of `segment`, in a step of its own."""
@@ -169,7 +184,7 @@ class Segmenter:
         try:
             with torch.inference_mode():
                 inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
-                outputs = self.model(**inputs, vocabulary=self.vocabulary)
+                outputs = self.model(**inputs, vocabulary=self._competing)
                 results = self._post_process(outputs, sizes)
                 overlapping = (
                     self._post_process(outputs, sizes, return_binary_maps=True)
@@ -189,37 +204,44 @@ class Segmenter:
         ]
 
     def _post_process(self, outputs: Any, sizes: list[tuple[int, int]], **options: Any) -> list[Any]:
+        common = {
+            "target_sizes": sizes,
+            "threshold": self.threshold,
+            "num_classes": len(self.classes),
+        }
         if self.task == "semantic":
-            return self._semantic(outputs, sizes)
+            maps = self.processor.post_process_semantic_segmentation(outputs, ignore_index=NO_CLASS, **common)
+            return [
+                {"segmentation": ids, "scores": self._mean_scores(outputs, index, ids)}
+                for index, ids in enumerate(map(as_array, maps))
+            ]
         post_process = getattr(self.processor, f"post_process_{self.task}_segmentation")
-        return post_process(
-            outputs,
-            threshold=self.threshold,
-            target_sizes=sizes,
-            label_ids_to_fuse=self.stuff_ids,
-            **options,
-        )
+        return post_process(outputs, label_ids_to_fuse=self.stuff_ids, **common, **options)
 
-    def _semantic(self, outputs: Any, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        """Maps with the mean score of each class over its pixels.
+    def _mean_scores(self, outputs: Any, index: int, ids: np.ndarray) -> dict[int, float]:
+        """The mean of each class's probability over its pixels, at the size of the network's masks.
 
-        Scores come from a small copy: those of all classes at full size would take K times the memory of an image.
+        The probability that any query shows the class c at the pixel x is 1 - prod over q of (1 - p_q(c) m_q(x)).
         """
-        read = self.processor.post_process_semantic_segmentation
-        factors = [min(1.0, SCORED_SIDE / max(size)) for size in sizes]
-        small = [
-            (math.ceil(height * factor), math.ceil(width * factor))
-            for (height, width), factor in zip(sizes, factors, strict=True)
-        ]
-        maps = [as_array(one) for one in read(outputs, target_sizes=sizes)]
-        scored = read(outputs, target_sizes=small, return_segmentation_scores=True)
-        return [
-            {"segmentation": ids, "scores": _mean_scores(ids, as_array(one["segmentation_scores"]))}
-            for ids, one in zip(maps, scored, strict=True)
-        ]
+        import torch
+
+        probabilities = outputs.class_queries_logits[index].float().softmax(-1)
+        height, width = (math.ceil(int(side) / MASK_STRIDE) for side in outputs.image_sizes[index])
+        masks = outputs.masks_queries_logits[index, :, :height, :width].float().sigmoid()
+        small = torch.from_numpy(resize_labels(ids, (height, width)).astype(np.int64)).to(masks.device)
+        scores = {}
+        for one in np.unique(ids).tolist():
+            if one != NO_CLASS:
+                inside = small == one
+                if not inside.any():  # too thin for the masks: scored by its best place there
+                    inside = torch.ones_like(inside)
+                shown = 1 - (1 - probabilities[:, one, None] * masks[:, inside]).prod(0)
+                score = shown.mean() if (small == one).any() else shown.max()
+                scores[one] = round(float(score), 6)
+        return scores
 
     def _segmented(self, outputs: Any, index: int, result: Any, overlapping: Any) -> SegmentedImage:
-        classes = [list(names) for names in outputs.vocabulary[index]]
+        classes = self.classes
         if self.task == "semantic":
             ids, scores = as_array(result["segmentation"]), result["scores"]
             entries = [{"id": one, "label_id": one, "score": score} for one, score in scores.items()]
@@ -227,20 +249,21 @@ class Segmenter:
             ids, entries = as_array(result["segmentation"]), result["segments_info"]
         label_map = _narrow(ids, max((entry["id"] for entry in entries), default=0))
         segments = describe_segments(label_map, classes, entries)
-        dominant = outputs.dominant_categories
+        dominant, known = outputs.dominant_categories, {name for names in classes for name in names}
         return SegmentedImage(
             label_map=label_map,
             task=self.task,
             vocabulary=classes,
             segments=segments,
-            dominant_categories=list(dominant[index]) if dominant else [],
+            dominant_categories=[name for name in (dominant[index] if dominant else ()) if name in known],
             best_guesses=[] if segments else self._best_guesses(outputs, index, classes),
             result=overlapping,
         )
 
     def _best_guesses(self, outputs: Any, index: int, classes: list[list[str]]) -> list[tuple[str, float]]:
         """The classes that the task can find with the highest probability in any query, from logits, void last."""
-        best = outputs.class_queries_logits[index].float().softmax(-1)[:, : len(classes)].amax(0).tolist()
+        probabilities = outputs.class_queries_logits[index].float().softmax(-1)
+        best = probabilities[:, : len(classes)].amax(0).tolist()
         stuff: Any = self.stuff_ids if self.stuff_ids is not None else (outputs.stuff_ids or [[]])[index]
         hidden = set(stuff) if self.task == "instance" else set()
         found = [(names[0], round(score, 4)) for names, score in zip(classes, best, strict=True)]
@@ -255,18 +278,6 @@ def _narrow(ids: np.ndarray, highest: int) -> np.ndarray:
         if highest + reserved <= np.iinfo(kind).max:
             return ids.astype(kind)  # -1 wraps to the highest value
     raise ITAError(f"the id {highest} is more than a label map of 16 bits can hold")
-
-
-def _mean_scores(ids: np.ndarray, scores: np.ndarray) -> dict[int, float]:
-    """The mean score of each class in a map (H, W) over its pixels, from scores (K, h, w)."""
-    small = resize_labels(ids, scores.shape[1:])
-    means = {}
-    for one in np.unique(ids).tolist():
-        if one != NO_CLASS:
-            inside = scores[one][small == one]
-            # A class too thin for the small map is scored by its best pixel there.
-            means[one] = round(min(1.0, float(inside.mean() if inside.size else scores[one].max())), 6)
-    return means
 
 
 def describe_segments(

@@ -26,7 +26,7 @@ def command(loaded, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(
         checkpoints,
         "load_checkpoint",
-        lambda path, device: loaded if (path, device) == (checkpoint, None) else load(path, device),
+        lambda path, device: loaded if (str(path), device) == (str(checkpoint), None) else load(path, device),
     )
 
     def run(*arguments, model=checkpoint) -> tuple[int, str, list[str]]:
