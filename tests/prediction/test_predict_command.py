@@ -24,8 +24,7 @@ def command(loaded, checkpoint, monkeypatch, capsys):
     """Runs `ita predict` with this model (by default the tiny one); gives its status, stdout and lines of stderr."""
     load = checkpoints.load_checkpoint
     monkeypatch.setattr(
-        checkpoints,
-        "load_checkpoint",
+        "ita_segmentation.cli.predict.load_checkpoint",
         lambda path, device: loaded if (str(path), device) == (str(checkpoint), None) else load(path, device),
     )
 
