@@ -36,12 +36,13 @@ class DominantCategories(nn.Module):
 
         Args:
             image_embeds: (B, D), of any length.
-            name_embeds: (M, D), unit embeddings of names without a template.
+            name_embeds: (M, D), unit embeddings of names without a template; rows of zeros are padding, selected last.
 
         Returns:
             Indices of the dominant categories, nearest first, (B, min(k, M)) int64.
         """
         similarity = F.normalize(image_embeds.float(), dim=-1) @ name_embeds.float().T
+        similarity = similarity.masked_fill(~name_embeds.any(dim=-1), float("-inf"))
         return similarity.topk(min(self.num_categories, name_embeds.shape[0]), dim=-1).indices
 
     def select_by_cells(

@@ -1,14 +1,16 @@
-"""Exports a checkpoint: the network as ONNX or as a graph of torch's, a vocabulary's embeddings, and the processor.
+"""Export a checkpoint: the network as ONNX or as a torch.export graph, a vocabulary's embeddings, and the processor.
 
-    python run_export.py --model models/ita-tiny --output exported --check examples/park.jpg
+    ita export --model models/ita-tiny --output exported --check examples/scene_1.png
 
-The output folder gets model.onnx (or model.pt2), vocabulary.safetensors and vocabulary.json (what the text tower makes
-of the classes: an input of the graph), and preprocessor_config.json. Another vocabulary for the same network, without
-exporting it again: --vocabulary_only.
+The output folder gets model.onnx (or model.pt2), vocabulary.safetensors and vocabulary.json (the text embeddings of
+the classes, which are inputs of the graph), and preprocessor_config.json. Another vocabulary for the same network,
+without exporting it again: --vocabulary_only.
 """
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,19 +18,22 @@ from typing import Any, NoReturn
 from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
-from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import output_folder
 from ita_segmentation.images import read_image
 
 
 def build_parser() -> ConfigArgumentParser:
-    parser = ConfigArgumentParser(description="Exports a checkpoint to ONNX or to a graph of torch's.")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR_OR_ID", help=MODEL_HELP)
+    """Build the parser of `ita export`."""
+    parser = ConfigArgumentParser(description="Export a checkpoint to ONNX or to a torch.export graph.")
+    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help=MODEL_HELP)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx")
-    words = parser.add_mutually_exclusive_group()
-    words.add_argument("--classes", help='such as "cat, sofa|couch"; without, the checkpoint\'s own classes')
-    words.add_argument("--vocabulary", type=Path, metavar="FILE", help="JSON list of classes, or lines")
+    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="(default: %(default)s)")
+    classes = parser.add_mutually_exclusive_group()
+    classes.add_argument("--classes", help='such as "cat, sofa|couch" (default: the checkpoint\'s own)')
+    classes.add_argument(
+        "--vocabulary", type=Path, metavar="FILE", help="classes as JSON, or lines 'id:name,synonym'"
+    )
     parser.add_argument("--vocabulary_only", action="store_true", help="write a vocabulary, not the network")
     parser.add_argument(
         "--check", type=Path, metavar="IMAGE", help="compare the ONNX network with the checkpoint"
@@ -37,15 +42,22 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def main() -> NoReturn:
-    """The door: the process's arguments in, its exit status out."""
+    """Run the command with the process's arguments and exit with its status."""
     run_command(export)
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """Does what the arguments say. Raises ITAError for what stops it, in one line."""
+    """Run the command.
+
+    Args:
+        argv: arguments; None takes the process's own.
+
+    Raises:
+        ITAError: what stops it.
+    """
     arguments = build_parser().parse_command_line(argv)
     if arguments.check and arguments.format != "onnx":
-        raise ITAError("--check is for --format onnx")
+        raise UsageError("--check is for --format onnx")
     image = read_image(arguments.check) if arguments.check else None
     vocabulary = _vocabulary(arguments)
     folder = output_folder(arguments.output)
@@ -54,12 +66,11 @@ def export(argv: Sequence[str] | None = None) -> int:
     from ita_segmentation.export.onnx_predictor import write_vocabulary
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_vocabulary(model, folder, vocabulary)
-        processor.save_pretrained(folder)
         if not arguments.vocabulary_only:
             _write_network(model, folder, arguments.format)
-    except (ValueError, ImportError, OSError) as error:
+        write_vocabulary(model, folder, vocabulary)
+        processor.save_pretrained(folder)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise ITAError(f"{arguments.model} cannot be exported: {one_line(error)}") from error
     print(f"exported: see {folder}")
     if image is not None:
@@ -68,23 +79,24 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_network(model: Any, folder: Path, kind: str) -> None:
-    """Under a temporary name first."""
     import torch
 
     from ita_segmentation.export.network import export_network, to_onnx
 
-    if kind == "onnx":
-        temporary = folder / "unfinished.onnx"
-        to_onnx(model, temporary)
-        temporary.replace(folder / "model.onnx")
-    else:
-        temporary = folder / "unfinished.pt2"
-        torch.export.save(export_network(model), temporary)
-        temporary.replace(folder / "model.pt2")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as temporary:
+        if kind == "onnx":
+            to_onnx(model, Path(temporary) / "model.onnx")
+        else:
+            torch.export.save(export_network(model), Path(temporary) / "model.pt2")
+        for file in sorted(
+            Path(temporary).iterdir(), reverse=True
+        ):  # model.onnx.data of large models comes first
+            file.replace(folder / file.name)
 
 
 def _check(model: Any, processor: Any, folder: Path, image: Any, vocabulary: Any | None) -> None:
-    """Prints how far the exported network is from the checkpoint on an image."""
+    """Print how far the exported network is from the checkpoint on an image."""
     import torch
 
     from ita_segmentation.export.onnx_predictor import OnnxPredictor
@@ -106,7 +118,7 @@ def _check(model: Any, processor: Any, folder: Path, image: Any, vocabulary: Any
     print(f"pixels of the same class: {100 * (maps[0] == maps[1]).double().mean().item():.2f} %")
 
 
-def _vocabulary(arguments: Any) -> list[list[str]] | None:
+def _vocabulary(arguments: argparse.Namespace) -> list[list[str]] | None:
     if arguments.vocabulary is not None:
         return read_vocabulary(arguments.vocabulary)
     if arguments.classes is None:

@@ -1,7 +1,7 @@
-"""The network as a graph: `torch.export` and ONNX, with images of any size and any vocabulary as inputs.
+"""The network as a graph: `torch.export` and ONNX, for images of any size and any vocabulary.
 
-Inputs of the graph are padded images and what the text tower makes of a vocabulary, so the text tower is not in it:
-a vocabulary is exported beside it (`vocabulary.py`), and another one can be exported later without the network.
+Inputs of the graph are padded images and a vocabulary's text embeddings, so the text tower is not in it: a vocabulary
+is exported beside it (`onnx_predictor.write_vocabulary`), and another one can be exported later without the network.
 """
 
 from pathlib import Path
@@ -13,18 +13,20 @@ from torch.export import Dim, ExportedProgram
 
 from modeling_ita.classification import TextEmbeddings
 
-INPUTS = (
-    "pixel_values", "valid", "prompt_embeds", "class_of_name", "name_embeds", "is_seen", "is_duplicate",
-)  # fmt: skip
+TEXT_INPUTS = ("prompt_embeds", "class_of_name", "name_embeds", "is_seen", "is_duplicate")
+INPUTS = ("pixel_values", "valid", *TEXT_INPUTS)
 OUTPUTS = ("class_log_probabilities", "mask_logits", "dominant")
 OPSET = 18
 
 
 class ExportableNetwork(nn.Module):
-    """A model's network at inference, with the ensemble's weights of its configuration.
+    """A model's network at inference, with the ensemble weights of its configuration.
+
+    Args:
+        model: an `ITAForOpenVocabSegmentation`.
 
     Raises:
-        ValueError: a model that looks at a thumbnail of the image, which is made outside of the network.
+        ValueError: the model selects dominant categories by a thumbnail, which is made outside of the network.
     """
 
     def __init__(self, model: Any):
@@ -46,15 +48,20 @@ class ExportableNetwork(nn.Module):
         is_seen: Tensor,
         is_duplicate: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Segments.
+        """Segment images.
 
         Args:
-            pixel_values: (B, 3, H, W) float32, normalised, H and W multiples of 32.
-            valid: (B, H, W) bool, pixels that are no padding.
-            prompt_embeds, class_of_name, name_embeds, is_seen, is_duplicate: of `TextEmbeddings`.
+            pixel_values: (B, 3, H, W) float32, normalized, H and W multiples of 32.
+            valid: (B, H, W) bool, pixels that are not padding.
+            prompt_embeds: (N, D), see `TextEmbeddings`.
+            class_of_name: (N,) int64.
+            name_embeds: (M, D).
+            is_seen: (K,) bool.
+            is_duplicate: (K,) bool.
 
-        Returns: log probabilities (B, Q, K + 1), mask logits (B, Q, H / 4, W / 4), and, if the model unearths dominant
-        categories, the indices of the nearest candidates (B, k).
+        Returns:
+            Log probabilities (B, Q, K + 1), mask logits (B, Q, H / 4, W / 4) and, for a model with dominant
+            categories, the indices (B, k) of their names.
         """
         text = TextEmbeddings(prompt_embeds, class_of_name, name_embeds, is_seen, is_duplicate)
         result = self.model.segment(pixel_values, text, valid)
@@ -62,59 +69,70 @@ class ExportableNetwork(nn.Module):
         return tuple(output for output in outputs if output is not None)
 
 
-def text_of(model: Any, vocabulary: Any | None = None) -> tuple[TextEmbeddings, list[list[str]], list[str]]:
-    """What the graph needs of a vocabulary (None: the model's own), its classes, and the candidates' names.
+def least_candidates(config: Any) -> dict[str, int]:
+    """Give the least lengths of the inputs from which the graph selects dominant categories.
 
-    Raises:
-        ValueError: no vocabulary, or a malformed one.
+    Args:
+        config: the model's configuration.
+
+    Returns:
+        The least number of rows of `name_embeds` and of classes.
     """
-    from modeling_ita import normalize_vocabulary
-
-    classes = model.default_vocabulary if vocabulary is None else normalize_vocabulary(vocabulary)
-    return (
-        model.encode_vocabulary(classes),
-        [list(names) for names in classes],
-        model.selectable_names(classes),
-    )
+    k = config.num_dominant_categories
+    by_class = config.dominant_category_source == "cells"
+    return {"name_embeds": max(2, 0 if by_class else k), "classes": max(1, k if by_class else 0)}
 
 
 def export_network(model: Any) -> ExportedProgram:
-    """The network as a graph of torch's, for batches, sizes and vocabularies of any length.
+    """Export the network for batches, sizes and vocabularies of any length.
+
+    Args:
+        model: an `ITAForOpenVocabSegmentation`.
 
     Raises:
         ValueError: as for `ExportableNetwork`.
     """
     network = ExportableNetwork(model)
-    device, dtype = model.device, model.dtype
-    width, names, classes = model.clip_backbone.embed_dim, 37, 29
+    device, dtype, least = model.device, model.dtype, least_candidates(model.config)
+    width, names = model.clip_backbone.embed_dim, 37 + least["classes"]
+    classes, candidates = 29 + least["classes"], 42 + least["name_embeds"]
     # Sizes that have nothing in common, so that none is taken for another.
     example = (
         torch.randn(2, 3, 96, 160, device=device, dtype=dtype),
         torch.ones(2, 96, 160, dtype=torch.bool, device=device),
         torch.randn(names, width, device=device, dtype=dtype),
         (torch.arange(names, device=device) * classes) // names,
-        torch.randn(names + model.config.num_dominant_categories + 5, width, device=device, dtype=dtype),
+        torch.randn(candidates, width, device=device, dtype=dtype),
         torch.zeros(classes, dtype=torch.bool, device=device),
         torch.zeros(classes, dtype=torch.bool, device=device),
     )
-    batch, rows, columns = (
-        Dim("batch", min=1, max=64),
-        Dim("rows", min=1, max=256),
-        Dim("columns", min=1, max=256),
-    )
-    n, k = Dim("names", min=1), Dim("classes", min=1)
-    m = Dim("candidates", min=max(2, model.config.num_dominant_categories))
+    batch = Dim("batch", min=1, max=64)
+    rows, columns = Dim("rows", min=1, max=256), Dim("columns", min=1, max=256)
+    n, k = Dim("names", min=1), Dim("classes", min=least["classes"])
+    m = Dim("candidates", min=least["name_embeds"])
     shapes = (
         {0: batch, 2: 32 * rows, 3: 32 * columns},
         {0: batch, 1: 32 * rows, 2: 32 * columns},
-        {0: n}, {0: n}, {0: m}, {0: k}, {0: k},
-    )  # fmt: skip
+        {0: n},
+        {0: n},
+        {0: m},
+        {0: k},
+        {0: k},
+    )
     with torch.no_grad():
         return torch.export.export(network, example, dynamic_shapes=shapes, strict=False)
 
 
 def to_onnx(model: Any, path: Path) -> None:
-    """Writes the network as ONNX. Raises ValueError as `ExportableNetwork`."""
+    """Write the network as ONNX.
+
+    Args:
+        model: an `ITAForOpenVocabSegmentation`.
+        path: file to write.
+
+    Raises:
+        ValueError: as for `ExportableNetwork`.
+    """
     program = torch.onnx.export(
         export_network(model),
         dynamo=True,
