@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import initialization as init
 from transformers.image_transforms import to_pil_image
 
 from .ops import mask_mean, valid_cells
@@ -126,6 +127,7 @@ class ClipBackbone(nn.Module):
         custom_text = config.pop("custom_text", False)
         with _WithoutFilling():
             self.clip: Any = (CustomTextCLIP if custom_text else CLIP)(**config)
+        self._built_without_memory = any(parameter.is_meta for parameter in self.clip.parameters())
         self.has_text_module: bool = custom_text
         text_config = config["text_cfg"]
         self.tokenizer = SimpleTokenizer(
@@ -369,6 +371,24 @@ class ClipBackbone(nn.Module):
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
             for tensor in self.text_tensors()
         )
+
+    def reset_parameters(self, config: dict[str, Any]) -> None:
+        """Give towers that were built without memory the weights that open_clip starts with; restore lost buffers.
+
+        Args:
+            config: what the towers were built from.
+        """
+        loaded = (getattr(parameter, "_is_hf_initialized", False) for parameter in self.clip.parameters())
+        if not self._built_without_memory or any(loaded):
+            self.restore_buffers(config)
+            return
+        fresh = ClipBackbone(config).clip
+        for tensors, others in (
+            (self.clip.parameters(), fresh.parameters()),
+            (self.clip.buffers(), fresh.buffers()),
+        ):
+            for tensor, other in zip(tensors, others, strict=True):
+                init.copy_(tensor, other)
 
     def restore_buffers(self, config: dict[str, Any]) -> None:
         """Make again the buffers that no checkpoint holds: the causal mask, and what a trunk may precompute."""

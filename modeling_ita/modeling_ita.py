@@ -105,11 +105,16 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
     _no_split_modules = ["ClipBackbone", "DetailEnhancement", "ImageTextAggregation"]
     supports_gradient_checkpointing = True  # of the head's layers
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For custom code transformers passes over modules that have no weights of their own, such as attention, because
+        # custom code may overwrite weights that were loaded. All that is called below keeps those.
+        super()._initialize_weights(module)
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ITAForOpenVocabSegmentation):
             nn.init.normal_(module.void_embedding)
         elif isinstance(module, ClipBackbone):
-            module.restore_buffers(self.config.clip_model_config or {})
+            module.reset_parameters(self.config.clip_model_config or {})
         elif isinstance(
             module,
             nn.Linear

@@ -10,21 +10,34 @@ from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, ITAImageProcess
 CLASSES: list[Any] = ["sky", ["dog", "puppy"], "grass", ["car", "automobile"]]
 
 
-def tiny_config(**changes) -> ITAConfig:
-    clip = {
-        "embed_dim": 32,
-        "vision_cfg": {
-            "timm_model_name": "resnet10t",
-            "timm_pool": "",
-            "timm_proj": "linear",
-            "image_size": 64,
-        },
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-        "custom_text": True,
+def tiny_clip(
+    tower: str = "resnet10t",
+    *,
+    width: int = 16,
+    context_length: int = 16,
+    image_size: int = 64,
+    custom_text: bool = False,
+) -> dict[str, Any]:
+    """Give an open_clip configuration: a timm trunk or "modified_resnet", and a text tower of one layer."""
+    vision: dict[str, Any] = {
+        "timm_model_name": tower,
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "mlp" if tower.startswith("convnext") else "linear",
+        "image_size": image_size,
     }
+    if tower == "modified_resnet":
+        vision = {"image_size": image_size, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+        vision["patch_size"] = None
+    text = {"context_length": context_length, "vocab_size": 49408, "width": width, "heads": 2, "layers": 1}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    return config | {"custom_text": True} if custom_text else config
+
+
+def tiny_config(**changes) -> ITAConfig:
     settings: dict[str, Any] = {
         "clip_model_name": "tiny",
-        "clip_model_config": clip,
+        "clip_model_config": tiny_clip(custom_text=True),
         "vocabulary": CLASSES,
         "train_vocabulary": CLASSES[:2],
         "stuff_names": ["sky", "grass"],

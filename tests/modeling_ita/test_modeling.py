@@ -10,33 +10,16 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
-from helpers.tiny_checkpoint import EncodedNames, tiny_config
+from helpers.tiny_checkpoint import EncodedNames, tiny_clip, tiny_config
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, normalize_vocabulary
 from modeling_ita.classification import class_logits
 from modeling_ita.ops import mask_mean
 
 CLASSES = ["cat", ["sofa", "couch"], "wall", "grass", "tree"]
-RESNET = {
-    "embed_dim": 32,
-    "vision_cfg": {
-        "image_size": 64,
-        "layers": [1, 1, 1, 1],
-        "width": 8,
-        "head_width": 16,
-        "patch_size": None,
-    },
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-CONVNEXT = {
-    "embed_dim": 32,
-    "vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "mlp", "image_size": 64},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-PLAIN_VIT = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 64}
 TOWERS = {
     "resnet10t": {},
-    "convnext": {"clip_model_config": CONVNEXT},
-    "modified_resnet": {"clip_model_config": RESNET},
+    "convnext": {"clip_model_config": tiny_clip("convnext_atto")},
+    "modified_resnet": {"clip_model_config": tiny_clip("modified_resnet")},
 }
 
 
@@ -369,6 +352,39 @@ def test_labels_without_masks_are_refused(model):
 # --- saving and loading ---
 
 
+def clip_alone(model) -> ITAForOpenVocabSegmentation:
+    state = {name: value for name, value in model.state_dict().items() if name.startswith("clip_backbone.")}
+    return ITAForOpenVocabSegmentation.from_pretrained(None, config=model.config, state_dict=state)
+
+
+@pytest.mark.parametrize("made_by", [lambda model: model, clip_alone], ids=["new", "clip alone"])
+def test_weights_start_as_in_the_published_networks(made_by):
+    model = made_by(build())
+    attention = model.detail_enhancement.layers[0].attention
+    assert (attention.sampling_offsets.weight == 0).all() and (attention.attention_weights.bias == 0).all()
+    steps = attention.sampling_offsets.bias.detach().reshape(attention.heads, attention.levels, -1, 2)
+    expected = torch.tensor([[[i + 1.0, 0.0] for i in range(attention.points)]] * attention.levels)
+    torch.testing.assert_close(steps, torch.stack([expected, -expected]), atol=1e-6, rtol=0)
+    q_proj = model.image_text_aggregation.layers[0].cross_attention.q_proj
+    assert (q_proj.bias == 0).all() and q_proj.weight.abs().max() <= (6 / 64) ** 0.5
+    assert q_proj.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
+    assert model.image_text_aggregation.logit_scale.item() == pytest.approx(2.6593, abs=1e-4)
+    assert model.void_embedding.std().item() == pytest.approx(1, rel=0.4)
+
+
+def test_a_model_built_without_memory_can_be_initialized():
+    """As distributed training does: on the meta device, then memory, then weights."""
+    with torch.device("meta"):
+        model = ITAForOpenVocabSegmentation(tiny_config()).eval()
+    model.to_empty(device="cpu")
+    model.init_weights()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    mask = model.clip_backbone.text_tower.attn_mask
+    assert torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1))
+    assert not any(parameter.requires_grad for parameter in model.clip_backbone.parameters())
+    assert segment(model, pixels(1, 3, 64, 64)).class_queries_logits.isfinite().all()
+
+
 def test_a_saved_model_computes_the_same_to_the_bit(tower_model, tmp_path):
     tower_model.save_pretrained(tmp_path)
     image = pixels(2, 3, 64, 96)
@@ -407,7 +423,7 @@ def test_weights_of_another_clip_are_refused(model):
         (
             {
                 "clip_model_config": {
-                    **CONVNEXT,
+                    **tiny_clip("convnext_atto"),
                     "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 64},
                 }
             },

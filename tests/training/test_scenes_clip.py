@@ -9,6 +9,7 @@ from open_clip.model import CustomTextCLIP
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file
 
+from helpers.tiny_checkpoint import tiny_clip
 from ita_segmentation.cli import train_clip as run_train_clip
 from ita_segmentation.data.scenes import scenes_vocabulary
 from ita_segmentation.errors import ITAError
@@ -33,17 +34,7 @@ from ita_segmentation.training.scenes_clip.trainer import (
 )
 from modeling_ita.configuration_ita import VILD_TEMPLATES
 
-CLIP = {
-    "embed_dim": 32,
-    "vision_cfg": {
-        "timm_model_name": "resnet10t",
-        "timm_model_pretrained": False,
-        "timm_pool": "",
-        "timm_proj": "linear",
-        "image_size": 32,
-    },
-    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
+CLIP = tiny_clip(width=32, context_length=24, image_size=32)
 
 
 TINY = {
