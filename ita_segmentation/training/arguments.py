@@ -145,6 +145,13 @@ class ITATrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "End the run after this many minutes; the learning rate follows the clock"},
     )
+    train_adapter: Literal["none", "ground_truth", "mixed"] = field(
+        default="none",
+        metadata={
+            "help": "Train only the mask adapter of a model with mask_pooling 'adapter', all else frozen: on "
+            "ground-truth masks, or with predicted masks mixed in"
+        },
+    )
     train_clip: Literal["none", "norms", "all"] = field(
         default="none",
         metadata={"help": "Train nothing of CLIP's image tower, its normalization layers, or all of it"},

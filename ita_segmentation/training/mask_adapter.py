@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from ita_segmentation.training.trainer import ITATrainer
 from modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.batching import Group, batch_vocabularies, check_images, group_images
 from modeling_ita.mask_adapter import binary_masks
 from modeling_ita.mask_classifier import AdapterMaskPooling
+from modeling_ita.set_criterion import Matches
 
 MAX_TRUE_MASKS, MAX_PAIRS = 16, 8
 """Ground-truth masks of an image in a step, and pairs of a predicted and a ground-truth mask."""
@@ -51,12 +53,6 @@ class MaskAdapterTraining(nn.Module):
         """What learns."""
         return cast(AdapterMaskPooling, self.network.mask_classifier.pooling)
 
-    def train(self, mode: bool = True) -> "MaskAdapterTraining":
-        """Leave the network in eval mode: nothing in it behaves otherwise in training."""
-        super().train(mode)
-        self.network.eval()
-        return self
-
     def forward(
         self,
         pixel_values: Tensor,
@@ -77,7 +73,9 @@ class MaskAdapterTraining(nn.Module):
         Returns:
             `loss`, the sum of `loss_dict`: `loss_ce`, the cross-entropy of masks over classes and void, and, where
             predictions are mixed in, `loss_cosine`, one minus the cosine of the embeddings of pairs; both weighted.
+            `dominant_categories` are none, `vocabulary` is each image's.
         """
+        self.network.eval()  # nothing that is frozen behaves otherwise in training
         sizes = check_images(pixel_values, pixel_mask)
         vocabularies = batch_vocabularies(vocabulary, None, None, len(sizes))
         images = [
@@ -90,7 +88,12 @@ class MaskAdapterTraining(nn.Module):
         loss_dict = {"loss_ce": CLASS_WEIGHT * F.cross_entropy(logits, targets, reduction="sum") / num_masks}
         if self.mixed:
             loss_dict["loss_cosine"] = CONSISTENCY_WEIGHT * distances.sum() / (MAX_PAIRS * len(pixel_values))
-        return ModelOutput(loss=torch.stack(list(loss_dict.values())).sum(), loss_dict=loss_dict)
+        return ModelOutput(
+            loss=torch.stack(list(loss_dict.values())).sum(),
+            loss_dict=loss_dict,
+            dominant_categories=[[] for _ in vocabularies],
+            vocabulary=vocabularies,
+        )
 
     def _images_of(
         self, group: Group, mask_labels: list[Tensor], class_labels: list[Tensor]
@@ -189,3 +192,36 @@ def match_predictions(mask_logits: Tensor, masks: Tensor) -> Tensor:
     found = (best >= 0).nonzero()[:, 0]
     found = found[torch.randperm(len(found), device=found.device)[:MAX_PAIRS]]
     return torch.stack([query[found], found], dim=1)
+
+
+class MaskAdapterTrainer(ITATrainer):
+    """Trains the mask adapter of a model, all of whose other weights are frozen.
+
+    Args:
+        mixed: Mix in predicted masks.
+        **kwargs: As for `ITATrainer`.
+
+    Raises:
+        ValueError: The model has no adapter, or the weights are sharded.
+    """
+
+    def __init__(self, *, mixed: bool, **kwargs: Any) -> None:
+        network = kwargs["model"]
+        training = MaskAdapterTraining(network, mixed)
+        super().__init__(**kwargs)
+        if self.is_fsdp_enabled:
+            raise ValueError("train_adapter does not work with FSDP's sharded weights: use DDP")
+        # Each process reads the frozen weights from the same file: DDP need not broadcast them.
+        training._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+            name
+            for name, tensor in (*training.named_parameters(), *training.named_buffers())
+            if not tensor.requires_grad
+        ]
+        nothing = torch.zeros(1, 0, dtype=torch.int64, device=self.args.device)
+        network.criterion.matches = Matches(nothing, nothing, [], 1)  # queries are not matched
+        self.model = self.model_wrapped = training
+
+    @property
+    def network(self) -> Any:
+        """The `ITAForOpenVocabSegmentation` whose adapter learns."""
+        return super().network.network

@@ -130,7 +130,7 @@ class MetricAccumulator:
         matched, text, shown, found = sums[len(losses) :]
         seconds = max(time.monotonic() - self._started - self._excluded, 1e-9)
         metrics = {
-            "loss": sum(parts.values()),
+            "loss": sum(losses.values()),
             **losses,
             **parts,
             "matched_text_queries": text / max(matched, 1.0),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ita_segmentation.files import atomic_path
 from ita_segmentation.training.arguments import ITAModelArguments, ITATrainingArguments, changed_arguments
 from ita_segmentation.training.checkpoints import find_checkpoint, output_lock
 from ita_segmentation.training.clip_tuning import prepare_clip, read_clip
+from ita_segmentation.training.mask_adapter import MaskAdapterTrainer
 from ita_segmentation.training.name_tuning import load_tuned_names, tune_class_names
 from ita_segmentation.training.pseudo_labels import kept_classes
 from ita_segmentation.training.results import RESULTS
@@ -134,7 +136,14 @@ def _build_trainer(
     if checkpoint is not None:
         check_classes(model.config, checkpoint)
     prepare_clip(model, training.train_clip, training.lora_rank, training.clip_dtype, training.channels_last)
-    trainer = ITATrainer(
+    trainer_class: Any = ITATrainer
+    if training.train_adapter != "none":
+        if training.train_clip != "none" or training.lora_rank or model_arguments.keep_vocabulary:
+            raise UsageError(
+                "train_adapter freezes all else: it goes with no train_clip, lora_rank, keep_vocabulary"
+            )
+        trainer_class = partial(MaskAdapterTrainer, mixed=training.train_adapter == "mixed")
+    trainer = trainer_class(
         model=model,
         args=training,
         classes=classes,

@@ -1,12 +1,16 @@
 """Mask-Adapter learns on a frozen segmenter: its losses, its choice of masks, what it leaves alone."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers.parity_checkpoint import load_parity, original_tensors
+from helpers.training_runs import failure, make_inputs, run
 from ita_segmentation.conversion import convert_checkpoint
+from ita_segmentation.training import read_history
 from ita_segmentation.training.mask_adapter import (
     MAX_PAIRS,
     MAX_TRUE_MASKS,
@@ -126,3 +130,58 @@ def test_a_model_without_an_adapter_is_refused():
     )
     with pytest.raises(ValueError, match="mask_pooling"):
         MaskAdapterTraining(plain, mixed=False)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """Arguments that train a tiny adapter on a tiny segmenter that is there already."""
+    folder = tmp_path_factory.mktemp("segmenter")
+    arguments = make_inputs(folder, eval_strategy="no", save_steps=100, max_steps=1)
+    run(arguments, folder / "model")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    adapter = {"mask_pooling": "adapter", "adapter_dim": 16, "adapter_num_maps": 2}
+    recipe |= {
+        "clip": None,
+        "model": str(folder / "model"),
+        "model_config": adapter,
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    (folder / "recipe.json").write_text(
+        json.dumps({key: value for key, value in recipe.items() if value is not None})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["ground_truth", "mixed"])
+def test_a_run_trains_the_adapter_alone_and_resumes_exactly(segmenter, tmp_path, stage):
+    arguments = ["--config", str(segmenter / "recipe.json"), "--train_adapter", stage]
+    folder = run(arguments, tmp_path / "adapter")
+    before, after = (load_file(path / "model.safetensors") for path in (segmenter / "model", folder))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert {name.rsplit(".", 2)[0] for name in set(after) - set(before)} >= {
+        "mask_classifier.pooling.adapter"
+    }
+    history = [entry for entry in read_history(folder) if "loss" in entry]
+    assert history[-1]["loss"] == pytest.approx(
+        sum(history[-1].get(n, 0) for n in ("loss_ce", "loss_cosine")), rel=1e-4
+    )
+    assert json.loads((folder / "eval_results.json").read_text())["eval_miou"] >= 0
+    resumed = run(
+        [*arguments, "--resume_from_checkpoint", str(folder / "checkpoint-2")], tmp_path / "resumed"
+    )
+    again = load_file(resumed / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
+
+
+def test_what_does_not_go_with_it_is_refused(segmenter, tmp_path, capsys):
+    arguments = [
+        "--config",
+        str(segmenter / "recipe.json"),
+        "--output_dir",
+        str(tmp_path / "x"),
+        "--train_adapter",
+        "mixed",
+    ]
+    assert "freezes all else" in failure(capsys, arguments, "--train_clip", "norms")[1]
+    assert "mask_pooling" in failure(capsys, arguments, "--model_config.mask_pooling", "hard")[1]
