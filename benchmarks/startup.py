@@ -1,6 +1,7 @@
-"""What is paid before the first image: imports, loading a checkpoint, and encoding a large vocabulary or reading it.
+"""What is paid before the first result: commands from a cold start, imports, loading, and encoding a vocabulary.
 
-Builds a checkpoint with random weights, and measures each figure in a process of its own; prints a Markdown table.
+Each figure is the fastest of some processes of their own; prints a Markdown table. `python -X importtime -m
+ita_segmentation.cli.main predict --help` shows where imports go.
 """
 
 import argparse
@@ -10,15 +11,21 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from measure import made_up_vocabulary
 from speed import machine
 
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "models" / "ita-tiny"
+
+COMMAND = "import sys; from ita_segmentation.cli.main import main; sys.argv[0] = 'ita'; main()"
+
 IMPORTS = """
 import json, time
-import torch, transformers
+import torch, torchvision, transformers, open_clip
 from transformers import AutoModel, PreTrainedModel
 from transformers.image_processing_backends import TorchvisionBackend
 start = time.perf_counter()
@@ -29,7 +36,7 @@ print(json.dumps({"import": time.perf_counter() - start}))
 LOAD = """
 import json, sys, time
 from pathlib import Path
-import modeling_ita, open_clip
+import modeling_ita
 from transformers import AutoModel
 weights = next(Path(sys.argv[1]).glob("*.safetensors"))
 start = time.perf_counter()
@@ -39,9 +46,7 @@ del content
 start = time.perf_counter()
 model = AutoModel.from_pretrained(sys.argv[1])
 load = time.perf_counter() - start
-start = time.perf_counter()
-total = sum(float(tensor.sum()) for tensor in model.state_dict().values())
-print(json.dumps({"read": read, "load": load, "first touch": time.perf_counter() - start}))
+print(json.dumps({"read": read, "load": load}))
 """
 
 TEXT = """
@@ -57,7 +62,7 @@ if sys.argv[2] == "made-up":
     model.clip_backbone.tokenize = lambda prompts: (torch.zeros(len(prompts), 1, dtype=torch.int64), 0)
 start = time.perf_counter()
 model.encode_vocabulary(vocabulary)
-print(json.dumps({"text": time.perf_counter() - start, "encoded": model.vocabulary_encoder.names_encoded}))
+print(json.dumps({"text": time.perf_counter() - start}))
 """
 
 BUILD = """
@@ -67,43 +72,75 @@ ITAForOpenVocabSegmentation(ITAConfig(clip_model_name=sys.argv[2])).save_pretrai
 """
 
 
-def python(code: str, *words: str, environment: dict[str, str], text: str = "") -> dict[str, float]:
-    """Runs code in a process of its own and reads the JSON in its last line. Raises RuntimeError where it fails."""
-    command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=os.environ | environment)
+def python(code: str, *arguments: str, environment: dict[str, str], text: str = "") -> tuple[float, str]:
+    """Runs code in a process of its own; gives its seconds and its last line. Raises RuntimeError where it fails."""
+    command = [sys.executable, "-c", code, *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    start = time.perf_counter()
+    done = subprocess.run(command, check=False, input=text, capture_output=True, text=True, env=variables)
+    seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+    return seconds, (done.stdout.splitlines() or [""])[-1]
+
+
+def command_rows(folder: Path, environment: dict[str, str], repeats: int) -> list[tuple[str, float]]:
+    """Seconds of commands from start to end, with what is on disk after an earlier run."""
+    image = str(ROOT / "examples" / "scene_1.png")
+    predict = ["predict", "--model", str(SHIPPED), "--images", image, "--output", str(folder / "out")]
+    commands = {
+        "`ita --version`": ["--version"],
+        "`ita predict --help`": ["predict", "--help"],
+        "`ita predict`, one image, three classes": [*predict, "--classes", "water, concrete, teddy bear"],
+        "`ita predict`, one image, the checkpoint's 178 classes": predict,
+    }
+    first, _ = python(COMMAND, *predict, environment={**environment, "ITA_TEXT_CACHE": "off"})
+    rows = [("`ita predict`, one image, 178 classes, nothing on disk", first)]
+    for title, arguments in commands.items():
+        python(COMMAND, *arguments, environment=environment)
+        rows.append(
+            (title, min(python(COMMAND, *arguments, environment=environment)[0] for _ in range(repeats)))
+        )
+    return rows
+
+
+def model_rows(
+    folder: Path, environment: dict[str, str], clip: str, classes: int, repeats: int
+) -> list[tuple[str, float]]:
+    """Seconds of loading a large checkpoint and a large vocabulary."""
+
+    def fastest(code: str, key: str, *arguments: str, text: str = "") -> float:
+        lines = (python(code, *arguments, environment=environment, text=text)[1] for _ in range(repeats))
+        return min(json.loads(line)[key] for line in lines)
+
+    vocabulary, model = json.dumps(made_up_vocabulary(classes)), str(folder / "model")
+    python(BUILD, model, clip, environment=environment)
+    python(TEXT, model, "made-up", environment=environment, text=vocabulary)
+    return [
+        ("`import modeling_ita`, after the libraries", fastest(IMPORTS, "import")),
+        (f"{clip}: reading the file", fastest(LOAD, "read", model)),
+        (f"{clip}: `AutoModel.from_pretrained`", fastest(LOAD, "load", model)),
+        (f"{classes:,} classes from disk", fastest(TEXT, "text", model, "own", text=vocabulary)),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clip", default="convnext_large_d_320", help="open_clip's name of the frozen CLIP")
-    parser.add_argument("--classes", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the fastest counts")
-    args = parser.parse_args()
-    vocabulary = json.dumps(made_up_vocabulary(args.classes))
-    names = len(made_up_vocabulary(args.classes).names)
-    with tempfile.TemporaryDirectory() as folder:
-        store = {"ITA_TEXT_CACHE": str(Path(folder, "text"))}
-        model = str(Path(folder, "model"))
-        python(BUILD, model, args.clip, environment=store)
-        imports = [python(IMPORTS, environment=store)["import"] for _ in range(args.repeats)]
-        loads = [python(LOAD, model, environment=store) for _ in range(args.repeats)]
-        python(TEXT, model, "made-up", environment=store, text=vocabulary)
-        texts = [python(TEXT, model, "own", environment=store, text=vocabulary) for _ in range(args.repeats)]
-    if any(text["encoded"] for text in texts):
-        sys.exit("startup.py: names that were kept on disk were encoded again")
-    load = min(loads, key=lambda one: one["load"] / one["read"])
-    print("| what | seconds |\n| --- | --- |")
-    print(f"| `import modeling_ita`, after torch and transformers | {min(imports):.2f} |")
-    print(f"| reading the checkpoint's file | {load['read']:.2f} |")
-    print(
-        f"| `AutoModel.from_pretrained` | {load['load']:.2f} ({load['load'] / load['read']:.2f} x reading) |"
+    parser.add_argument(
+        "--clip", help="also a checkpoint with this tower of open_clip, such as convnext_large_d_320"
     )
-    print(f"| ... touching every weight for the first time | {load['first touch']:.2f} |")
-    print(f"| {args.classes:,} classes ({names:,} names), from disk | {min(t['text'] for t in texts):.2f} |")
-    print(f"\n*{machine(torch.get_num_threads())}, {args.clip}, {datetime.date.today().isoformat()}.*")
+    parser.add_argument("--classes", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=3, help="processes, of which the fastest counts")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = {"ITA_TEXT_CACHE": str(folder / "text")}
+        rows = command_rows(folder, environment, args.repeats)
+        if args.clip:
+            rows += model_rows(folder, environment, args.clip, args.classes, args.repeats)
+    print("| what | seconds |\n| --- | --- |")
+    print("\n".join(f"| {title} | {seconds:.2f} |" for title, seconds in rows))
+    print(f"\n*{machine(torch.get_num_threads())}, {datetime.date.today().isoformat()}.*")
 
 
 if __name__ == "__main__":

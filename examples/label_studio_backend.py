@@ -18,7 +18,7 @@ from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.errors import ITAError
 from ita_segmentation.integrations import label_studio_task
 from ita_segmentation.prediction import Segmenter
-from modeling_ita.image_processing_ita import read_image
+from modeling_ita.image_io import read_image
 
 MAX_REQUEST_BYTES = 10_000_000
 

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 MAX_CACHED_NAMES = 65_536
 MAX_CACHED_VOCABULARIES = 16
-MIN_NAMES_ON_DISK = 512
+MIN_NAMES_ON_DISK = 64
 """From so many names on, encoding shows its progress, and the names are looked for on disk and kept there."""
 NAMES_PER_BLOCK = 1_024
 """Names between one writing to disk and the next."""

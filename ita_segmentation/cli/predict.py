@@ -179,6 +179,7 @@ def _segmenter(
         threshold=arguments.threshold,
         stuff=stuff,
         keep_overlaps=keep_overlaps,
+        distractors=not arguments.no_distractors,
     )
 
 

@@ -64,7 +64,14 @@ def build_parser() -> ConfigArgumentParser:
     what.add_argument(
         "--threshold",
         type=fraction,
-        help="minimum score of a segment, 0 to 1 (default: panoptic 0.8, instance 0.5)",
+        help="minimum score, 0 to 1, of a segment or of a pixel's class (default: semantic and instance 0.5, "
+        "panoptic 0.8)",
+    )
+    what.add_argument(
+        "--no_distractors",
+        action="store_true",
+        help="do not let the checkpoint's own classes compete with those given (for names such as animal, of which "
+        "it has kinds)",
     )
 
     how = parser.add_argument_group("how it runs")

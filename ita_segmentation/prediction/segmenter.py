@@ -13,10 +13,10 @@ from PIL import Image
 from ita_segmentation.errors import ITAError
 from ita_segmentation.prediction.segments import Segment, as_array, box_of, iterate_segments
 from ita_segmentation.visualization import resize_labels
+from modeling_ita.postprocessing import DEFAULT_THRESHOLDS
+from modeling_ita.vocabulary import normal_form, normalize_vocabulary, with_distractors
 
-TASKS = ("semantic", "panoptic", "instance")
-DEFAULT_THRESHOLDS = {"semantic": 0.5, "panoptic": 0.8, "instance": 0.5}
-"""Minimum score of a segment, or of a pixel's class."""
+TASKS = tuple(DEFAULT_THRESHOLDS)
 MAX_GUESSES = 3
 NO_CLASS = -1
 """In a semantic map: no class reaches the threshold."""
@@ -103,8 +103,6 @@ class Segmenter:
         keep_overlaps: bool = False,
         distractors: bool = True,
     ):
-        from modeling_ita.vocabulary import normalize_vocabulary, with_distractors
-
         if vocabulary is None and model.default_vocabulary is None:
             raise ITAError("the checkpoint has no classes of its own: name the classes")
         self.model, self.processor, self.task = model, processor, task
@@ -169,8 +167,6 @@ class Segmenter:
         return [result for image in images for result in self.segment([image])]
 
     def _ids_of(self, stuff: Sequence[str]) -> set[int]:
-        from modeling_ita.vocabulary import normal_form
-
         names = {normal_form(name): index for index, names in enumerate(self.classes) for name in names}
         unknown = [name for name in stuff if normal_form(name) not in names]
         if unknown:

@@ -1,4 +1,4 @@
-"""Results of `post_process_*` as lists of masks: the common ground of label maps, data sets and exchange formats."""
+"""Results of `post_process_*` as lists of masks: the common ground of label maps, datasets and exchange formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page as a program asks it, over HTTP: difficult images are right or refused in words."""
+"""The page as a program asks it, over HTTP: difficult images are right or refused in a sentence."""
 
 import base64
 import io
@@ -48,8 +48,8 @@ def test_deep_cmyk_and_moving_images_are_shown_as_a_person_sees_them(client, tmp
     Image.new("RGB", SIZE, COLOR).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     frames = [Image.new("RGB", SIZE, color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    grey = round(40_000 / 65_535 * 255)
-    for name, expected in (("deep.png", (grey,) * 3), ("cmyk.jpg", COLOR), ("moving.gif", (255, 0, 0))):
+    gray = round(40_000 / 65_535 * 255)
+    for name, expected in (("deep.png", (gray,) * 3), ("cmyk.jpg", COLOR), ("moving.gif", (255, 0, 0))):
         view = ask(client, tmp_path / name)
         assert (view["width"], view["height"]) == SIZE, name
         assert np.abs(shown(view) - np.array(expected)).max() <= 4, name

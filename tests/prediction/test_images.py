@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.errors import ITAError
+from ita_segmentation.images import read_image
 from ita_segmentation.prediction import Segmenter, Tracks, find_sources
 from ita_segmentation.prediction.sources import output_names
 from ita_segmentation.prediction.tracks import MEMORY
@@ -148,6 +150,38 @@ def test_the_caller_says_which_classes_are_stuff(loaded):
     assert found([one.upper()]) == everything - {one}
     with pytest.raises(ITAError, match="'horse' is named as stuff but is not among the classes"):
         found(["horse"])
+
+
+SHIPPED = Path(__file__).parents[2] / "models" / "ita-tiny"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_checkpoint(SHIPPED, "cpu")
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
+def test_a_class_that_is_not_there_gets_nothing_and_one_that_is_keeps_its_place(task, shipped):
+    """The scene has concrete, water, a skateboard, a teddy bear and french fries."""
+    image = read_image(SHIPPED.parents[1] / "examples" / "scene_1.png")
+    [absent] = Segmenter(*shipped, [["purple submarine"]], task).segment([image])
+    assert absent.segments == []
+    assert absent.best_guesses[0][0] == "purple submarine"
+    assert absent.best_guesses[0][1] < 0.5
+    [alone] = Segmenter(*shipped, [["teddy bear"]], task, threshold=0.5).segment([image])
+    assert {one["label"] for one in alone.segments} == {"teddy bear"}
+    assert 0.5 <= alone.segments[0]["score"] <= 1
+    assert 0.15 < alone.segments[0]["area"] / (image.width * image.height) < 0.25
+    [forced] = Segmenter(*shipped, [["purple submarine"]], "semantic", 0.0, distractors=False).segment(
+        [image]
+    )
+    assert forced.segments[0]["area"] == image.width * image.height, "as the benchmarks have it"
+
+
+def test_a_label_map_without_a_class_has_its_highest_value(shipped):
+    image = read_image(SHIPPED.parents[1] / "examples" / "scene_2.jpg")
+    [result] = Segmenter(*shipped, [["zebra"]]).segment([image])
+    assert set(np.unique(result.label_map).tolist()) == {0, 255}
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
