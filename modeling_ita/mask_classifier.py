@@ -90,7 +90,7 @@ class AdapterMaskPooling(nn.Module):
         self,
         clip: ClipBackbone,
         dense: Tensor,
-        cell_embeds: Tensor | None,
+        cell_embeds: Tensor,
         mask_logits: Tensor,
         valid: Tensor | None,
         in_vocab_logits: Tensor,
@@ -277,9 +277,8 @@ class MaskClassifier(nn.Module):
         """
         if self.text_transfer is None or cell_embeds is None:
             return class_logits(embeds, text, void_embed, clip.logit_scale)
-        with torch.autocast(
-            embeds.device.type, enabled=False
-        ):  # logits in the thousands: half precision has no room
+        # Logits are in the thousands, which half precision is too coarse for.
+        with torch.autocast(embeds.device.type, enabled=False):
             rows = torch.cat([text.prompt_embeds, F.normalize(void_embed, dim=-1)])
             rows = self.text_transfer(rows, cell_embeds.to(void_embed.dtype)).float()
             scaled = clip.logit_scale.float() * F.normalize(embeds.float(), dim=-1)
