@@ -423,11 +423,14 @@ def _padded_size(sizes: Sequence[Sequence[int]], pad_size: SizeDict | None, divi
         if padded[0] < height or padded[1] < width:
             raise ValueError(f"`pad_size` {dict(pad_size)} is smaller than an image of ({height}, {width})")
         height, width = padded
-    return math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor
+    height, width = (math.ceil(side / divisor) * divisor for side in (height, width))
+    if height * width > MAX_IMAGE_PIXELS:
+        raise ValueError(f"images would be padded to {height} x {width} pixels")
+    return height, width
 
 
 def _pad_to(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., h, w) -> (..., *size), zeros at the bottom and on the right."""
+    """Pad (..., h, w) to (..., *size) with zeros at the bottom and on the right."""
     return pad(values, (0, size[1] - values.shape[-1], 0, size[0] - values.shape[-2]))
 
 

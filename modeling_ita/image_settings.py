@@ -7,7 +7,7 @@ import numpy as np
 from torchvision.transforms import InterpolationMode
 from transformers.image_utils import SizeDict
 
-MAX_SIDE = 16_384  # of `size` and `pad_size`
+MIN_SIDE, MAX_SIDE = 4, 16_384  # of `size` and `pad_size`
 SIZE_KEYS = (
     {"shortest_edge", "longest_edge"},
     {"shortest_edge"},
@@ -22,7 +22,7 @@ def _is_number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
-def _is_integer(value: Any, least: int = 1, most: int = MAX_SIDE) -> bool:
+def _is_integer(value: Any, least: int = MIN_SIDE, most: int = MAX_SIDE) -> bool:
     return isinstance(value, (int, np.integer)) and _is_number(value, least, most)
 
 
@@ -49,10 +49,11 @@ SETTINGS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("size", "pad_size"),
         _is_size,
-        f"an integer, {{height, width}}, {{shortest_edge, longest_edge}} or {{max_height, max_width}} of 1..{MAX_SIDE}",
+        "an integer, {height, width}, {shortest_edge, longest_edge} or {max_height, max_width} "
+        f"of {MIN_SIDE}..{MAX_SIDE}",
     ),
-    (("max_size",), _is_integer, f"an integer of 1..{MAX_SIDE}"),
-    (("size_divisor",), lambda value: _is_integer(value, most=1024), "an integer of 1..1024"),
+    (("max_size",), _is_integer, f"an integer of {MIN_SIDE}..{MAX_SIDE}"),
+    (("size_divisor",), lambda value: _is_integer(value, 1, 1024), "an integer of 1..1024"),
     (
         ("resample",),
         lambda value: isinstance(value, InterpolationMode) or _is_integer(value, 0, 5),

@@ -1,13 +1,15 @@
 """Images and words that trip programs: each is right, or refused in one clear line, in pipeline and command line."""
 
+import base64
 import io
 import json
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers import AutoImageProcessor, AutoModel
 
 import modeling_ita  # noqa: F401  (registers the Auto classes)
@@ -16,6 +18,8 @@ from ita_segmentation.cli import predict as run_predict
 from ita_segmentation.errors import ITAError
 from ita_segmentation.images import read_image
 from modeling_ita import image_processing_ita
+from modeling_ita.image_io import IMAGE_FORMATS, MAX_IMAGE_PIXELS
+from modeling_ita.image_io import read_image as read_bytes
 from modeling_ita.image_processing_ita import ITAImageProcessor
 from modeling_ita.pipeline_ita import ITAImageSegmentationPipeline
 
@@ -199,6 +203,81 @@ def test_a_folders_heic_is_named_and_not_passed_over(predict, tmp_path):
     Image.fromarray(HALVES).save(folder / "IMG_2.png")
     status, said, _, _ = predict(folder)
     assert status == 1 and "IMG_1.HEIC is a HEIC image" in "\n".join(said)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 20 20
+%%EndComments
+0 0 20 20 rectfill
+%%EOF
+"""
+
+
+def test_an_eps_file_starts_no_program_whatever_it_is_called(segment, predict, tmp_path, monkeypatch):
+    def started(*arguments, **options):
+        pytest.fail("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    path = tmp_path / "image.png"
+    path.write_bytes(EPS)
+    for source in (str(path), EPS, Image.open(path), base64.b64encode(EPS).decode()):
+        with pytest.raises(ValueError, match="is not an image, or not in a format that is read"):
+            segment(source, candidate_labels=WORDS)
+        with pytest.raises(ValueError, match="is not an image, or not in a format that is read"):
+            segment.image_processor(source if isinstance(source, str) else path)
+    with pytest.raises(ValueError, match="segmentation map"):
+        segment.image_processor(HALVES, [str(path)])
+    status, said, _, _ = predict(path)
+    assert status == 1 and "image.png is not an image" in said[0]
+
+
+def files_of_each_format() -> dict[str, bytes]:
+    """A small image in each format that this Pillow reads and writes."""
+    files = {}
+    for name in IMAGE_FORMATS:
+        if name in Image.OPEN and name in Image.SAVE:
+            stream = io.BytesIO()
+            Image.fromarray(HALVES).save(stream, name)
+            files[name] = stream.getvalue()
+    return files
+
+
+def damaged(content: bytes, choose: random.Random) -> bytes:
+    """Content with some bytes changed, mostly of its head, and sometimes cut, doubled or with a piece moved."""
+    changed = bytearray(content)
+    for _ in range(choose.randint(1, 8)):
+        reach = len(changed) if choose.random() < 0.3 else min(96, len(changed))
+        changed[choose.randrange(reach)] = choose.choice([0, 1, 0x7F, 0x80, 0xFF, choose.randrange(256)])
+    start, stop = sorted(choose.sample(range(len(changed)), 2))
+    kind = choose.randrange(6)
+    if kind == 0:
+        return bytes(changed[:stop])
+    if kind == 1:
+        return bytes(changed[:start] + changed[stop:])
+    if kind == 2:
+        return bytes(changed[:stop] + changed[start:])
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow if seed else ()) for seed in range(20)]
+)
+def test_a_damaged_file_gives_an_image_or_one_line(seed):
+    choose = random.Random(seed)
+    refused = 0
+    for name, content in files_of_each_format().items():
+        for _ in range(60):
+            message = None
+            try:
+                image = read_bytes(damaged(content, choose))
+            except ValueError as error:
+                message = str(error)
+            if message is None:
+                assert image.mode == "RGB" and image.width * image.height <= MAX_IMAGE_PIXELS
+            else:
+                refused += 1
+                assert "\n" not in message and 0 < len(message) < 400, name
+    assert refused > 100
 
 
 # --- size -----------------------------------------------------------------------------------------------------
