@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_ita.batching import remake_masks
-from modeling_ita.set_criterion import Matches, SetCriterion
+from modeling_ita.batching import SegmentOutput, matched_mask_logits
+from modeling_ita.set_criterion import SetCriterion
 
 IMAGES, QUERIES, CLASSES, MASKS, LAYERS = 2, 250, 133, 12, 10
 MASK_SIZE, LOGIT_SIZE, CHANNELS, POINTS = 1024, 256, 256, 12544
@@ -124,11 +125,14 @@ def our_losses(work: str) -> Callable[[Batch], Losses]:
     criterion = SetCriterion(SimpleNamespace(**SETTINGS))
 
     def losses(batch: Batch) -> Losses:
-        def matched_masks(matches: Matches) -> Tensor:
-            queries = [matches.of(image)[0] for image in range(IMAGES)]
-            size = (4 * LOGIT_SIZE, 4 * LOGIT_SIZE)
-            return remake_masks([(batch.embeddings, batch.features)], [[*range(IMAGES)]], queries, size)
-
+        part = SegmentOutput(
+            batch.class_logits,
+            batch.mask_logits,
+            mask_embeds=batch.embeddings,
+            mask_features=batch.features,
+        )
+        group: Any = SimpleNamespace(indices=[*range(IMAGES)])
+        matched_masks = matched_mask_logits([part], [group], (4 * LOGIT_SIZE, 4 * LOGIT_SIZE))
         return criterion(
             batch.class_logits,
             batch.mask_logits,

@@ -34,7 +34,9 @@ class WithDominantCategories:
     """A model whose calls get the dominant categories in `given`; it keeps the last output."""
 
     def __init__(self, model: Any):
-        self.model, self.given, self.outputs = model, None, None
+        self.model = model
+        self.given: list[list[str]] | None = None
+        self.outputs: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -95,7 +97,7 @@ def diagnose(model: Any, processor: Any, benchmark: Any, limit: int, seed: int) 
     for index, row in zip(range(limit), benchmark.rows(), strict=False):
         sample = decode_sample(benchmark, row)
         true = true_classes(sample, benchmark.ignore_index)
-        given = {
+        given: dict[str, list[list[str]] | None] = {
             "computed": None,
             "true": [[names[label] for label in true[:k]]],
             "random": [chance.sample(names, min(k, len(names)))],

@@ -76,7 +76,10 @@ def draw_images(split: str, count: int, size: int = SIZE) -> Iterator[tuple[Imag
         index = 0
         while count:
             rng = np.random.default_rng([SEEDS[split], index])
-            others = [*rng.choice(old, OLD_THINGS, False), *rng.choice(vocabulary.stuff_ids, OLD_STUFF, False)]
+            others = [
+                *rng.choice(old, OLD_THINGS, False),
+                *rng.choice(vocabulary.stuff_ids, OLD_STUFF, False),
+            ]
             drawn = scene(SEEDS[split], index, size, [*new, *map(int, others)])
             index += 1
             if np.isin(drawn.semantic, new).any():
@@ -113,7 +116,7 @@ def run_command(*arguments: Any) -> float:
 
 
 def make_data(folder: Path, classes: list[list[str]]) -> None:
-    """Make `folder/data/mine`, what a user has (only the new classes), and `folder/data/all`, for scores (all classes)."""
+    """Make `folder/data/mine` (only the new classes) and, for scores, `folder/data/all` (all classes)."""
     new = [[name] for name in NEW_THINGS]
     write_folder(folder / "source" / "mine", "train", 50, new)
     write_folder(folder / "source" / "all", "validation", 120, [*classes, *new])
@@ -127,7 +130,16 @@ def scores_of(model: Path, folder: Path, name: str) -> dict[str, float]:
     results: dict[str, Any] = {}
     for part in ("all", "scenes"):
         output = folder / "scores" / name / part
-        options = ["--benchmarks", part, "--data_dir", folder / "data", "--tasks", "semantic", "--num_examples", 0]
+        options = [
+            "--benchmarks",
+            part,
+            "--data_dir",
+            folder / "data",
+            "--tasks",
+            "semantic",
+            "--num_examples",
+            0,
+        ]
         options += ["--limit", 100] if part == "scenes" else []
         run_command("run_eval.py", "--model", model, *options, "--output", output)
         results[part] = json.loads((output / "results.json").read_text(encoding="utf-8"))["benchmarks"][part]

@@ -66,7 +66,7 @@ TEMPLATE = """---
 
 Open-vocabulary segmentation (semantic, panoptic and instance) by image-text aggregation (ITA): name classes, get
 segments.
-{%- if classes %} Without class names it segments its own {{ classes | length }} classes: {{ classes[:12] | join(", ") }}
+{%- if classes %} By default it segments its own {{ classes | length }} classes: {{ classes[:12] | join(", ") }}
 {{- ", ..." if classes | length > 12 else "." }}{% endif %}
 {% if config.domain %}
 Trained on {{ config.domain }}.

@@ -15,7 +15,7 @@ from ita_segmentation.visualization import (
 
 TO_CONES = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
 TO_LAB = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
-VISION = {  # Machado, Oliveira and Fernandes, 2009: full dichromacy, on linear RGB
+VISION: dict = {  # Machado, Oliveira and Fernandes, 2009: full dichromacy, on linear RGB
     "normal": np.eye(3),
     "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
 }

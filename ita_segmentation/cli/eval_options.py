@@ -24,7 +24,9 @@ def build_parser() -> ConfigArgumentParser:
     """Return the parser of `ita eval`."""
     parser = ConfigArgumentParser(description="Score a checkpoint on benchmarks.")
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR_OR_ID", help=f"{MODEL_HELP}; also of other transformers models")
+    add(
+        "--model", required=True, metavar="DIR_OR_ID", help=f"{MODEL_HELP}; also of other transformers models"
+    )
     add("--benchmarks", nargs="+", required=True, metavar="NAME", help="`scenes`, or datasets in --data_dir")
     add("--data_dir", type=Path, metavar="DIR", help="folder of the datasets that `ita prepare` wrote")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the results")

@@ -47,7 +47,9 @@ def array_of(uri: str) -> np.ndarray:
 
 
 def error_of(segmenter: GradioSegmenter, *request) -> str:
-    return list(segmenter.answer(*request))[-1]["error"]
+    last = list(segmenter.answer(*request))[-1]
+    assert last is not None
+    return last["error"]
 
 
 # Class names

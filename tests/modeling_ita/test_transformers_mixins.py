@@ -43,7 +43,7 @@ class ITAModelTester:
         return self.get_config(), {"pixel_values": pixel_values}
 
 
-class ITAModelTest(ModelTesterMixin, unittest.TestCase):
+class ITAModelTest(ModelTesterMixin, unittest.TestCase):  # type: ignore[valid-type, misc]
     all_model_classes = (ITAForOpenVocabSegmentation,)
     test_resize_embeddings = False  # the vocabulary is a list of names, not of tokens
 

@@ -26,7 +26,7 @@ def clip(path: Path, container: str = "mp4", noise: bool = False, sound: bool = 
             pixels = np.zeros((48, 64, 3), np.uint8)
             pixels[:24] = 220
             if noise:
-                pixels = generator.integers(0, 255, pixels.shape, np.uint8)
+                pixels[:] = generator.integers(0, 255, pixels.shape, np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             if track is not None:
                 silence = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.float32), "fltp", "mono")
