@@ -1,4 +1,4 @@
-"""The handler of an Inference Endpoint: every documented shape of request, and errors in words."""
+"""The handler of an Inference Endpoint: every documented shape of request, and errors in one line."""
 
 import base64
 import functools
@@ -108,7 +108,7 @@ def test_several_images_give_several_answers(handler, expected):
 
 
 def test_a_bad_image_among_several_is_numbered(handler):
-    bad = base64.b64encode(b"no image at all, only words").decode()
+    bad = base64.b64encode(b"no image at all, only text").decode()
     with pytest.raises(ValueError, match="image 2 of 3: .*not an image"):
         handler({"inputs": [TEXT, bad, TEXT], "parameters": PARAMETERS})
 

@@ -1,4 +1,4 @@
-"""Images and words that trip programs: each is right, or refused in one clear line, in pipeline and command line."""
+"""Unusual images and class names: each is right, or refused in one clear line, in pipeline and command line."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ from modeling_ita.image_io import read_image as read_bytes
 from modeling_ita.image_processing_ita import ITAImageProcessor
 from modeling_ita.pipeline_ita import ITAImageSegmentationPipeline
 
-WORDS = ["sky", "dog|puppy", "grass"]
+CLASSES = ["sky", "dog|puppy", "grass"]
 EVERY_PIXEL = {"threshold": 0.0, "distractors": False}  # has a class
 HALVES = np.zeros((24, 40, 3), np.uint8)  # red on the left, blue on the right, a white corner at the top left
 HALVES[:, :20, 0], HALVES[:, 20:, 2], HALVES[:6, :6] = 255, 255, 255
@@ -47,9 +47,9 @@ def segment(checkpoint):
 def predict(checkpoint, tmp_path, monkeypatch, capsys):
     """The command line on one image: its exit status, the lines it says, its label map and its document."""
 
-    def run(path: Path, words: str = ", ".join(WORDS), *more: str):
+    def run(path: Path, classes: str = ", ".join(CLASSES), *more: str):
         output = tmp_path / "out"
-        arguments = ["--model", checkpoint, "--images", path, "--classes", words, "--output", output, *more]
+        arguments = ["--model", checkpoint, "--images", path, "--classes", classes, "--output", output, *more]
         monkeypatch.setattr(sys, "argv", ["run_predict.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             run_predict.main()
@@ -79,8 +79,8 @@ def turned(path: Path) -> Path:
 
 
 def sixteen_bits(path: Path) -> Path:
-    grey = HALVES.mean(-1).round().astype(np.uint16)
-    Image.fromarray(grey * 257).save(path)
+    gray = HALVES.mean(-1).round().astype(np.uint16)
+    Image.fromarray(gray * 257).save(path)
     return path
 
 
@@ -124,7 +124,7 @@ def test_pipeline_and_command_line_see_what_the_plain_image_shows(kind, segment,
     Image.fromarray(seen(path).astype(np.uint8)).save(plain)
     for source in (str(path), path.read_bytes()):
         found, expected = (
-            segment(one, candidate_labels=WORDS, subtask="semantic") for one in (source, str(plain))
+            segment(one, candidate_labels=CLASSES, subtask="semantic") for one in (source, str(plain))
         )
         assert [one["label"] for one in found] == [one["label"] for one in expected]
         assert all(np.array_equal(a["mask"], b["mask"]) for a, b in zip(found, expected, strict=True))
@@ -158,7 +158,7 @@ def test_sixteen_bits_given_as_text_or_bytes_are_scaled_too(segment, tmp_path):
     assert (inputs[0] == inputs[1]).all()
     assert (
         inputs[0][..., :24, :20] - inputs[0][..., :24, 25:45]
-    ).abs().max() < 10  # grey levels, not all white
+    ).abs().max() < 10  # gray levels, not all white
 
 
 REFUSED = {
@@ -168,7 +168,7 @@ REFUSED = {
     "text": (lambda path: path.write_text("hello " * 20), "text.png", "is not an image"),
     "LAB": (
         lambda path: Image.new("LAB", (4, 4)).save(path),
-        "colour.tif",
+        "color.tif",
         "LAB image cannot be shown without its color profile",
     ),
 }
@@ -186,10 +186,10 @@ def test_it_is_refused_in_one_line_that_names_it(kind, segment, predict, tmp_pat
     path = tmp_path / name
     make(path)
     with pytest.raises(ValueError, match=message) as error:
-        segment(str(path), candidate_labels=WORDS)
+        segment(str(path), candidate_labels=CLASSES)
     assert name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
-        segment(path.read_bytes(), candidate_labels=WORDS)
+        segment(path.read_bytes(), candidate_labels=CLASSES)
     status, said, _, _ = predict(path)
     assert status == 1
     assert len(said) == 1 and message in said[0] and name in said[0]
@@ -222,7 +222,7 @@ def test_an_eps_file_starts_no_program_whatever_it_is_called(segment, predict, t
     path.write_bytes(EPS)
     for source in (str(path), EPS, Image.open(path), base64.b64encode(EPS).decode()):
         with pytest.raises(ValueError, match="is not an image, or not in a format that is read"):
-            segment(source, candidate_labels=WORDS)
+            segment(source, candidate_labels=CLASSES)
         with pytest.raises(ValueError, match="is not an image, or not in a format that is read"):
             segment.image_processor(source if isinstance(source, str) else path)
     with pytest.raises(ValueError, match="segmentation map"):
@@ -287,7 +287,7 @@ def test_an_image_beyond_the_limit_is_refused_before_it_is_decoded(segment, pred
     path = tmp_path / "huge.png"
     Image.new("1", (20_000, 10_000)).save(path)
     with pytest.raises(ValueError, match="more than the 178,956,970 pixels allowed"):
-        segment(str(path), candidate_labels=WORDS)
+        segment(str(path), candidate_labels=CLASSES)
     status, said, _, _ = predict(path)
     assert status == 1 and "178,956,970 pixels" in said[0]
 
@@ -318,51 +318,51 @@ def test_ordinary_images_are_not_reduced():
     assert image_processing_ita._reduced(image, (100, 125)) is image
 
 
-# --- words ----------------------------------------------------------------------------------------------------
+# --- classes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "words", [["猫", "沙发|長椅", "天空"], ["🐱", "🛋️", "👩‍👩‍👧 family"], ["größe", "naïve"]]
+    "classes", [["猫", "沙发|長椅", "天空"], ["🐱", "🛋️", "👩‍👩‍👧 family"], ["größe", "naïve"]]
 )
-def test_words_in_any_script_come_back_as_they_were_typed(words, segment, predict, tmp_path):
+def test_names_in_any_script_come_back_as_they_were_typed(classes, segment, predict, tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(HALVES).save(path)
-    names = [word.split("|")[0] for word in words]
-    found = segment(str(path), candidate_labels=words, subtask="semantic", **EVERY_PIXEL)
+    names = [name.split("|")[0] for name in classes]
+    found = segment(str(path), candidate_labels=classes, subtask="semantic", **EVERY_PIXEL)
     assert found and {one["label"] for one in found} <= set(names)
-    status, said, _, document = predict(path, ", ".join(words))
+    status, said, _, document = predict(path, ", ".join(classes))
     assert (status, said) == (0, [])
     assert [names_of_class[0] for names_of_class in document["vocabulary"]] == names
     assert {one["label"] for one in document["segments"]} <= set(names)
 
 
-def test_different_words_in_another_script_are_different_to_the_network(segment):
+def test_different_names_in_another_script_are_different_to_the_network(segment):
     embeds = segment.model.encode_vocabulary(["猫", "犬", "🐱", "🐶"]).prompt_embeds
     similarity = embeds @ embeds.T
     assert (similarity - similarity.diag().diag()).max() < 0.99999
 
 
-def test_two_thousand_words(segment, predict, tmp_path):
+def test_two_thousand_names(segment, predict, tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(HALVES).save(path)
-    words = [f"thing number {index}" for index in range(2000)]
-    found = segment(str(path), candidate_labels=words, subtask="semantic", **EVERY_PIXEL)
+    classes = [f"thing number {index}" for index in range(2000)]
+    found = segment(str(path), candidate_labels=classes, subtask="semantic", **EVERY_PIXEL)
     assert sum(int((np.asarray(one["mask"]) == 255).sum()) for one in found) == 24 * 40
-    assert {one["label"] for one in found} <= set(words)
-    status, said, labels, document = predict(path, ", ".join(words))
+    assert {one["label"] for one in found} <= set(classes)
+    status, said, labels, document = predict(path, ", ".join(classes))
     assert (status, said) == (0, [])
     assert len(document["vocabulary"]) == 2000
     assert labels.max() < 2000
 
 
-@pytest.mark.parametrize("words", ["cat,, dog", "cat||dog", " "])
-def test_words_that_are_none_are_refused_in_one_line(words, segment, predict, tmp_path):
+@pytest.mark.parametrize("classes", ["cat,, dog", "cat||dog", " "])
+def test_names_that_are_none_are_refused_in_one_line(classes, segment, predict, tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(HALVES).save(path)
     with pytest.raises(ValueError, match="candidate") as error:
-        segment(str(path), candidate_labels=words)
+        segment(str(path), candidate_labels=classes)
     assert "\n" not in str(error.value)
-    status, said, _, _ = predict(path, words)
+    status, said, _, _ = predict(path, classes)
     assert status == 2 and len(said) == 1 and "--classes" in said[0]
 
 

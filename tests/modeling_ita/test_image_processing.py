@@ -149,18 +149,18 @@ def test_transparency_is_laid_over_white(processor):
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.info["transparency"] = 1
-    grey = Image.fromarray(np.array([[[0, 255], [0, 0]]], np.uint8), "LA")
+    gray = Image.fromarray(np.array([[[0, 255], [0, 0]]], np.uint8), "LA")
     assert seen(processor, Image.fromarray(rgba, "RGBA")).tolist() == expected
     assert seen(processor, rgba).tolist() == expected
     assert seen(processor, palette).tolist() == [[[10, 20, 30], [255, 255, 255]]]
-    assert seen(processor, grey).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+    assert seen(processor, gray).tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
 def test_sixteen_bits_are_scaled_to_eight(processor, tmp_path):
     values = np.array([[0, 257 * 100, 65535]], np.uint16)
-    Image.fromarray(values).save(tmp_path / "grey.png")
+    Image.fromarray(values).save(tmp_path / "gray.png")
     expected = [[[0] * 3, [100] * 3, [255] * 3]]
-    for image in (Image.open(tmp_path / "grey.png"), Image.fromarray(values.astype(np.int32), "I"), values):
+    for image in (Image.open(tmp_path / "gray.png"), Image.fromarray(values.astype(np.int32), "I"), values):
         assert seen(processor, image).tolist() == expected
     assert (
         seen(processor, Image.frombytes("I;16B", (3, 1), values.astype(">u2").tobytes())).tolist() == expected
@@ -173,15 +173,15 @@ def test_wide_integers_and_floats_are_scaled_by_the_range_that_holds_them(proces
 
 
 def test_an_animation_shows_its_first_frame(processor, tmp_path):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert (seen(processor, Image.open(tmp_path / "moving.gif")) == (255, 0, 0)).all()
 
 
-def test_a_grey_array_becomes_three_channels(processor):
-    for grey in (np.full((4, 6), 7, np.uint8), np.full((4, 6, 1), 7, np.uint8), torch.full((1, 4, 6), 7)):
-        assert seen(processor, grey).shape == (4, 6, 3)
-        assert (seen(processor, grey) == 7).all()
+def test_a_gray_array_becomes_three_channels(processor):
+    for gray in (np.full((4, 6), 7, np.uint8), np.full((4, 6, 1), 7, np.uint8), torch.full((1, 4, 6), 7)):
+        assert seen(processor, gray).shape == (4, 6, 3)
+        assert (seen(processor, gray) == 7).all()
 
 
 @pytest.mark.parametrize(
