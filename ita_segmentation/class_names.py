@@ -8,19 +8,25 @@ from ita_segmentation.files import read_text
 
 
 def read_vocabulary(path: Path) -> list[list[str]]:
-    """A vocabulary file: JSON (a list of names or lists of synonyms) or text lines `id:name,synonym,...`.
+    """Read a vocabulary file.
 
-    Text is what FC-CLIP's category lists are published in: classes in the order of the lines, without lines whose
-    name is `invalid_class_id`.
+    Args:
+        path: JSON (a list of names or of lists of synonyms), or text lines `id:name,synonym,...`, the form of FC-CLIP's
+            published lists: classes in the order of the lines, without lines whose name is `invalid_class_id`.
+
+    Returns:
+        The classes, each a list of names.
 
     Raises:
-        ITAError: if it is neither, or holds no class or an empty name.
+        ITAError: it is neither, or holds no class or an empty name.
     """
     from modeling_ita.vocabulary import normalize_vocabulary
 
     text = read_text(path)
     try:
         classes = json.loads(text)
+    except RecursionError as error:
+        raise ITAError(f"the vocabulary file {path} is nested too deeply") from error
     except json.JSONDecodeError as error:
         if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
             where = f"line {error.lineno}, column {error.colno}"

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel
 
 from helpers.parity_checkpoint import FIXTURES, load_parity, original_tensors, untold_settings
+from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.convert import convert, main
 from ita_segmentation.conversion import ConversionError, convert_checkpoint, load_original, system_name
 from ita_segmentation.errors import ITAError
@@ -269,3 +270,18 @@ def test_a_published_maft_plus_takes_its_image_tower_from_its_own_file_only():
     without = {name: tensor for name, tensor in tensors.items() if not name.startswith(clip)}
     with pytest.raises(ConversionError, match="lacks MAFT.'s image tower"):
         convert_checkpoint(without, description["clip_model_config"], ["cat"], clip_weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 200_000, "nested too deeply"),
+        ("1:cat\n1:dog\n", "the id 1 twice"),
+        ("cat\ndog\n", "neither JSON nor lines"),
+    ],
+)
+def test_a_damaged_vocabulary_is_one_line(tmp_path, content, message):
+    (tmp_path / "classes.txt").write_text(content)
+    with pytest.raises(ITAError, match=message) as refusal:
+        read_vocabulary(tmp_path / "classes.txt")
+    assert "\n" not in str(refusal.value)
