@@ -62,8 +62,11 @@ def find_examples(*folders: Path) -> list[Example]:
 def build(model: Any, processor: Any, checkpoint: str, limits: Limits, options: ServerOptions) -> Any:
     """Build the page (`gradio.Blocks`) for a loaded checkpoint.
 
-    Class names that somebody types are never written to the disk.
+    The checkpoint's own classes are encoded first, so that the first request does not wait for them. Class names that
+    somebody types are never written to the disk.
     """
+    if model.default_vocabulary is not None:
+        model.encode_vocabulary()
     model.text_encoder.use_disk = False
     segmenter = GradioSegmenter(model, processor, checkpoint, limits, notice=domain_notice(model.config))
     return build_page(segmenter, options.examples, options.concurrency, options.max_waiting)
