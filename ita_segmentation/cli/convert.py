@@ -100,7 +100,7 @@ def convert(argv: Sequence[str] | None = None) -> int:
     clip_weights = None
     source = arguments.clip or (published.clip if published and lacks_clip(tensors) else None)
     if source:
-        from ita_segmentation.training.clip_source import read_clip
+        from ita_segmentation.training import read_clip
 
         description, clip_weights = read_clip(source)
         if arguments.clip_model is None:

@@ -13,6 +13,7 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ita_segmentation.checkpoints import resolve_checkpoint
 from ita_segmentation.data.training import ITADataArguments, TrainingClasses, TrainingCollator, load_data
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import atomic_path
@@ -83,9 +84,7 @@ def load_model(
 def _load_checkpoint(
     arguments: ITAModelArguments, changes: dict[str, Any], classes: TrainingClasses
 ) -> ITAForOpenVocabSegmentation:
-    folder = Path(arguments.model or "")
-    if not folder.is_dir():
-        raise UsageError(f"--model: there is no folder {folder}")
+    folder = resolve_checkpoint(arguments.model or "")
     config = ITAConfig.from_pretrained(folder, **changes)
     try:
         model = ITAForOpenVocabSegmentation.from_pretrained(folder, config=config)
