@@ -153,7 +153,7 @@ def main() -> None:
         model.config.dominant_category_source = arguments.source
     if not model.config.num_dominant_categories:
         parser.error("this checkpoint has no dominant categories")
-    benchmark = load_benchmark(arguments.benchmark, arguments.data_dir, arguments.limit)
+    benchmark = load_benchmark(arguments.benchmark, arguments.data_dir, limit=arguments.limit)
     with torch.inference_mode():
         diagnose(model, processor, benchmark, arguments.limit, arguments.seed)
 
