@@ -81,17 +81,22 @@ def draw_results(folder: str | Path, history: Sequence[dict[str, Any]] | None = 
     figure = Figure(figsize=(16, 7))
     figure.suptitle(Path(folder).resolve().name)
     panels = figure.subplots(2, 4)
+    last_step = max((entry["step"] for entry in history), default=1)
     figure.subplots_adjust(left=0.04, right=0.99, bottom=0.07, top=0.89, wspace=0.2, hspace=0.32)
     for axes, (title, names) in zip(panels.flat, PANELS.items(), strict=True):
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
+        axes.set_xlim(0, 1.03 * last_step)
         curves = {label: curve(history, name) for name, label in names.items()}
         curves = {label: points for label, points in curves.items() if points[0]}
         for label, (steps, values) in curves.items():
             axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
         if len(curves) > 1:
             axes.legend(fontsize="small")
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        if title == "mIoU":
+            axes.set_ylim(bottom=0)
         if not curves:
             axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
     file = Path(folder) / RESULTS
@@ -174,7 +179,7 @@ def draw_samples(
     canvas = FigureCanvasAgg(figure)
     rows = figure.subplots(len(samples), 3, squeeze=False)
     figure.subplots_adjust(
-        left=0.01, right=0.99, bottom=0.01, top=1 - 0.16 / len(samples), wspace=0.02, hspace=0.1
+        left=0.01, right=0.99, bottom=0.01, top=1 - 0.25 / len(samples), wspace=0.02, hspace=0.1
     )
     for row, sample in zip(rows, samples, strict=True):
         image = Image.fromarray(sample.image)
