@@ -20,11 +20,8 @@ from transformers.pipelines import PIPELINE_REGISTRY, ImageSegmentationPipeline
 from .classification import TextEmbeddings
 from .configuration_ita import ITAConfig
 from .image_processing_ita import ITAImageProcessor
-from .modeling_ita import (
-    ITAForOpenVocabSegmentation,
-    ITAForOpenVocabSegmentationOutput,
-    ITAPreTrainedModel,
-)
+from .modeling_ita import ITAForOpenVocabSegmentation, ITAPreTrainedModel
+from .outputs import ITAForOpenVocabSegmentationOutput
 from .pipeline_ita import ITAImageSegmentationPipeline, ITAZeroShotImageSegmentationPipeline
 from .vocabulary import Vocabulary, normal_form, normalize_vocabulary, parse_classes, with_distractors
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops import const_matrix
+from .outputs import SegmentOutput
 from .set_criterion import Matches
 from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
 
@@ -232,35 +233,6 @@ def _size_tensor(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
     return torch.tensor(sizes, device=device)
 
 
-@dataclass
-class SegmentOutput:
-    """What the network makes of images of one size with one vocabulary, or, merged, of a batch.
-
-    Attributes:
-        class_logits: of the decoder, (B, Q, K + 1) of each prediction, the last one last.
-        mask_logits: (B, Q, H / 4, W / 4) of each prediction.
-        log_probs: (B, Q, K + 1) of the ensemble; None in training.
-        mask_embeds: (B, Q, C_mask) of each prediction; None after merging.
-        mask_features: (B, C_mask, H / 4, W / 4); None after merging.
-        dominant: (B, k) int64, indices of the selected names; None if there was no selection, or after merging.
-        encoder_hidden_states: of the image tower, if asked for, at strides 4, 8, 16, 32.
-        pixel_decoder_hidden_states: if asked for, at strides 32, 16, 8.
-        hidden_states: of the decoder, if asked for.
-        attentions: of the decoder, if asked for.
-    """
-
-    class_logits: list[Tensor]
-    mask_logits: list[Tensor]
-    log_probs: Tensor | None = None
-    mask_embeds: list[Tensor] | None = None
-    mask_features: Tensor | None = None
-    dominant: Tensor | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
 def merge(parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, int]) -> SegmentOutput:
     """Merge the groups' outputs to a batch of images padded to `padded`, in the batch's order."""
     log_probs = [part.log_probs for part in parts if part.log_probs is not None]
@@ -388,8 +360,8 @@ def check_labels(
     sizes: list[tuple[int, int]],
     padded: Sequence[int],
     num_classes: list[int],
-) -> None:
-    """Check ground truth against images and vocabularies.
+) -> list[Tensor] | None:
+    """Check ground truth against images and vocabularies, and pad masks to cover the same area as mask logits.
 
     Args:
         mask_labels: for each image (n, H, W).
@@ -398,12 +370,15 @@ def check_labels(
         padded: height and width of the batch.
         num_classes: of each image's vocabulary.
 
+    Returns:
+        For each image (n, H', W'), the batch's height and width rounded up to multiples of 32; None without labels.
+
     Raises:
         ValueError: one of the two is missing, there are not as many labels as images, masks are of neither the image's
             own nor the padded size, not as many classes as masks, or a class that the vocabulary does not have.
     """
     if mask_labels is None and class_labels is None:
-        return
+        return None
     if mask_labels is None or class_labels is None:
         raise ValueError("losses need both mask_labels and class_labels")
     if not len(mask_labels) == len(class_labels) == len(sizes):
@@ -424,11 +399,5 @@ def check_labels(
         raise ValueError(
             f"class_labels must be at least 0 and below the number of classes, got {classes.tolist()}"
         )
-
-
-def pad_labels(mask_labels: list[Tensor], padded: tuple[int, int]) -> list[Tensor]:
-    """Pad masks (n, H, W) of each image, so that they and the mask logits cover the same area."""
-    return [
-        F.pad(masks, (0, padded[1] - masks.shape[-1], 0, padded[0] - masks.shape[-2]))
-        for masks in mask_labels
-    ]
+    height, width = padded_size(padded)
+    return [F.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2])) for masks in mask_labels]

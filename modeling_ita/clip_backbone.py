@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import initialization as init
 from transformers.image_transforms import to_pil_image
 
+from .offloading import with_weights
 from .ops import mask_mean, valid_cells
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -178,8 +179,9 @@ class ClipBackbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the text tower."""
-        return self.text_tower.token_embedding.weight.device
+        """The device on which the towers compute."""
+        device, hook = self.text_tower.token_embedding.weight.device, getattr(self, "_hf_hook", None)
+        return device if hook is None or device.type != "meta" else torch.device(hook.execution_device)
 
     @property
     def text_tower(self) -> Any:
@@ -192,6 +194,7 @@ class ClipBackbone(nn.Module):
         return self.clip.context_length
 
     @property
+    @with_weights
     def logit_scale(self) -> Tensor:
         """CLIP's own logit scale: min(exp(logit_scale), 100), a scalar."""
         return self.clip.logit_scale.reshape(()).exp().clamp(max=100)
@@ -226,6 +229,7 @@ class ClipBackbone(nn.Module):
             return self._attention_pool(dense, masks)
         return self.project(mask_mean(dense, masks).to(dense.dtype))
 
+    @with_weights
     def project(self, pooled: Tensor) -> Tensor:
         """Turn pooled dense features into CLIP embeddings by a timm tower's head.
 
@@ -239,6 +243,7 @@ class ClipBackbone(nn.Module):
         embeds = visual.head(visual.trunk.forward_head(pooled.reshape(-1, pooled.shape[-1], 1, 1)))
         return embeds.reshape(*pooled.shape[:-1], embeds.shape[-1])
 
+    @with_weights
     def _attention_pool(self, dense: Tensor, masks: Tensor) -> Tensor:
         """Apply CLIP's attention pool, its keys limited to each mask, its positions resampled to the feature's size."""
         pool = self.clip.visual.attnpool
@@ -295,6 +300,7 @@ class ClipBackbone(nn.Module):
         is_valid = is_valid if valid is None else valid_cells(valid, (height, width))
         return self.pool_masks(dense, masks), is_valid.flatten(1)
 
+    @with_weights
     def embed_thumbnail(self, pixel_values: Tensor) -> Tensor:
         """Embed a whole image by a second pass of CLIP, as the published ITA does.
 
@@ -330,6 +336,7 @@ class ClipBackbone(nn.Module):
         """Give text embeddings at the end-of-text token, (len(prompts), D), not normalized."""
         return self.encode_tokens(self.tokenize(prompts)[0])
 
+    @with_weights
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Encode the tokens (n, L) that `tokenize` gives, as `encode_text` does.
 
@@ -357,6 +364,7 @@ class ClipBackbone(nn.Module):
             return tower.text_projection(x)
         return x @ tower.text_projection
 
+    @with_weights
     def text_tensors(self) -> list[Tensor]:
         """Give the text tower's weights."""
         tower = self.text_tower

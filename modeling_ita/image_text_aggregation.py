@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .offloading import with_weights
 from .ops import MLP, mask_mean, sine_position_embedding, valid_cells
 
 
@@ -192,6 +193,7 @@ class ImageTextAggregation(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     @property
+    @with_weights
     def scale(self) -> Tensor:
         """The decoder's own logit scale: min(exp(logit_scale), 100), a scalar."""
         return self.logit_scale.exp().clamp(max=100)

@@ -37,22 +37,22 @@ class HardMaskPooling(nn.Module):
 
     def forward(
         self,
-        clip: ClipBackbone,
         dense: Tensor,
         cell_embeds: Tensor | None,
         mask_logits: Tensor,
         valid: Tensor | None,
         in_vocab_logits: Tensor,
+        clip: ClipBackbone,
     ) -> tuple[Tensor, Tensor | None]:
         """Embed masks.
 
         Args:
-            clip: has the head.
             dense: (B, C_5, h, w), the dense CLIP feature.
             cell_embeds: not used.
             mask_logits: (B, Q, H / 4, W / 4).
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
             in_vocab_logits: not used.
+            clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
 
         Returns:
             (B, Q, D), not normalized, and (B, Q) bool, masks whose embedding counts; None where all do.
@@ -88,22 +88,22 @@ class AdapterMaskPooling(nn.Module):
 
     def forward(
         self,
-        clip: ClipBackbone,
         dense: Tensor,
         cell_embeds: Tensor,
         mask_logits: Tensor,
         valid: Tensor | None,
         in_vocab_logits: Tensor,
+        clip: ClipBackbone,
     ) -> tuple[Tensor, Tensor | None]:
         """Embed masks.
 
         Args:
-            clip: has the head.
             dense: (B, C_5, h, w), the dense CLIP feature.
             cell_embeds: (B, D, h, w), what CLIP's head makes of each cell.
             mask_logits: (B, Q, H / 4, W / 4).
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
             in_vocab_logits: (B, Q, K + 1), of the decoder.
+            clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
 
         Returns:
             (B, Q, D), not normalized, and None: the embeddings of all masks count.
@@ -126,7 +126,7 @@ class AdapterMaskPooling(nn.Module):
             return every.unflatten(0, (batch, queries)), None
         class_probs = 1 - in_vocab_logits.float().softmax(dim=-1)[..., -1]
         matters = class_probs * mask_logits.flatten(2).amax(dim=-1).sigmoid() > self.min_score
-        pooled, _ = self.hard(clip, dense, None, mask_logits, valid, in_vocab_logits)
+        pooled, _ = self.hard(dense, None, mask_logits, valid, in_vocab_logits, clip=clip)
         chosen = self.embed(clip, dense, context, masks[matters], images[matters], valid)
         return pooled.masked_scatter(matters[..., None], chosen.to(pooled.dtype)), None
 
@@ -229,30 +229,30 @@ class MaskClassifier(nn.Module):
 
     def forward(
         self,
-        clip: ClipBackbone,
         dense: Tensor,
         mask_logits: Tensor,
         valid: Tensor | None,
         text: TextEmbeddings,
         void_embed: Tensor,
         in_vocab_logits: Tensor,
+        clip: ClipBackbone,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute out-of-vocabulary logits.
 
         Args:
-            clip: the frozen CLIP.
-            dense: (B, C_5, h, w), its dense feature.
+            dense: (B, C_5, h, w), the dense CLIP feature.
             mask_logits: (B, Q, H / 4, W / 4).
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
             text: the vocabulary, K classes.
             void_embed: (1, D), of any length.
             in_vocab_logits: (B, Q, K + 1), of the decoder.
+            clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
 
         Returns:
             (B, Q, K + 1), and (B, Q) bool, masks whose logits count; None where all do.
         """
         cell_embeds = self.embed_cells(clip, dense) if self.needs_cell_embeds else None
-        embeds, has_pixels = self.pooling(clip, dense, cell_embeds, mask_logits, valid, in_vocab_logits)
+        embeds, has_pixels = self.pooling(dense, cell_embeds, mask_logits, valid, in_vocab_logits, clip=clip)
         return self.compare_with_text(clip, embeds, text, void_embed, cell_embeds), has_pixels
 
     def compare_with_text(

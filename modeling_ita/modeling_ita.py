@@ -9,17 +9,14 @@ embedding width, C the decoder's width, k text queries.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .batching import (
     Group,
-    SegmentOutput,
     batch_vocabularies,
     check_dominant_categories,
     check_images,
@@ -29,7 +26,6 @@ from .batching import (
     group_images,
     matched_mask_logits,
     merge,
-    pad_labels,
     padded_size,
     valid_sizes,
 )
@@ -43,54 +39,14 @@ from .dominant_categories import DominantCategories
 from .image_text_aggregation import Attention, ImageTextAggregation
 from .mask_adapter import ConvNeXtBlock
 from .mask_classifier import MaskClassifier
+from .offloading import load_blocks_at_once
+from .outputs import ITAForOpenVocabSegmentationOutput, SegmentOutput
 from .set_criterion import SetCriterion
 from .text import TextEncoder
 from .vocabulary import Vocabulary, normalize_vocabulary
 
 CLIP_MODULES = r"clip_backbone\..*"
 """A pattern of the names of all of CLIP's modules, for `exclude_modules` of a peft configuration."""
-
-
-@dataclass
-class ITAForOpenVocabSegmentationOutput(ModelOutput):
-    """What the model says of a batch.
-
-    In a batch with a vocabulary per image, classes are padded to the largest K with -inf (void stays last), and
-    queries with rows that are certainly void.
-
-    Attributes:
-        loss: scalar, the sum of `loss_dict`, when labels are given.
-        class_queries_logits: (B, Q, K + 1), void last. In eval mode log-probabilities of the ensemble, in training the
-            decoder's logits.
-        masks_queries_logits: (B, Q, H / 4, W / 4) of the padded image.
-        loss_dict: the weighted losses by name: `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the same
-            with `_0`, `_1`, ... of the earlier ones.
-        dominant_categories: for each image its dominant categories, nearest first; None in a graph being traced.
-        image_sizes: (B, 2) int64, height and width of each image within the padded one.
-        stuff_ids: for each image the indices of its classes that are stuff.
-        vocabulary: for each image its classes, each a list of names.
-        encoder_hidden_states: with `output_hidden_states` the features of the image tower at strides 4, 8, 16, 32,
-            (B, C_l, H / s, W / s); the same for the next two.
-        pixel_decoder_hidden_states: the enhanced features at strides 32, 16, 8, (B, C, H / s, W / s).
-        transformer_decoder_hidden_states: the queries before the first layer of the decoder and after each, (B, Q, C).
-        hidden_states: the same as `transformer_decoder_hidden_states`.
-        attentions: with `output_attentions` the weights of each cross-attention (B, heads, Q, S) and, where there is
-            any, self-attention (B, heads, Q, Q) of the decoder, in order.
-    """
-
-    loss: Tensor | None = None
-    class_queries_logits: Tensor | None = None
-    masks_queries_logits: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    dominant_categories: list[list[str]] | None = None
-    image_sizes: Tensor | None = None
-    stuff_ids: list[list[int]] | None = None
-    vocabulary: list[list[list[str]]] | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
-    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
@@ -102,7 +58,8 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)  # type: ignore[assignment]
     _supports_sdpa = True
-    _no_split_modules = ["ClipBackbone", "DetailEnhancement", "ImageTextAggregation"]
+    _no_split_modules = ["ClipBackbone", "DetailEnhancement", "ImageTextAggregation", "MaskClassifier"]
+    _skip_keys_device_placement = ["clip"]
     supports_gradient_checkpointing = True  # of the head's layers
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -149,6 +106,7 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
             finite = tensor.is_meta or not tensor.is_floating_point() or not tensor.numel()
             if not finite and not bool(torch.stack(tensor.detach().aminmax()).isfinite().all()):
                 raise ValueError(f"the checkpoint has weights that are NaN or infinite, such as {name}")
+        load_blocks_at_once(model)
         # The model was built without memory, and what no checkpoint holds has to be made again.
         model.clip_backbone.restore_buffers(model.config.clip_model_config)
         model.clip_backbone.freeze()
@@ -322,7 +280,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         wants_attentions = config.output_attentions if output_attentions is None else output_attentions
         sizes = check_images(pixel_values, pixel_mask)
         classes = batch_vocabularies(vocabulary, vocabularies, config.own_classes, len(sizes))
-        check_labels(mask_labels, class_labels, sizes, size, [len(own) for own in classes])
+        masks = check_labels(mask_labels, class_labels, sizes, size, [len(own) for own in classes])
         given = check_dominant_categories(dominant_categories, len(sizes), config.num_dominant_categories)
         weights = self._ensemble_weights(ensemble_alpha, ensemble_beta)
 
@@ -343,16 +301,12 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             for group in groups
         ]
         merged = merge(parts, groups, padded)
-
-        loss, loss_dict = None, None
-        if mask_labels is not None and class_labels is not None:
-            masks, recompute = pad_labels(mask_labels, padded), matched_mask_logits(parts, groups, padded)
-            loss_dict = self.criterion(
-                merged.class_logits, merged.mask_logits, masks, class_labels, recompute
-            )
-            loss = torch.stack(list(loss_dict.values())).sum()
+        loss_dict = None
+        if masks is not None and class_labels is not None:
+            matched = matched_mask_logits(parts, groups, padded)
+            loss_dict = self.criterion(merged.class_logits, merged.mask_logits, masks, class_labels, matched)
         output = ITAForOpenVocabSegmentationOutput(
-            loss=loss,
+            loss=torch.stack(list(loss_dict.values())).sum() if loss_dict else None,
             class_queries_logits=merged.class_logits[-1] if merged.log_probs is None else merged.log_probs,
             masks_queries_logits=merged.mask_logits[-1],
             loss_dict=loss_dict,
@@ -366,8 +320,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             hidden_states=merged.hidden_states,
             attentions=merged.attentions,
         )
-        return_dict = config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def segment(
         self,
@@ -395,6 +348,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             output_attentions: give the decoder's attention weights.
         """
         config, backbone, decoder = self.config, self.clip_backbone, self.image_text_aggregation
+        void_embed = self.void_embedding
         valid = valid if config.mask_padding else None
         # Section 0: one frozen CLIP.
         with torch.set_grad_enabled(torch.is_grad_enabled() and backbone.is_trained):
@@ -413,14 +367,12 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             text_queries, mask_features, enhanced, valid, every_layer=every_layer, eager=eager
         )
         # Section 1: class logits, in-vocabulary.
-        in_vocab = [
-            class_logits(p.class_embeds, text, self.void_embedding, decoder.scale) for p in predictions
-        ]
+        in_vocab = [class_logits(p.class_embeds, text, void_embed, decoder.scale) for p in predictions]
         # Section 5: out-of-vocabulary logits of the pooled CLIP feature, and the ensemble.
         log_probs, masks = None, predictions[-1].mask_logits
         if not self.training:
             out_vocab, has_pixels = self.mask_classifier(
-                backbone, features.dense, masks, valid, text, self.void_embedding, in_vocab[-1]
+                features.dense, masks, valid, text, void_embed, in_vocab[-1], clip=backbone
             )
             alpha, beta = ensemble_weights or (config.ensemble_alpha, config.ensemble_beta)
             log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, alpha, beta, has_pixels)

@@ -141,7 +141,7 @@ class MaskAdapterTraining(nn.Module):
             return network.clip_backbone(group.pixel_values).dense, None
 
         def keep(module: nn.Module, arguments: tuple) -> None:
-            seen["dense"], seen["mask_logits"] = arguments[1:3]
+            seen["dense"], seen["mask_logits"] = arguments[:2]
 
         hook = network.mask_classifier.register_forward_pre_hook(keep)
         chosen, self.pooling.min_score = self.pooling.min_score, 1.0  # classes are not needed here

@@ -1,4 +1,4 @@
-"""The network compiles as one graph, which other sizes, batches and vocabularies share, and waits for no tensor."""
+"""Model and network compile and export as one graph each; the network's serves all sizes, batches and vocabularies."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.tiny_checkpoint import tiny_config
+from helpers.tiny_checkpoint import tiny_clip, tiny_config
 from modeling_ita import ITAForOpenVocabSegmentation
 
 CLASSES = ["cat", ["sofa", "couch"], "wall", "grass", "tree"]
@@ -16,7 +16,9 @@ CLASSES = ["cat", ["sofa", "couch"], "wall", "grass", "tree"]
 
 def build(**changes) -> ITAForOpenVocabSegmentation:
     torch.manual_seed(0)
-    return ITAForOpenVocabSegmentation(tiny_config(encoder_layers=1, decoder_layers=2, **changes)).eval()
+    clip = tiny_clip("modified_resnet")
+    config = tiny_config(clip_model_config=clip, encoder_layers=1, decoder_layers=1, **changes)
+    return ITAForOpenVocabSegmentation(config).eval()
 
 
 def images(*size):
@@ -52,6 +54,56 @@ def test_sizes_batches_and_vocabularies_share_one_graph_and_its_results_are_the_
         torch.testing.assert_close(found.masks_queries_logits, expected.masks_queries_logits)
         assert found.dominant_categories == expected.dominant_categories
     assert counter.frame_count == 1
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found.class_queries_logits, expected.class_queries_logits)
+    torch.testing.assert_close(found.masks_queries_logits, expected.masks_queries_logits)
+    assert torch.equal(found.image_sizes, expected.image_sizes)
+    assert (found.vocabulary, found.stuff_ids) == (expected.vocabulary, expected.stuff_ids)
+
+
+@torch.no_grad()
+def test_the_model_itself_compiles_as_one_graph_and_another_vocabulary_makes_another():
+    model, counter, mask = build(), CompileCounter(), torch.ones(2, 64, 96, dtype=torch.int64)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    pixel_values = images(2, 3, 64, 96)
+    mask[1, 50:] = 0
+    calls: list[dict] = [
+        {"vocabulary": ["sky", ["dog", "puppy"]]},
+        {"vocabularies": [["cat", "sky"], ["lamp"]], "pixel_mask": mask},
+        {},
+        {"dominant_categories": ["cat"]},
+    ]
+    for graphs, arguments in enumerate(calls, start=1):
+        if not arguments:
+            model.set_vocabulary(["lamp", "grass", "sofa"])
+        for _ in range(2):
+            assert_same(compiled(pixel_values, **arguments), model(pixel_values, **arguments))
+        assert counter.frame_count == graphs
+
+
+@torch.no_grad()
+def test_the_model_itself_exports_with_the_vocabulary_as_a_constant():
+    model = build()
+    sides = {2: 32 * torch.export.Dim("rows", max=64), 3: 32 * torch.export.Dim("columns", max=64)}
+    arguments = ((), {"pixel_values": images(2, 3, 96, 64)})
+    with pytest.raises(ValueError, match="call encode_vocabulary"):
+        torch.export.export(model, *arguments)
+    model.encode_vocabulary()
+    program = torch.export.export(model, *arguments, dynamic_shapes={"pixel_values": sides})
+    for size in ((96, 64), (64, 160)):
+        found = program.module()(pixel_values=images(2, 3, *size))
+        assert_same(found, model(images(2, 3, *size)))
+        assert found.dominant_categories is None
+
+
+@torch.no_grad()
+def test_a_model_that_looks_at_thumbnails_cannot_be_traced():
+    model = build(dominant_category_source="thumbnail")
+    model.encode_vocabulary()
+    with pytest.raises(ValueError, match="thumbnail"):
+        torch.export.export(model, (), {"pixel_values": images(1, 3, 64, 64)})
 
 
 @torch.no_grad()

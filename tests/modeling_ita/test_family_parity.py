@@ -85,7 +85,7 @@ def test_masks_and_probabilities(run, case, image):
 @pytest.mark.parametrize("image", IMAGES)
 def test_every_step_on_the_way(run, case, image):
     expected, (_, seen) = case[2], run[image]
-    (_, _, cell_embeds, *_), (embeds, _) = seen["pooling"]
+    (_, cell_embeds, *_), (embeds, _) = seen["pooling"]
     steps = {"clip_dense_embeddings": cell_embeds[0], "clip_embeddings": embeds[0]}
     steps["out_vocab_logits"] = seen["logits"][1][0][0]
     if "text" in seen:

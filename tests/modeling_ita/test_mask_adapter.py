@@ -46,7 +46,7 @@ def images():
 
 def pool(pooling, clip, images, valid=None):
     dense, cell_embeds, mask_logits, in_vocab_logits = images
-    return pooling(clip, dense, cell_embeds, mask_logits, valid, in_vocab_logits)[0]
+    return pooling(dense, cell_embeds, mask_logits, valid, in_vocab_logits, clip)[0]
 
 
 @torch.no_grad()

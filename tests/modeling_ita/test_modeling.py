@@ -400,6 +400,23 @@ def test_a_saved_model_computes_the_same_to_the_bit(tower_model, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.clip_backbone.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_on_the_disk_are_brought_in_when_they_are_needed(tower_model, tmp_path):
+    tower_model.save_pretrained(tmp_path / "model")
+    device_map: dict = {name: "disk" for name, _ in tower_model.named_children()}
+    device_map |= {"mask_classifier": "cpu", "void_embedding": "cpu"}
+    model = ITAForOpenVocabSegmentation.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "disk"
+    )
+    for vocabulary in (["lamp", "road"], CLASSES):
+        found, expected = (
+            segment(one, pixels(1, 3, 64, 64), vocabulary=vocabulary) for one in (model, tower_model)
+        )
+        assert_same(found.class_queries_logits, expected.class_queries_logits)
+        assert_same(found.masks_queries_logits, expected.masks_queries_logits)
+    assert all(parameter.is_meta for parameter in model.clip_backbone.parameters())
+
+
 def test_a_checkpoint_without_its_clip_is_refused(model, tmp_path):
     state = {name: value for name, value in model.state_dict().items() if "clip.visual" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
