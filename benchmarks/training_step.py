@@ -37,12 +37,12 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=2, help="warm steps, of which the fastest by ratio counts"
     )
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--activation_checkpointing", action="store_true")
     args = parser.parse_args()
     os.environ["ITA_TEXT_CACHE"] = "off"
     model = build(args.clip).train()
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if args.activation_checkpointing:
+        model.activation_checkpointing_enable()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.05)
     pixels = torch.randn(args.batch, 3, args.size, args.size)
@@ -74,7 +74,7 @@ def main() -> None:
     result = {
         "size": args.size,
         "batch": args.batch,
-        "gradient_checkpointing": args.gradient_checkpointing,
+        "activation_checkpointing": args.activation_checkpointing,
         "seconds": {name: round(value, 2) for name, value in best.items()},
         "ratio": round(best["step"] / best["backbone"], 2),
         "all_ratios": [round(step["step"] / step["backbone"], 2) for step in steps],

@@ -3,7 +3,7 @@
 With labels of a few classes every other object is background, and a run on them alone unlearns it. Learning without
 forgetting (Li and Hoiem, arXiv 1606.09282) keeps the original network's predictions as targets; here they are masks.
 The checkpoint's classes stay in the training vocabulary, and in each augmented image the segments that the original
-checkpoint predicts with a high score become targets beside the labeled ones, where those leave room for them.
+checkpoint predicts with a high score become targets beside the labeled ones, where those leave pixels free.
 """
 
 import copy
