@@ -217,7 +217,7 @@ def test_a_non_finite_gradient_ends_two_processes_and_the_first_one_says_so(argu
         "--report_to",
         "none",
         "--eval_steps",
-        "1",
+        "10",
         "--lr_scheduler_type",
         "constant",
     ]
@@ -226,7 +226,6 @@ def test_a_non_finite_gradient_ends_two_processes_and_the_first_one_says_so(argu
     more += ["--output_dir", str(output)]
     assert training_runs.finish(training_runs.start([*arguments, *more], log, 2), 120.0) == [1, 1]
     assert log.read_text().count("not finite at step 2") == 1
-    assert [file.name for file in (output / "samples").iterdir()] == ["step-1.jpg"]
 
 
 # ------------------------------------------------------------------------------------------------------------
