@@ -6,6 +6,7 @@ They need transformers' source (see `helpers.transformers_source`); without it t
 import sys
 import types
 import unittest
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,7 +21,7 @@ if reason := why_not_here():
 downloads = types.ModuleType("fetch_hub_objects_for_ci")  # which the source distribution leaves out
 downloads.url_to_local_path = None  # type: ignore[attr-defined]
 with mock.patch.dict(sys.modules, {downloads.__name__: downloads}):
-    common = common_tests("test_image_processing_common")
+    common: Any = common_tests("test_image_processing_common")
 
 
 class ITAImageProcessingTester(common.ImageProcessingTester):
