@@ -157,7 +157,9 @@ def check_dominant_categories(names: Sequence | None, batch: int, most: int) -> 
         if not isinstance(row, list | tuple) or not all(
             isinstance(name, str) and name.strip() for name in row
         ):
-            raise ValueError(f"dominant_categories are names, a list of them for each image, got {row!r}")
+            raise ValueError(
+                f"dominant_categories are names, a list of them for each image, got {row!r:.100}"
+            )
         if len(row) > most:
             raise ValueError(f"at most {most} dominant categories per image, got {len(row)}")
     return [list(row) for row in rows]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import initialization as init
 from transformers.image_transforms import to_pil_image
 
+from .configuration_ita import MAX_PARAMETERS
 from .offloading import with_weights
 from .ops import mask_mean, valid_cells
 
@@ -23,6 +24,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 STRIDES = (4, 8, 16, 32)
 LARGEST_CLIP_SIZE = 100_000
+CLIP_COUNTS = ("embed_dim", "width", "layers", "heads", "context_length", "vocab_size")
 CLIP_LIMITS = {"layers": 1000, "vocab_size": 10_000_000}
 
 
@@ -67,6 +69,9 @@ def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, A
     vision, text = config["vision_cfg"], config["text_cfg"]
     for part, sizes in (("", {"embed_dim": config["embed_dim"]}), ("vision_cfg", vision), ("text_cfg", text)):
         _check_clip_sizes(part, sizes)
+    _check_clip_parameters(config["embed_dim"], vision, text)
+    if ":" in str(vision.get("timm_model_name")):
+        raise ValueError("timm_model_name must name an architecture of timm, not a model on the Hub")
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
         raise ValueError(
             f"CLIP {name!r} has a text tower from the Hub, which is not supported: use an open_clip one"
@@ -87,10 +92,35 @@ def _check_clip_sizes(part: str, sizes: Any) -> None:
     if not isinstance(sizes, dict):
         raise ValueError(f"{part} of the CLIP configuration must be a mapping, got {sizes!r:.60}")
     for name, value in sizes.items():
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        if name in CLIP_COUNTS and not is_count and not (part == "vision_cfg" and name == "layers"):
+            raise ValueError(f"{name} of the CLIP configuration must be an integer, got {value!r:.60}")
         most = CLIP_LIMITS.get(name, LARGEST_CLIP_SIZE)
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(number, int | float) and not 0 <= number <= most for number in numbers):
             raise ValueError(f"{name} of the CLIP configuration must be from 0 to {most}, got {value!r:.60}")
+
+
+def _check_clip_parameters(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> None:
+    """Check, by rough numbers of parameters, that sizes which are possible each are not absurd together.
+
+    Raises:
+        ValueError: they are, or one is not a number.
+    """
+    layers = vision.get("layers", 12)
+    try:
+        of_text = text.get("vocab_size", 49408) + text.get("context_length", 77) + embed_dim
+        of_text = text.get("width", 512) * (of_text + 12 * text.get("layers", 12) * text.get("width", 512))
+        side = vision.get("image_size", 224)
+        cells = max(side if isinstance(side, list | tuple) else [side]) ** 2 // 32**2
+        depth, width = sum(layers) if isinstance(layers, list | tuple) else 0, vision.get("width", 64)
+        of_vision = depth * 20 * (8 * width) ** 2 + 32 * width * (cells + embed_dim)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sizes of the CLIP configuration must be integers: {error!s:.200}") from error
+    if not max(of_text, of_vision) <= MAX_PARAMETERS:
+        raise ValueError(
+            "the sizes of the CLIP configuration make a tower of more than 20 billion parameters"
+        )
 
 
 class _WithoutFilling(TorchFunctionMode):
@@ -114,7 +144,8 @@ class ClipBackbone(nn.Module):
             (`open_clip.model.CustomTextCLIP`).
 
     Raises:
-        ValueError: a timm trunk that does not give four levels at strides 4, 8, 16 and 32.
+        ValueError: a configuration that open_clip cannot build, or a timm trunk that does not give four levels at
+            strides 4, 8, 16 and 32.
     """
 
     def __init__(self, config: dict[str, Any]):
@@ -126,8 +157,19 @@ class ClipBackbone(nn.Module):
         super().__init__()
         config = copy.deepcopy(config)
         custom_text = config.pop("custom_text", False)
-        with _WithoutFilling():
-            self.clip: Any = (CustomTextCLIP if custom_text else CLIP)(**config)
+        try:
+            with _WithoutFilling():
+                self.clip: Any = (CustomTextCLIP if custom_text else CLIP)(**config)
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+        ) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"open_clip cannot build this CLIP configuration: {reason:.200}") from error
         self._built_without_memory = any(parameter.is_meta for parameter in self.clip.parameters())
         self.has_text_module: bool = custom_text
         text_config = config["text_cfg"]

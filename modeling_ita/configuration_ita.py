@@ -54,6 +54,8 @@ INTEGER_RANGES = {
     "text_transfer_heads": (1, 1024),
     "train_num_points": (1, 10_000_000),
 }
+MAX_PARAMETERS = 20_000_000_000
+"""Of the head, and of each tower of the CLIP: beyond this a size is a mistake."""
 NUMBER_RANGES = {
     "ensemble_alpha": (0, 1),
     "ensemble_beta": (0, 1),
@@ -193,7 +195,13 @@ class ITAConfig(PreTrainedConfig):
 
         Where this package is imported, its own pipelines serve the model, and those that the checkpoint carries are
         not needed.
+
+        Raises:
+            ValueError: a field of the wrong type or outside its range, or fields that do not go together.
         """
+        dtype = config_dict.get("dtype")
+        if isinstance(dtype, int | float | list):
+            raise ValueError(f"dtype must be a name such as 'float32', got {dtype!r:.100}")
         if not cls.__module__.startswith("transformers_modules."):
             config_dict = {key: value for key, value in config_dict.items() if key != "custom_pipelines"}
         return super().from_dict(config_dict, **kwargs)
@@ -212,14 +220,18 @@ class ITAConfig(PreTrainedConfig):
             super().__setattr__("label2id", {label: index for index, label in self.id2label.items()})
         self.stuff_names = list(self.stuff_names or [])
         self.templates = list(self.templates)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, LookupError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"a field of every configuration has a wrong value: {reason:.200}") from error
 
     def _check_fields(self) -> None:
         """Check types and ranges before anything is computed of them."""
         for name, (least, most) in INTEGER_RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+                raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r:.100}")
         for name, limits in NUMBER_RANGES.items():
             check_number(name, getattr(self, name), *limits)
         for name in ("vocabulary", "train_vocabulary"):
@@ -228,13 +240,13 @@ class ITAConfig(PreTrainedConfig):
         if not isinstance(self.stuff_names, list | tuple | None) or not all(
             isinstance(name, str) for name in self.stuff_names or ()
         ):
-            raise ValueError(f"stuff_names must be a list of names, got {self.stuff_names!r}")
+            raise ValueError(f"stuff_names must be a list of names, got {self.stuff_names!r:.100}")
         check_templates(self.templates)
         if self.clip_model_config is not None and not isinstance(self.clip_model_config, dict):
-            raise ValueError(f"clip_model_config must be a mapping, got {self.clip_model_config!r}")
+            raise ValueError(f"clip_model_config must be a mapping, got {self.clip_model_config!r:.100}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r:.100}")
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -250,7 +262,14 @@ class ITAConfig(PreTrainedConfig):
                 f"hidden_dim ({self.hidden_dim}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}) and of the 32 groups of its normalization"
             )
-        if self.num_learned_queries + self.num_dominant_categories < 1:
+        width, queries = self.hidden_dim, self.num_learned_queries + self.num_dominant_categories
+        parameters = self.encoder_layers * width * (4 * width + 2 * self.encoder_ffn_dim)
+        parameters += (
+            self.decoder_layers * width * (8 * width + 2 * self.decoder_ffn_dim) + 2 * queries * width
+        )
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(f"the sizes make a network of {parameters:.0e} parameters, which is too large")
+        if queries < 1:
             raise ValueError("a model needs at least one query: learned queries or dominant categories")
         if 32 % self.dense_upsample:
             raise ValueError(
@@ -312,7 +331,7 @@ def check_number(name: str, value: float, least: float, most: float) -> float:
     """
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not least <= value <= most:
-        raise ValueError(f"{name} must be a number from {least} to {most}, got {value!r}")
+        raise ValueError(f"{name} must be a number from {least} to {most}, got {value!r:.100}")
     return value
 
 

@@ -85,7 +85,7 @@ def normalize_vocabulary(classes: Classes) -> Vocabulary:
     if isinstance(classes, Vocabulary):
         return classes
     if isinstance(classes, str) or not isinstance(classes, Iterable):
-        raise ValueError(f"a vocabulary is a list of classes, got {type(classes).__name__}: {classes!r}")
+        raise ValueError(f"a vocabulary is a list of classes, got {type(classes).__name__}: {classes!r:.100}")
     vocabulary = Vocabulary(_synonyms(index, entry) for index, entry in enumerate(classes))
     if not vocabulary:
         raise ValueError("the vocabulary is empty: give at least one class")
@@ -95,24 +95,26 @@ def normalize_vocabulary(classes: Classes) -> Vocabulary:
 def _synonyms(index: int, entry: str | Iterable[str]) -> list[str]:
     names = [entry] if isinstance(entry, str) else entry
     if not isinstance(names, Iterable) or isinstance(names, dict):
-        raise ValueError(f"class {index} of the vocabulary is neither a name nor a list of names: {entry!r}")
+        raise ValueError(
+            f"class {index} of the vocabulary is neither a name nor a list of names: {entry!r:.100}"
+        )
     synonyms: list[str] = []
     for name in names:
         if not isinstance(name, str):
             hint = "; for a vocabulary per image use vocabularies=" if isinstance(name, list | tuple) else ""
             raise ValueError(
-                f"class {index} of the vocabulary has a name that is not a string: {name!r}{hint}"
+                f"class {index} of the vocabulary has a name that is not a string: {name!r:.100}{hint}"
             )
         for part in map(str.strip, name.split(",")):
             if not part:
-                raise ValueError(f"class {index} of the vocabulary has an empty name: {entry!r}")
+                raise ValueError(f"class {index} of the vocabulary has an empty name: {entry!r:.100}")
             if any("\ud800" <= character <= "\udfff" for character in part):
                 raise ValueError(
-                    f"class {index} of the vocabulary has a name that is not valid Unicode: {part!r}"
+                    f"class {index} of the vocabulary has a name that is not valid Unicode: {part!r:.100}"
                 )
             synonyms.append(part)
     if not synonyms:
-        raise ValueError(f"class {index} of the vocabulary has no name: {entry!r}")
+        raise ValueError(f"class {index} of the vocabulary has no name: {entry!r:.100}")
     return distinct(synonyms)
 
 
@@ -180,7 +182,9 @@ def check_templates(templates: Sequence[str]) -> Templates:
     Raises:
         ValueError: there is none, or one does not have exactly one `{}`.
     """
-    templates = (templates,) if isinstance(templates, str) else tuple(templates)
+    templates = [templates] if isinstance(templates, str) else templates
+    if not isinstance(templates, Sequence):
+        raise ValueError(f"prompt templates are a list, got {templates!r:.100}")
     if not templates:
         raise ValueError("no prompt template: give at least one, such as 'a photo of a {}.'")
     for template in templates:
@@ -190,5 +194,5 @@ def check_templates(templates: Sequence[str]) -> Templates:
             or template.count("{") != 1
             or template.count("}") != 1
         ):
-            raise ValueError(f"a prompt template has exactly one '{{}}' for the name, got {template!r}")
-    return templates
+            raise ValueError(f"a prompt template has exactly one '{{}}' for the name, got {template!r:.100}")
+    return tuple(templates)
