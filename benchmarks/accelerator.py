@@ -108,7 +108,7 @@ def main() -> None:
         if not args.no_compile:
             model.compile()
             row("all, compiled", batch, seconds(segment, device, args.warm, args.repeats), alone)
-            del model.segment  # the compiled one; the next batch begins eager
+            model._compiled_segment = None  # the next batch begins eager
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(
         f"\n*{args.clip}, {args.size} x {args.size}, {args.classes} classes, {args.dtype}; {name}, torch "

@@ -231,11 +231,13 @@ def run_training(trainer: ITATrainer, checkpoint: Path | None, arguments: Argume
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.finish()
-            if trainer.eval_dataset is not None:
-                metrics = trainer.evaluate()
-                trainer.save_metrics("eval", metrics, combined=False)
+            scores = _last_scores(trainer)
+            if scores is None and trainer.eval_dataset is not None:
+                scores = trainer.evaluate()
             else:
                 trainer.save_results([])
+            if scores is not None:
+                trainer.save_metrics("eval", scores, combined=False)
             trainer.save_model()
         except (ValueError, OSError, SafetensorError) as error:
             raise ITAError(last_line(error)) from error
@@ -245,6 +247,14 @@ def run_training(trainer: ITATrainer, checkpoint: Path | None, arguments: Argume
         if "tensorboard" in report_to:
             lines.append(f"curves    tensorboard --logdir {trainer.output}")
         sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _last_scores(trainer: ITATrainer) -> dict[str, float] | None:
+    """Return the scores of an evaluation after the last step; None if there was none."""
+    for entry in reversed(trainer.state.log_history):
+        if "eval_runtime" in entry and entry["step"] == trainer.state.global_step:
+            return entry
+    return None
 
 
 def last_line(error: Exception) -> str:

@@ -1,9 +1,5 @@
 """Every recipe is one that `ita train` takes, and every configuration of accelerate one that accelerate takes."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
@@ -82,32 +78,6 @@ def test_accelerate_would_launch_with_them(name):
     assert arguments.use_fsdp == name.startswith("fsdp2")
     if arguments.use_fsdp:
         assert arguments.fsdp_version == 2 and arguments.fsdp_state_dict_type == "FULL_STATE_DICT"
-
-
-def test_two_processes_on_the_cpu_are_two_that_know_of_each_other(tmp_path):
-    script = tmp_path / "who.py"
-    script.write_text(
-        "from ita_segmentation.training.arguments import ITATrainingArguments\n"
-        "import sys\n"
-        "args = ITATrainingArguments(output_dir=sys.argv[1])\n"
-        "print(f'process {args.process_index} of {args.world_size} on {args.device}', flush=True)\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", str(RECIPES / "accelerate" / "ddp_2cpu.yaml")]
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(RECIPES.parent)}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
-        env=os.environ | hidden,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(re.findall(r"process \d of \d on cpu", done.stdout)) == [
-        "process 0 of 2 on cpu",
-        "process 1 of 2 on cpu",
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------------

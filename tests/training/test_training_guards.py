@@ -210,22 +210,22 @@ def test_a_non_finite_gradient_ends_the_run_before_it_is_in_a_checkpoint(
     assert names_of(tmp_path / "out") == ["checkpoint-2"]
 
 
-def test_a_non_finite_gradient_ends_two_processes_and_the_first_one_says_so(arguments, tmp_path):
-    more = [
-        "--save_strategy",
-        "no",
-        "--report_to",
-        "none",
-        "--eval_steps",
-        "10",
-        "--lr_scheduler_type",
-        "constant",
-    ]
-    more += ["--learning_rate", "1e38", "--max_grad_norm", "1e38", "--warmup_steps", "0"]
-    output, log = tmp_path / "out", tmp_path / "log"
-    more += ["--output_dir", str(output)]
-    assert training_runs.finish(training_runs.start([*arguments, *more], log, 2), 120.0) == [1, 1]
-    assert log.read_text().count("not finite at step 2") == 1
+def test_a_non_finite_loss_ends_two_processes_and_the_first_one_says_so(arguments, tmp_path):
+    options = {
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "lr_scheduler_type": "constant",
+        "learning_rate": "1e38",
+        "max_grad_norm": "1e38",
+        "warmup_steps": "0",
+        "output_dir": str(tmp_path / "out"),
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    processes = training_runs.start([*arguments, *words], tmp_path / "log", 2)
+    assert training_runs.finish(processes, 120.0) == [1, 1]
+    assert (tmp_path / "log").read_text().count("not finite at step 2") == 1
+    assert training_runs.losses_of(tmp_path / "out")[:1] and (tmp_path / "out" / "results.png").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------
