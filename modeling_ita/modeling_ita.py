@@ -43,7 +43,7 @@ from .offloading import load_blocks_at_once
 from .outputs import ITAForOpenVocabSegmentationOutput, SegmentOutput
 from .set_criterion import SetCriterion
 from .text import TextEncoder
-from .vocabulary import Vocabulary, normalize_vocabulary
+from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
 
 CLIP_MODULES = r"clip_backbone\..*"
 """A pattern of the names of all of CLIP's modules, for `exclude_modules` of a peft configuration."""
@@ -216,12 +216,8 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         Raises:
             ValueError: no vocabulary, a malformed one, or a template without exactly one `{}`.
         """
-        config = self.config
-        return self.text_encoder.encode(
-            batch_vocabularies(vocabulary, None, config.own_classes, 1)[0],
-            config.templates if templates is None else templates,
-            config.train_vocabulary if train_vocabulary is None else train_vocabulary,
-        )
+        [checked] = batch_vocabularies(vocabulary, None, self.config.own_classes, 1)
+        return self._encode(checked, templates, train_vocabulary)
 
     def selectable_names(self, vocabulary: Vocabulary) -> list[str]:
         """Give the names that the indices of selected dominant categories mean."""
@@ -289,7 +285,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         parts = [
             segment(
                 group.pixel_values,
-                self.encode_vocabulary(group.vocabulary, templates, train_vocabulary),
+                self._encode(group.vocabulary, templates, train_vocabulary),
                 group.valid,
                 dominant_embeds=self._embed_given(group, templates),
                 image_embeds=self._embed_thumbnails(group),
@@ -413,6 +409,15 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         return self.__dict__ | {"_compiled_segment": None}
 
     # --- parts of forward and segment ---
+
+    def _encode(
+        self, vocabulary: VocabularyKey, templates: Sequence[str] | None, train_vocabulary: Classes | None
+    ) -> TextEmbeddings:
+        return self.text_encoder.encode(
+            vocabulary,
+            self.config.templates if templates is None else templates,
+            self.config.train_vocabulary if train_vocabulary is None else train_vocabulary,
+        )
 
     def _select_dominant(
         self, dense: Tensor, text: TextEmbeddings, valid: Tensor | None, image_embeds: Tensor | None

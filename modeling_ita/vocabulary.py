@@ -5,11 +5,15 @@ lowers case and cleans blanks: names that differ in these have one embedding. Wh
 """
 
 import functools
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 OTHER = "other"
 """The name that joins every vocabulary when dominant categories are selected."""
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""Halves of a character, which no name can hold."""
 
 Templates = tuple[str, ...]
 
@@ -108,7 +112,7 @@ def _synonyms(index: int, entry: str | Iterable[str]) -> list[str]:
         for part in map(str.strip, name.split(",")):
             if not part:
                 raise ValueError(f"class {index} of the vocabulary has an empty name: {entry!r:.100}")
-            if any("\ud800" <= character <= "\udfff" for character in part):
+            if SURROGATES.search(part):
                 raise ValueError(
                     f"class {index} of the vocabulary has a name that is not valid Unicode: {part!r:.100}"
                 )

@@ -1,4 +1,4 @@
-"""Wrong types, absurd sizes and nested nonsense in config.json: a model, or one readable line, soon and in little memory.
+"""Wrong types, absurd sizes and nested nonsense in config.json: a model or one readable line, soon, in little memory.
 
 Seeds are fixed; `make fuzz` tries more of them.
 """
@@ -20,8 +20,9 @@ for _ in range(50):
     DEEP = [DEEP]
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 3, 7, 10**6, 10**9, 10**18, -(10**30), 0.5, 1e308, float("nan"), float("inf"),
-    "", "x", "32", "a\nb", "x" * 10_000, "\ud800", "../../etc/passwd", [], [[]], [None], [3], ["", ""], ["a", 3], {}, {"a": 1},
-    {"a": {"b": []}}, DEEP, [1, 1, 1, 1], [10**9] * 4, [-1] * 4, "hf-hub:someone/model", "vit_tiny_patch16_224",
+    "", "x", "32", "a\nb", "x" * 10_000, "\ud800", "../../etc/passwd", [], [[]], [None], [3], ["", ""], ["a", 3], {},
+    {"a": 1}, {"a": {"b": []}}, DEEP, [1, 1, 1, 1], [10**9] * 4, [-1] * 4, "hf-hub:someone/model",
+    "vit_tiny_patch16_224",
 ]  # fmt: skip
 SECONDS, MEGABYTES, CHARACTERS = 20, 500, 500
 

@@ -424,6 +424,25 @@ def test_a_checkpoint_without_its_clip_is_refused(model, tmp_path):
         ITAForOpenVocabSegmentation.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["void_embedding", "clip_backbone.clip.text.positional_embedding"])
+def test_weights_that_are_nan_or_infinite_are_named(model, tmp_path, name, value):
+    state = model.state_dict()
+    state[name] = state[name].clone()
+    state[name][0, -1] = value
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=f"NaN or infinite, such as {name}"):
+        ITAForOpenVocabSegmentation.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_nan_or_infinite_are_refused(model, value):
+    image = pixels(2, 3, 64, 64)
+    image[1, 0, 63, 63] = value
+    with pytest.raises(ValueError, match="pixel_values has values that are NaN or infinite"):
+        segment(model, image)
+
+
 def test_weights_of_another_clip_are_refused(model):
     state = model.clip_backbone.clip.state_dict()
     state.pop(next(iter(state)))

@@ -1,15 +1,19 @@
 """Large vocabularies are encoded once: what is kept on disk is what was encoded, or it is not used."""
 
+import json
 import logging
+import os
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from helpers.tiny_checkpoint import EncodedNames, tiny_config
 from modeling_ita import text as text_module
 from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
+from modeling_ita.text_cache import digest_of
 
 NAMES = [f"thing {number}" for number in range(40)]
 TEMPLATES = ["a photo of a {}.", "There is a {} in the scene"]
@@ -45,6 +49,11 @@ def encode(names=NAMES, seed=0, **kwargs):
 
 def files(store):
     return sorted(store.rglob("*.safetensors"))
+
+
+def names_in(file) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return json.loads(opened.get_tensor("names").numpy().tobytes())
 
 
 def assert_equal(found, expected):
@@ -98,27 +107,91 @@ def test_no_folder_no_store(store, monkeypatch, tmp_path):
     assert not store.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "other content"])
+def rewrite(file, change):
+    """Write a file again with other tensors and the digest that fits them, as a faulty writer would."""
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in ("names", "prompt_embeds", "name_embeds")}
+    tensors = {
+        name: tensor if name == "names" else change(tensor).contiguous() for name, tensor in tensors.items()
+    }
+    save_file(tensors, file, metadata={"digest": digest_of((), tuple(tensors.values()))})
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "flipped": flip_a_bit,
+    "emptied": lambda file: file.write_bytes(b""),
+    "other content": lambda file: file.write_bytes(b"not a file of tensors at all" * 20),
+    "too narrow": lambda file: rewrite(file, lambda embeds: embeds[:, :-1]),
+    "too few rows": lambda file: rewrite(file, lambda embeds: embeds[:-1]),
+    "NaN": lambda file: rewrite(file, lambda embeds: embeds.index_fill(0, torch.tensor([2]), float("nan"))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_named_deleted_and_made_again(store, warnings, damage):
     expected, _ = encode()
     victim = files(store)[0]
     with safe_open(victim, framework="pt") as file:
         rows = len(file.get_tensor("prompt_embeds"))
-    content = bytearray(victim.read_bytes())
-    if damage == "truncated":
-        content = content[: len(content) // 2]
-    elif damage == "flipped":
-        content[-5] ^= 1
-    elif damage == "emptied":
-        content = bytearray()
-    else:
-        content = bytearray(b"not a file of tensors at all" * 20)
-    victim.write_bytes(content)
+    DAMAGES[damage](victim)
     found, encoded = encode()
     assert encoded == rows
     assert_equal(found, expected)
     assert "is damaged and is deleted" in warnings.text and victim.name in warnings.text
     assert encode()[1] == 0
+
+
+def test_a_damaged_file_that_cannot_be_deleted_is_passed_over(store, warnings, monkeypatch):
+    expected, _ = encode()
+    victim = files(store)[0]
+    victim.write_bytes(b"")
+
+    def read_only(path, missing_ok=False):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.unlink", read_only)
+    found, _ = encode()
+    assert_equal(found, expected)
+    assert "is passed over" in warnings.text and victim.name in warnings.text
+
+
+def test_the_least_recently_used_files_are_deleted_beyond_the_limit(store, monkeypatch):
+    encode(NAMES[:15])  # with "other", one file
+    encode([f"second {number}" for number in range(16)])
+    [first] = [file for file in files(store) if NAMES[0] in names_in(file)]
+    for file in files(store):
+        os.utime(file, (0, 0) if file == first else (1, 1))
+    encode(NAMES[:15])  # is used once more
+    monkeypatch.setenv("ITA_TEXT_CACHE_MB", str(2.5 * first.stat().st_size / 1e6))
+    encode([f"third {number}" for number in range(16)])
+    left = {name for file in files(store) for name in names_in(file)}
+    assert {NAMES[0], "third 0"} <= left and "second 0" not in left
+    assert sum(file.stat().st_size for file in files(store)) <= 2.5 * first.stat().st_size
+
+
+def test_a_limit_that_is_no_number_is_a_warning(store, warnings, monkeypatch):
+    monkeypatch.setenv("ITA_TEXT_CACHE_MB", "plenty")
+    encode()
+    assert "ITA_TEXT_CACHE_MB is not a number" in warnings.text and len(files(store)) == 3
+
+
+def test_an_encoder_told_so_keeps_no_name_on_the_disk_and_reads_none(store):
+    model = build()
+    model.text_encoder.use_disk = False
+    model.encode_vocabulary(NAMES)
+    assert not store.exists()
+    encode()
+    model = build()
+    model.text_encoder.use_disk, counter = False, EncodedNames(model)
+    model.encode_vocabulary(NAMES)
+    assert counter.count == len(NAMES) + 1
 
 
 def test_an_interrupted_encoding_goes_on_where_it_stopped(store, monkeypatch):
