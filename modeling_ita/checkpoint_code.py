@@ -7,9 +7,10 @@ handler of an Inference Endpoint along.
 
 import contextlib
 import copy
+import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .configuration_ita import ITAConfig
@@ -18,7 +19,7 @@ from .image_processing_ita import ITAImageProcessor
 from .model_card import write_model_card
 from .pipeline_ita import ITAImageSegmentationPipeline, ITAZeroShotImageSegmentationPipeline
 
-__all__ = ["EndpointHandler", "RemoteCodeMixin"]
+__all__ = ["EndpointHandler", "RemoteCodeMixin", "check_weights_index"]
 
 AUTO_MODELS = (
     "AutoModel",
@@ -83,3 +84,22 @@ def _bring_along(source: str, folder: Path) -> None:
     examples = Path(source) / "examples"
     if examples.is_dir() and not (folder / "examples").exists():
         shutil.copytree(examples, folder / "examples")
+
+
+def check_weights_index(checkpoint: Any) -> None:
+    """Check that the index of a checkpoint folder's weights names files inside the folder only.
+
+    Raises:
+        ValueError: it does not.
+    """
+    index = Path(str(checkpoint)) / "model.safetensors.index.json"
+    if checkpoint is None or not index.is_file():
+        return
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} does not say which file holds which weight") from error
+    for name in files:
+        path = PurePosixPath(str(name).replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in str(name):
+            raise ValueError(f"{index} names a file outside of its folder: {name!r}")

@@ -136,6 +136,19 @@ class _WithoutFilling(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def build_backbone(config: dict[str, Any]) -> "ClipBackbone":
+    """Build the towers of an open_clip configuration.
+
+    Raises:
+        ValueError: the configuration cannot be built.
+    """
+    try:
+        return ClipBackbone(config)
+    except (TypeError, AttributeError, AssertionError, KeyError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"the CLIP configuration cannot be built: {reason}") from error
+
+
 class ClipBackbone(nn.Module):
     """Both towers of a frozen CLIP.
 

@@ -283,14 +283,15 @@ class ITAConfig(PreTrainedConfig):
         super().__setattr__(key, value)
         if not self.__dict__.get("_post_init_done") or value is None:
             return
-        if key == "vocabulary":
+        if key in INTEGER_RANGES or key in NUMBER_RANGES:
+            self._check_fields()
+        elif key == "vocabulary":
             self._label_by_vocabulary()
-        elif (
-            key == "id2label"
-            and self.vocabulary is not None
-            and list(value.values()) != [synonyms[0] for synonyms in normalize_vocabulary(self.vocabulary)]
-        ):
-            super().__setattr__("vocabulary", None)
+        elif key == "id2label":
+            super().__setattr__("label2id", {label: index for index, label in value.items()})
+            own = None if self.vocabulary is None else normalize_vocabulary(self.vocabulary)
+            if own is not None and list(value.values()) != [synonyms[0] for synonyms in own]:
+                super().__setattr__("vocabulary", None)
 
     def _label_by_vocabulary(self) -> None:
         labels = dict(enumerate(synonyms[0] for synonyms in normalize_vocabulary(self.vocabulary or [])))

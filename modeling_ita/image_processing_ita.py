@@ -44,6 +44,7 @@ from .postprocessing import (
     DEFAULT_THRESHOLDS,
     IGNORE_INDEX,
     binary_mask_to_rle,
+    check_fractions,
     instance_segments,
     panoptic_segments,
     semantic_map,
@@ -255,6 +256,7 @@ class ITAImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: if there are not as many sizes as images, or `ignore_index` is one of the classes.
         """
+        check_fractions(threshold=threshold)
         results: list[Any] = []
         for image in split_outputs(outputs, target_sizes):
             result: Any = semantic_map(
@@ -300,6 +302,11 @@ class ITAImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: if there are not as many sizes as images.
         """
+        check_fractions(
+            threshold=threshold,
+            mask_threshold=mask_threshold,
+            overlap_mask_area_threshold=overlap_mask_area_threshold,
+        )
         results = []
         for image in split_outputs(outputs, target_sizes):
             segmentation, segments = panoptic_segments(
@@ -348,6 +355,11 @@ class ITAImageProcessor(TorchvisionBackend):
         """
         if return_coco_annotation and return_binary_maps:
             raise ValueError("return_coco_annotation and return_binary_maps can not be both set to True.")
+        check_fractions(
+            threshold=threshold,
+            mask_threshold=mask_threshold,
+            overlap_mask_area_threshold=overlap_mask_area_threshold,
+        )
         results = []
         for image in split_outputs(outputs, target_sizes):
             segmentation: Any

@@ -29,9 +29,9 @@ from .batching import (
     padded_size,
     valid_sizes,
 )
-from .checkpoint_code import RemoteCodeMixin
+from .checkpoint_code import RemoteCodeMixin, check_weights_index
 from .classification import TextEmbeddings, class_logits, ensemble_log_probs
-from .clip_backbone import ClipBackbone, resolve_clip_config
+from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
 from .configuration_ita import ITAConfig, check_number
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
@@ -92,9 +92,11 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
         """Load a checkpoint, as `PreTrainedModel.from_pretrained`, with the frozen CLIP in it.
 
         Raises:
-            ValueError: the checkpoint lacks weights of the frozen CLIP, or has weights that are NaN or infinite.
+            ValueError: weights of the frozen CLIP are missing, weights are NaN or infinite, or an index names files
+                outside of its folder.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        check_weights_index(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         missing = sorted(key for key in info["missing_keys"] if key.startswith("clip_backbone."))
@@ -147,7 +149,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
     def __init__(self, config: ITAConfig):
         super().__init__(config)
         config.clip_model_config = resolve_clip_config(config.clip_model_name, config.clip_model_config)
-        self.clip_backbone = ClipBackbone(config.clip_model_config)
+        self.clip_backbone = build_backbone(config.clip_model_config)
         embed_dim = self.clip_backbone.embed_dim
         self.dominant_categories = (
             DominantCategories(embed_dim, config.hidden_dim, config.num_dominant_categories)

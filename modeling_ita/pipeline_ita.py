@@ -71,6 +71,10 @@ def collate_images(items: Sequence[Any]) -> dict[str, Any]:
     }
 
 
+INHERITED_PARAMETERS = {"subtask", "threshold", "mask_threshold", "overlap_mask_area_threshold", "timeout"}
+"""Parameters of transformers' own image segmentation pipeline."""
+
+
 class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
     """Masks of the things and stuff that `candidate_labels` name, or of the checkpoint's own classes.
 
@@ -118,6 +122,9 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         allow_private_addresses: bool | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = sorted(set(kwargs) - INHERITED_PARAMETERS)
+        if unknown:
+            raise TypeError(f"the pipeline has no parameter {', '.join(map(repr, unknown))}")
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if candidate_labels is not None:
             forward["classes"] = postprocess["classes"] = parse_candidate_labels(candidate_labels)

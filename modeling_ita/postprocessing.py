@@ -63,6 +63,18 @@ class ImageOutputs:
         return segments
 
 
+def check_fractions(**values: Any) -> None:
+    """Check that thresholds are numbers from 0 to 1; None is allowed.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value <= 1):
+            raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
 def split_outputs(outputs: Any, target_sizes: Any | None = None) -> list[ImageOutputs]:
     """Split the outputs of a batch by image.
 

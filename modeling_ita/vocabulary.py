@@ -88,7 +88,7 @@ def normalize_vocabulary(classes: Classes) -> Vocabulary:
     """
     if isinstance(classes, Vocabulary):
         return classes
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
+    if isinstance(classes, str | dict) or not isinstance(classes, Iterable):
         raise ValueError(f"a vocabulary is a list of classes, got {type(classes).__name__}: {classes!r:.100}")
     vocabulary = Vocabulary(_synonyms(index, entry) for index, entry in enumerate(classes))
     if not vocabulary:

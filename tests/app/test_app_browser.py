@@ -295,6 +295,7 @@ def test_an_example_brings_its_classes_and_changed_inputs_mark_the_result_as_out
 
 def test_what_has_the_focus_is_seen(visit):
     page = visit()
+    page.wait_for_selector("#ita-task label")
     outline = "() => getComputedStyle(document.querySelector('#ita-task label')).outlineStyle"
     assert page.evaluate(outline) == "none"
     page.focus("#ita-task input")

@@ -1,6 +1,7 @@
 """The model as its users meet it: vocabularies, batches, options, saving and loading."""
 
 import copy
+import json
 import logging
 import os
 import subprocess
@@ -635,3 +636,27 @@ def test_given_categories_stand_for_the_selected_ones_in_cells():
     assert_same(given.class_queries_logits, selected.class_queries_logits)
     few = segment(model, image, vocabulary=["cat", "dog"])
     assert len(few.dominant_categories[0]) == 2
+
+
+# --- damaged checkpoints ---
+
+
+def test_an_index_of_weights_may_not_name_files_outside_of_its_folder(tmp_path):
+    build().save_pretrained(tmp_path / "inside")
+    weights = tmp_path / "inside" / "model.safetensors"
+    weights.rename(tmp_path / "outside.safetensors")
+    names = dict.fromkeys(build().state_dict(), "../outside.safetensors")
+    index = tmp_path / "inside" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(ValueError, match="outside of its folder"):
+        AutoModel.from_pretrained(tmp_path / "inside")
+
+
+def test_a_clip_that_cannot_be_built_is_a_readable_error():
+    config = build().config
+    config.clip_model_config = {
+        **config.clip_model_config,
+        "vision_cfg": {"timm_model_name": "no_such_trunk"},
+    }
+    with pytest.raises(ValueError, match="CLIP configuration"):
+        ITAForOpenVocabSegmentation(config)

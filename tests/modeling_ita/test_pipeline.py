@@ -370,3 +370,15 @@ def test_stuff_labels_are_fused_and_have_no_instances(segment, image):
     assert {one["label"] for one in instances} == {"dog"}
     with pytest.raises(ValueError, match="stuff_labels are among the candidate labels, got 'cow'"):
         segment(image, stuff_labels=["cow"], **arguments)
+
+
+def test_a_misspelt_parameter_is_an_error(segment, image):
+    with pytest.raises(TypeError, match="'candidate_label'"):
+        segment(image, candidate_label=["cat"])
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), 2, -1, "0.5", True])
+@pytest.mark.parametrize("subtask", ["semantic", "panoptic", "instance"])
+def test_a_threshold_is_a_number_from_0_to_1(segment, image, subtask, threshold):
+    with pytest.raises(ValueError, match="threshold must be a number from 0 to 1"):
+        segment(image, subtask=subtask, threshold=threshold)

@@ -126,6 +126,16 @@ def test_a_number_of_labels_leaves_no_other_classes(tmp_path):
     assert ITAConfig.from_pretrained(tmp_path).own_classes == NAMES
 
 
+def test_labels_set_later_keep_both_directions_and_fields_are_checked(tmp_path):
+    tiny_config(vocabulary=NAMES).save_pretrained(tmp_path)
+    config = ITAConfig.from_pretrained(tmp_path, id2label={"1": "b", "0": "a"})
+    assert config.own_classes == ["a", "b"] and config.label2id == {"a": 0, "b": 1}
+    with pytest.raises(ValueError, match="hidden_dim must be an integer"):
+        ITAConfig.from_pretrained(tmp_path, hidden_dim="32")
+    with pytest.raises(ValueError, match="list of classes"):
+        ITAConfig(vocabulary={"a": 3})
+
+
 # --- threads, processes, copies ---
 
 
