@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.tiny_checkpoint import tiny_config
+from helpers.tiny_checkpoint import EncodedNames, tiny_config
 from modeling_ita import (
     ITAConfig,
     ITAForOpenVocabSegmentation,
@@ -148,9 +148,13 @@ def expected_of(count: int) -> list[torch.Tensor]:
     return [fresh.encode_vocabulary(classes).prompt_embeds for classes in vocabularies(count)]
 
 
-def test_threads_that_encode_at_the_same_time_get_what_a_fresh_model_gives():
+@pytest.mark.parametrize("memory", ["large", "too small"])
+def test_threads_that_encode_at_the_same_time_get_what_a_fresh_model_gives(monkeypatch, memory):
+    if memory == "too small":
+        monkeypatch.setattr(text_module, "MAX_CACHED_VOCABULARIES", 2)
+        monkeypatch.setattr(text_module, "MAX_CACHED_NAMES", 10)
     shared, expected, found = build(), expected_of(24), {}
-    start = threading.Barrier(8)
+    encoded, start = EncodedNames(shared), threading.Barrier(8)
 
     def work(thread: int) -> None:
         start.wait()
@@ -165,16 +169,12 @@ def test_threads_that_encode_at_the_same_time_get_what_a_fresh_model_gives():
     for thread in threads:
         thread.join()
     assert len(found) == 8 * 24
+    if memory == "large":  # nothing is encoded twice
+        assert encoded.count == len({name for classes in vocabularies(24) for name in classes}) + 1
     for chosen, embeds in found.values():
         torch.testing.assert_close(embeds, expected[chosen], rtol=0, atol=1e-5)
     for classes, embeds in zip(vocabularies(24), expected, strict=True):  # and afterwards, alone
         torch.testing.assert_close(shared.encode_vocabulary(classes).prompt_embeds, embeds, rtol=0, atol=1e-5)
-
-
-def test_threads_share_an_encoder_whose_memory_is_too_small(monkeypatch):
-    monkeypatch.setattr(text_module, "MAX_CACHED_VOCABULARIES", 2)
-    monkeypatch.setattr(text_module, "MAX_CACHED_NAMES", 10)
-    test_threads_that_encode_at_the_same_time_get_what_a_fresh_model_gives()
 
 
 def test_encoding_that_raises_in_the_middle_leaves_nothing_wrong(monkeypatch):
@@ -254,24 +254,32 @@ def spelled(name: str, upper: bool, blanks: bool) -> str:
     order=st.permutations(range(5)),
     upper=st.lists(st.booleans(), min_size=5, max_size=5),
     blanks=st.lists(st.booleans(), min_size=5, max_size=5),
-    duplicate=st.sampled_from([None, 0, 3]),
+    reverse=st.booleans(),
+    duplicate=st.sampled_from([None, 0, 1, 3]),
     batch=st.integers(1, 3),
     per_image=st.booleans(),
 )
-def test_the_same_classes_get_the_same_pixels(model, order, upper, blanks, duplicate, batch, per_image):
+def test_the_same_classes_get_the_same_pixels(
+    model, order, upper, blanks, reverse, duplicate, batch, per_image
+):
+    """Whatever their order and spelling, the order of synonyms, doubled classes, and the vocabularies beside them."""
     names = [["cat"], ["teddy bear", "teddy"], ["Water"], ["sky"], ["french fries", "fries"]]
     images = pixels(3, 3, 64, 64)[:batch]
-    classes = [[spelled(name, upper[i], blanks[i]) for name in names[i]] for i in order]
+    spellings = [[spelled(name, upper[i], blanks[i]) for name in names[i]] for i in range(5)]
+    orders = [order[i:] + order[:i] if per_image else order for i in range(batch)]
+    vocabularies = [[spellings[i][::-1] if reverse else spellings[i] for i in own] for own in orders]
     if duplicate is not None:
-        classes.append(names[duplicate])
+        vocabularies = [[*classes, names[duplicate]] for classes in vocabularies]
+    arguments = {"vocabularies": vocabularies} if per_image else {"vocabulary": vocabularies[0]}
     with torch.no_grad():
         usual = model(images, vocabulary=names, dominant_categories=["cat"])
-        given = {"vocabularies": [classes] * batch} if per_image else {"vocabulary": classes}
-        outputs = model(images, **given, dominant_categories=["cat"])
-    expected = usual.class_queries_logits.exp()
-    found = outputs.class_queries_logits.exp()
-    torch.testing.assert_close(found[..., :5], expected[..., order], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[..., -1], expected[..., -1], rtol=0, atol=1e-5)
+        outputs = model(images, **arguments, dominant_categories=["cat"])
+    expected, found = usual.class_queries_logits.exp(), outputs.class_queries_logits.exp()
+    for index, own in enumerate(orders):
+        close = {"rtol": 0, "atol": 1e-5}
+        torch.testing.assert_close(found[index, :, :5], expected[index][:, own], **close)
+        torch.testing.assert_close(found[index, :, -1], expected[index, :, -1], **close)
+        assert (found[index, :, 5:-1] == 0).all()
     torch.testing.assert_close(outputs.masks_queries_logits, usual.masks_queries_logits, rtol=0, atol=1e-4)
 
 
