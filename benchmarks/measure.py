@@ -36,7 +36,7 @@ def build(clip_model_name: str, queries: int = 200) -> ITAForOpenVocabSegmentati
     width = model.clip_backbone.embed_dim
     backbone: Any = model.clip_backbone
     backbone.tokenize = lambda prompts: (torch.zeros(len(prompts), 1, dtype=torch.int64), 0)
-    backbone.encode_tokens = lambda tokens: torch.randn(len(tokens), width)
+    backbone.encode_tokens = lambda tokens, prefixes: torch.randn(len(tokens), width)
     return model
 
 

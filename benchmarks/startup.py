@@ -58,7 +58,7 @@ vocabulary = json.loads(sys.stdin.read())
 model = AutoModel.from_pretrained(sys.argv[1])
 if sys.argv[2] == "made-up":
     width = model.clip_backbone.embed_dim
-    model.clip_backbone.encode_tokens = lambda tokens: torch.randn(len(tokens), width)
+    model.clip_backbone.encode_tokens = lambda tokens, prefixes: torch.randn(len(tokens), width)
     model.clip_backbone.tokenize = lambda prompts: (torch.zeros(len(prompts), 1, dtype=torch.int64), 0)
 start = time.perf_counter()
 model.encode_vocabulary(vocabulary)

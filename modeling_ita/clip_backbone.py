@@ -6,6 +6,7 @@ after (FC-CLIP, arXiv 2308.02487, section 3).
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +17,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import initialization as init
 from transformers.image_transforms import to_pil_image
 
-from .configuration_ita import MAX_PARAMETERS
 from .offloading import with_weights
 from .ops import mask_mean, valid_cells
+from .text_prefix import Prefixes, encode_prefixes, encode_rest, has_usual_blocks
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 STRIDES = (4, 8, 16, 32)
-LARGEST_CLIP_SIZE = 100_000
-CLIP_COUNTS = ("embed_dim", "width", "layers", "heads", "context_length", "vocab_size")
-CLIP_LIMITS = {"layers": 1000, "vocab_size": 10_000_000}
+MIN_SHARED_WEIGHTS = 10_000_000
+"""Weights of a text tower from which on prompts that begin alike share the work on a CPU."""
 
 
 @dataclass
@@ -39,88 +39,6 @@ class ImageFeatures:
 
     levels: tuple[Tensor, Tensor, Tensor, Tensor]
     dense: Tensor
-
-
-def resolve_clip_config(name: str, config: dict[str, Any] | None) -> dict[str, Any]:
-    """Give the open_clip configuration to build, a copy of `config` or else from open_clip's registry.
-
-    Args:
-        name: of a CLIP in open_clip's registry.
-        config: an open_clip model configuration, which takes precedence.
-
-    Raises:
-        ValueError: an unknown name, or a configuration that cannot serve: no tower with four stages, or a text tower
-            that would have to be downloaded.
-    """
-    if config is None:
-        from open_clip import get_model_config, list_models
-
-        config = get_model_config(name) if ":" not in name else None
-        if config is None:
-            close = [
-                known for known in list_models() if known.split("_")[0] == name.split("_", maxsplit=1)[0]
-            ][:8]
-            hint = f"; did you mean one of {', '.join(close)}?" if close else ""
-            raise ValueError(f"open_clip knows no CLIP named {name!r}{hint}")
-    config = copy.deepcopy(config)
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if missing:
-        raise ValueError(f"the CLIP configuration lacks {', '.join(missing)}")
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    for part, sizes in (("", {"embed_dim": config["embed_dim"]}), ("vision_cfg", vision), ("text_cfg", text)):
-        _check_clip_sizes(part, sizes)
-    _check_clip_parameters(config["embed_dim"], vision, text)
-    if ":" in str(vision.get("timm_model_name")):
-        raise ValueError("timm_model_name must name an architecture of timm, not a model on the Hub")
-    if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-        raise ValueError(
-            f"CLIP {name!r} has a text tower from the Hub, which is not supported: use an open_clip one"
-        )
-    if not vision.get("timm_model_name") and not isinstance(vision.get("layers"), list | tuple):
-        raise ValueError(f"CLIP {name!r} has a plain vision transformer; a tower with four stages is needed")
-    if vision.get("timm_model_name"):
-        vision["timm_model_pretrained"] = False
-    return config
-
-
-def _check_clip_sizes(part: str, sizes: Any) -> None:
-    """Check that no size in a part of an open_clip configuration is negative or absurd.
-
-    Raises:
-        ValueError: one is, or the part is not a mapping.
-    """
-    if not isinstance(sizes, dict):
-        raise ValueError(f"{part} of the CLIP configuration must be a mapping, got {sizes!r:.60}")
-    for name, value in sizes.items():
-        is_count = isinstance(value, int) and not isinstance(value, bool)
-        if name in CLIP_COUNTS and not is_count and not (part == "vision_cfg" and name == "layers"):
-            raise ValueError(f"{name} of the CLIP configuration must be an integer, got {value!r:.60}")
-        most = CLIP_LIMITS.get(name, LARGEST_CLIP_SIZE)
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(number, int | float) and not 0 <= number <= most for number in numbers):
-            raise ValueError(f"{name} of the CLIP configuration must be from 0 to {most}, got {value!r:.60}")
-
-
-def _check_clip_parameters(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> None:
-    """Check, by rough numbers of parameters, that sizes which are possible each are not absurd together.
-
-    Raises:
-        ValueError: they are, or one is not a number.
-    """
-    layers = vision.get("layers", 12)
-    try:
-        of_text = text.get("vocab_size", 49408) + text.get("context_length", 77) + embed_dim
-        of_text = text.get("width", 512) * (of_text + 12 * text.get("layers", 12) * text.get("width", 512))
-        side = vision.get("image_size", 224)
-        cells = max(side if isinstance(side, list | tuple) else [side]) ** 2 // 32**2
-        depth, width = sum(layers) if isinstance(layers, list | tuple) else 0, vision.get("width", 64)
-        of_vision = depth * 20 * (8 * width) ** 2 + 32 * width * (cells + embed_dim)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"sizes of the CLIP configuration must be integers: {error!s:.200}") from error
-    if not max(of_text, of_vision) <= MAX_PARAMETERS:
-        raise ValueError(
-            "the sizes of the CLIP configuration make a tower of more than 20 billion parameters"
-        )
 
 
 class _WithoutFilling(TorchFunctionMode):
@@ -157,8 +75,7 @@ class ClipBackbone(nn.Module):
             (`open_clip.model.CustomTextCLIP`).
 
     Raises:
-        ValueError: a configuration that open_clip cannot build, or a timm trunk that does not give four levels at
-            strides 4, 8, 16 and 32.
+        ValueError: a timm trunk that does not give four levels at strides 4, 8, 16 and 32.
     """
 
     def __init__(self, config: dict[str, Any]):
@@ -170,19 +87,8 @@ class ClipBackbone(nn.Module):
         super().__init__()
         config = copy.deepcopy(config)
         custom_text = config.pop("custom_text", False)
-        try:
-            with _WithoutFilling():
-                self.clip: Any = (CustomTextCLIP if custom_text else CLIP)(**config)
-        except (
-            ArithmeticError,
-            AssertionError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-        ) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"open_clip cannot build this CLIP configuration: {reason:.200}") from error
+        with _WithoutFilling():
+            self.clip: Any = (CustomTextCLIP if custom_text else CLIP)(**config)
         self._built_without_memory = any(parameter.is_meta for parameter in self.clip.parameters())
         self.has_text_module: bool = custom_text
         text_config = config["text_cfg"]
@@ -392,32 +298,65 @@ class ClipBackbone(nn.Module):
         return self.encode_tokens(self.tokenize(prompts)[0])
 
     @with_weights
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
+    def encode_prefixes(self, templates: Sequence[str]) -> Prefixes | None:
+        """Encode what stands before the name in templates, for `encode_tokens`; None where that would save nothing.
+
+        An accelerator encodes many names together, and small towers are fast enough.
+        """
+        tower = self.text_tower
+        weights = sum(parameter.numel() for parameter in tower.transformer.parameters())
+        is_float = tower.transformer.get_cast_dtype() == torch.float32
+        if self.device.type != "cpu" or weights < MIN_SHARED_WEIGHTS or not is_float:
+            return None
+        if (
+            not self._attends_causally
+            or self.tokenizer.reduction_fn is not None
+            or not has_usual_blocks(tower)
+        ):
+            return None
+        start, encode = self.tokenizer.sot_token_id, self.tokenizer.encode
+        prefixes = [[start, *encode(template.split("{}")[0])] for template in templates]
+        return encode_prefixes(tower, prefixes) if max(map(len, prefixes)) < self.context_length else None
+
+    @with_weights
+    def encode_tokens(self, tokens: Tensor, prefixes: Prefixes | None = None) -> Tensor:
         """Encode the tokens (n, L) that `tokenize` gives, as `encode_text` does.
 
         Attention is causal, so the tokens after the longest prompt's end change nothing and need not be there.
+
+        Args:
+            tokens: (n, L) int64.
+            prefixes: of the n templates that the prompts were made of, to save time; None to do without.
         """
         from open_clip.transformer import text_global_pool
 
         tower = self.text_tower
         tokens = tokens.to(self.device)
         length = tokens.shape[1]
-        pool_type = tower.text_pool_type if tower is self.clip else tower.pool_type
-        plain = (
-            getattr(tower, "cls_emb", None) is None and tower.attn_mask is not None and pool_type == "argmax"
-        )
-        if not plain:
+        if not self._attends_causally:
             return self.clip.encode_text(F.pad(tokens, (0, self.context_length - length)))
-        dtype = tower.transformer.get_cast_dtype()
-        x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-        mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu_(1)
-        x = tower.ln_final(tower.transformer(x, attn_mask=mask))
-        x = text_global_pool(x, tokens, pool_type)
+        x = None if prefixes is None else encode_rest(tower, tokens, prefixes)
+        if x is not None:
+            x = tower.ln_final(x)
+        else:
+            dtype = tower.transformer.get_cast_dtype()
+            x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+            mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu_(1)
+            x = text_global_pool(tower.ln_final(tower.transformer(x, attn_mask=mask)), tokens, "argmax")
         if tower.text_projection is None:
             return x
         if isinstance(tower.text_projection, nn.Linear):
             return tower.text_projection(x)
         return x @ tower.text_projection
+
+    @property
+    def _attends_causally(self) -> bool:
+        """Whether the text tower is open_clip's usual one: causal, and read at the end-of-text token."""
+        tower = self.text_tower
+        pool_type = tower.text_pool_type if tower is self.clip else tower.pool_type
+        return (
+            getattr(tower, "cls_emb", None) is None and tower.attn_mask is not None and pool_type == "argmax"
+        )
 
     @with_weights
     def text_tensors(self) -> list[Tensor]:

@@ -31,7 +31,8 @@ from .batching import (
 )
 from .checkpoint_code import RemoteCodeMixin, check_weights_index
 from .classification import TextEmbeddings, class_logits, ensemble_log_probs
-from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
+from .clip_backbone import ClipBackbone, build_backbone
+from .clip_config import resolve_clip_config
 from .configuration_ita import ITAConfig, check_number
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
@@ -40,6 +41,7 @@ from .image_text_aggregation import Attention, ImageTextAggregation
 from .mask_adapter import ConvNeXtBlock
 from .mask_classifier import MaskClassifier
 from .offloading import load_blocks_at_once
+from .ops import channels_last
 from .outputs import ITAForOpenVocabSegmentationOutput, SegmentOutput
 from .set_criterion import SetCriterion
 from .text import TextEncoder
@@ -350,7 +352,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         valid = valid if config.mask_padding else None
         # Section 0: one frozen CLIP.
         with torch.set_grad_enabled(torch.is_grad_enabled() and backbone.is_trained):
-            features = backbone(_channels_last(pixel_values))
+            features = backbone(channels_last(pixel_values))
         # Section 2, DCU: the names nearest to the image become text queries.
         dominant, text_queries = None, None
         if self.dominant_categories is not None:
@@ -491,10 +493,3 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             reason = " ".join(str(error).split())[:400]
             raise ValueError(f"the CLIP weights do not fit the configuration: {reason}") from error
         return model
-
-
-def _channels_last(pixel_values: Tensor) -> Tensor:
-    """Bring images into the layout in which convolutions of an accelerator are fastest; leave them on a CPU."""
-    if pixel_values.device.type == "cpu":
-        return pixel_values
-    return pixel_values.contiguous(memory_format=torch.channels_last)

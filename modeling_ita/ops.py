@@ -90,3 +90,10 @@ def valid_cells(valid: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
     """
     height, width = valid.shape[-2:]
     return F.max_pool2d(valid[:, None].float(), (height // size[0], width // size[1]))[:, 0] > 0
+
+
+def channels_last(pixel_values: Tensor) -> Tensor:
+    """Bring images into the layout in which convolutions of an accelerator are fastest; leave them on a CPU."""
+    if pixel_values.device.type == "cpu":
+        return pixel_values
+    return pixel_values.contiguous(memory_format=torch.channels_last)

@@ -193,10 +193,11 @@ class TextEncoder:
         tokens = [self._tokenize(name, templates) for name in names]
         prompt_embeds: list[Any] = [None] * len(names)
         name_embeds: list[Any] = [None] * len(names)
+        prefixes = self.clip.encode_prefixes(["{}", *templates])
         for batch, size in self._batches(tokens):
             filled = [*batch, *[batch[-1]] * (size - len(batch))]
             with torch.autocast(self.clip.device.type, enabled=False):
-                encoded = self.clip.encode_tokens(torch.cat([tokens[index] for index in filled]))
+                encoded = self.clip.encode_tokens(torch.cat([tokens[index] for index in filled]), prefixes)
                 encoded = F.normalize(encoded, dim=-1).unflatten(0, (size, -1))
                 means = F.normalize(encoded[:, 1:].mean(dim=1), dim=-1)
             for row, index in enumerate(batch):

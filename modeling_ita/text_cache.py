@@ -30,7 +30,7 @@ FOLDER_VARIABLE = "ITA_TEXT_CACHE"
 LIMIT_VARIABLE = "ITA_TEXT_CACHE_MB"
 """Environment variable: the most megabytes that the cache may take; 1024 without it."""
 
-FORMAT = "1"  # goes into every digest: to be counted up when the same names would be encoded to other numbers
+FORMAT = "2"  # goes into every digest: to be counted up when the same names would be encoded to other numbers
 
 
 def cache_folder() -> Path | None:

@@ -1,5 +1,6 @@
 """Large vocabularies are encoded once: what is kept on disk is what was encoded, or it is not used."""
 
+import copy
 import json
 import logging
 import os
@@ -10,8 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from helpers.tiny_checkpoint import EncodedNames, tiny_config
+from helpers.tiny_checkpoint import EncodedNames, tiny_clip, tiny_config
+from modeling_ita import clip_backbone, text_prefix
 from modeling_ita import text as text_module
+from modeling_ita.configuration_ita import VILD_TEMPLATES
 from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.text_cache import digest_of
 
@@ -198,11 +201,11 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(store, monkeypatch):
     model, done = build(), []
     encode_tokens = model.clip_backbone.encode_tokens
 
-    def stops_after_20(tokens):
+    def stops_after_20(tokens, prefixes):
         if len(done) == 20:
             raise KeyboardInterrupt
         done.append(tokens)
-        return encode_tokens(tokens)
+        return encode_tokens(tokens, prefixes)
 
     monkeypatch.setattr(model.clip_backbone, "encode_tokens", stops_after_20)
     with pytest.raises(KeyboardInterrupt):
@@ -250,3 +253,38 @@ def test_more_names_than_memory_holds_still_come_out_right(monkeypatch):
     model = build()
     model.encode_vocabulary([f"other {number}" for number in range(30)])
     assert_equal(model.encode_vocabulary(NAMES), expected)
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_prompts_that_begin_alike_share_the_work_and_change_only_in_rounding(monkeypatch, custom_text):
+    torch.manual_seed(0)
+    clip_config = tiny_clip("modified_resnet", width=32, context_length=24, custom_text=custom_text)
+    clip_config["text_cfg"]["layers"] = 3
+    config = tiny_config(clip_model_config=clip_config, templates=["{}", "{} here", *VILD_TEMPLATES])
+    names = ["cat", "grandfather clock", "a-b c's", "a name that is cut " * 5, "ﬁn", "é"]
+    expected = ITAForOpenVocabSegmentation(config).eval()
+    shared = copy.deepcopy(expected)
+    plain = expected.encode_vocabulary(names)
+    used = []
+
+    def encode_rest(*arguments):
+        used.append(text_prefix.encode_rest(*arguments))
+        return used[-1]
+
+    monkeypatch.setattr(clip_backbone, "MIN_SHARED_WEIGHTS", 0)
+    monkeypatch.setattr(clip_backbone, "encode_rest", encode_rest)
+    found = shared.encode_vocabulary(names)
+    torch.testing.assert_close(found.prompt_embeds, plain.prompt_embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.name_embeds, plain.name_embeds, rtol=0, atol=1e-6)
+    assert len(used) == len(names) + 1 and all(one is not None for one in used)
+
+
+def test_prompts_that_do_not_begin_like_their_templates_are_encoded_whole():
+    clip = build().clip_backbone
+    prefixes = text_prefix.encode_prefixes(
+        clip.text_tower, [clip.tokenize(["a photo of"])[0][0, :4].tolist()]
+    )
+    tokens, _ = clip.tokenize(["a cat"])
+    with torch.no_grad():
+        assert text_prefix.encode_rest(clip.text_tower, tokens, prefixes) is None
+        assert torch.equal(clip.encode_tokens(tokens, prefixes), clip.encode_tokens(tokens))

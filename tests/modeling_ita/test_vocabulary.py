@@ -181,11 +181,11 @@ def test_encoding_that_raises_in_the_middle_leaves_nothing_wrong(monkeypatch):
     model, expected = build(), expected_of(2)
     encode, calls = model.clip_backbone.encode_tokens, []
 
-    def fails_once(tokens):
+    def fails_once(tokens, prefixes):
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return encode(tokens)
+        return encode(tokens, prefixes)
 
     monkeypatch.setattr(model.clip_backbone, "encode_tokens", fails_once)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -200,10 +200,10 @@ def test_a_fork_while_another_thread_encodes_can_encode():
     entered, leave = threading.Event(), threading.Event()
     encode = model.clip_backbone.encode_tokens
 
-    def waits(tokens):
+    def waits(tokens, prefixes):
         entered.set()
         leave.wait(60)
-        return encode(tokens)
+        return encode(tokens, prefixes)
 
     model.clip_backbone.encode_tokens = waits
     thread = threading.Thread(target=model.encode_vocabulary, args=(["slow"],))
