@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ita_segmentation.errors import ITAError, one_line
-from modeling_ita.clip_config import resolve_clip_config
+from modeling_ita.clip_backbone import resolve_clip_config
 from modeling_ita.configuration_ita import ITAConfig
 from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.vocabulary import Vocabulary, normalize_vocabulary

@@ -17,11 +17,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY, ImageSegmentationPipeline
 
+from .batching import ITAForOpenVocabSegmentationOutput
 from .classification import TextEmbeddings
 from .configuration_ita import ITAConfig
 from .image_processing_ita import ITAImageProcessor
 from .modeling_ita import ITAForOpenVocabSegmentation, ITAPreTrainedModel
-from .outputs import ITAForOpenVocabSegmentationOutput
 from .pipeline_ita import ITAImageSegmentationPipeline, ITAZeroShotImageSegmentationPipeline
 from .vocabulary import Vocabulary, normal_form, normalize_vocabulary, parse_classes, with_distractors
 

@@ -6,40 +6,34 @@ orientation, gray, palette, alpha, CMYK, 16 bits) becomes the RGB that a person 
 in `postprocessing`.
 """
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
+from torchvision.transforms import InterpolationMode
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature, get_size_dict
-from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     PILImageResampling,
     SizeDict,
-    get_image_size_for_max_height_width,
 )
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from .image_io import (
-    MAX_IMAGE_PIXELS,
     array_to_rgb,
-    binary_masks,
     image_to_rgb,
     read_image,
     read_label_maps,
-    resize_labels,
 )
-from .image_settings import check_settings
+from .ops import common_size, label_masks, output_size, pad_to, resize_labels
 from .postprocessing import (
     DEFAULT_THRESHOLDS,
     IGNORE_INDEX,
@@ -200,7 +194,7 @@ class ITAImageProcessor(TorchvisionBackend):
         if do_resize and maps is not None:
             maps = [resize_labels(labels, target) for labels, target in zip(maps, sizes, strict=True)]
 
-        padded = _padded_size(sizes, pad_size, size_divisor or 1)
+        padded = common_size(sizes, pad_size, size_divisor or 1)
         pixels, pixel_masks = [], []
         for tensor, (height, width) in zip(tensors, sizes, strict=True):
             resized = tensor
@@ -209,8 +203,8 @@ class ITAImageProcessor(TorchvisionBackend):
             values = self.rescale_and_normalize(
                 resized, do_rescale, rescale_factor, do_normalize, image_mean, image_std
             )
-            pixels.append(_pad_to(values, padded))
-            pixel_masks.append(_pad_to(torch.ones_like(values[0], dtype=torch.int64), padded))
+            pixels.append(pad_to(values, padded))
+            pixel_masks.append(pad_to(torch.ones_like(values[0], dtype=torch.int64), padded))
         data = {"pixel_values": torch.stack(pixels), "pixel_mask": torch.stack(pixel_masks)}
         features = BatchFeature(data, tensor_type=return_tensors)
         if maps is not None:
@@ -221,10 +215,10 @@ class ITAImageProcessor(TorchvisionBackend):
                     f"{len(maps)} segmentation maps, but {len(per_image)} `instance_id_to_semantic_id`"
                 )
             labels = [
-                binary_masks(one, ids_of_one, ignore_index, do_reduce_labels)
+                label_masks(one, ids_of_one, ignore_index, do_reduce_labels)
                 for one, ids_of_one in zip(maps, per_image, strict=True)
             ]
-            features["mask_labels"] = [_pad_to(masks, padded) for masks, _ in labels]
+            features["mask_labels"] = [pad_to(masks, padded) for masks, _ in labels]
             features["class_labels"] = [classes for _, classes in labels]
         return features
 
@@ -377,36 +371,7 @@ class ITAImageProcessor(TorchvisionBackend):
         return results
 
 
-def output_size(image_size: Sequence[int], size: SizeDict) -> tuple[int, int]:
-    """Return the size (height, width) that `size` demands for an image of `image_size`, at least one pixel each way.
-
-    Raises:
-        ValueError: if `size` has no known pair of keys, or the result has more than `MAX_IMAGE_PIXELS` pixels.
-    """
-    height, width = image_size
-    if size.shortest_edge and size.longest_edge:
-        result = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
-    elif size.shortest_edge:
-        scale = size.shortest_edge / min(height, width)
-        result = (round(height * scale), round(width * scale))
-    elif size.longest_edge:
-        scale = size.longest_edge / max(height, width)
-        result = (round(height * scale), round(width * scale))
-    elif size.max_height and size.max_width:
-        result = get_image_size_for_max_height_width((height, width), size.max_height, size.max_width)
-    elif size.height and size.width:
-        result = (size.height, size.width)
-    else:
-        pairs = "'height' and 'width', 'max_height' and 'max_width', 'shortest_edge' or 'longest_edge'"
-        raise ValueError(f"`size` has {pairs}, got {dict(size)}")
-    if result[0] * result[1] > MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"an image of {height} x {width} would be resized to {result[0]} x {result[1]} pixels"
-        )
-    return max(1, result[0]), max(1, result[1])
-
-
-# --- images and their sizes ---------------------------------------------------------------------------------------
+# --- images and settings ---------------------------------------------------------------------------------------
 
 
 def _flat_list(images: Any) -> list[Any]:
@@ -428,22 +393,82 @@ def _reduced(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     return image.reduce(factor)
 
 
-def _padded_size(sizes: Sequence[Sequence[int]], pad_size: SizeDict | None, divisor: int) -> tuple[int, int]:
-    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-    if pad_size is not None:
-        padded = pad_size.height or 0, pad_size.width or 0
-        if padded[0] < height or padded[1] < width:
-            raise ValueError(f"`pad_size` {dict(pad_size)} is smaller than an image of ({height}, {width})")
-        height, width = padded
-    height, width = (math.ceil(side / divisor) * divisor for side in (height, width))
-    if height * width > MAX_IMAGE_PIXELS:
-        raise ValueError(f"images would be padded to {height} x {width} pixels")
-    return height, width
+MIN_SIDE, MAX_SIDE = 4, 16_384  # of `size` and `pad_size`
+SIZE_KEYS = (
+    {"shortest_edge", "longest_edge"},
+    {"shortest_edge"},
+    {"longest_edge"},
+    {"height", "width"},
+    {"max_height", "max_width"},
+)
 
 
-def _pad_to(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pad (..., h, w) to (..., *size) with zeros at the bottom and on the right."""
-    return pad(values, (0, size[1] - values.shape[-1], 0, size[0] - values.shape[-2]))
+def _is_number(value: Any, least: float, most: float) -> bool:
+    kinds = (int, float, np.integer, np.floating)
+    return isinstance(value, kinds) and not isinstance(value, bool) and bool(least <= value <= most)
+
+
+def _is_integer(value: Any, least: int = MIN_SIDE, most: int = MAX_SIDE) -> bool:
+    return isinstance(value, (int, np.integer)) and _is_number(value, least, most)
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, (SizeDict, Mapping)):
+        sides = {key: side for key, side in dict(value).items() if side is not None}
+        return set(sides) in SIZE_KEYS and all(map(_is_integer, sides.values()))
+    if isinstance(value, (list, tuple)):
+        return len(value) == 2 and all(map(_is_integer, value))
+    return _is_integer(value)
+
+
+def _is_color(value: Any, least: float) -> bool:
+    values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    return len(values) in (1, 3) and all(_is_number(one, least, 1e6) for one in values)
+
+
+SETTINGS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("do_resize", "do_rescale", "do_normalize", "do_reduce_labels", "default_to_square"),
+        lambda value: isinstance(value, bool),
+        "true or false",
+    ),
+    (
+        ("size", "pad_size"),
+        _is_size,
+        "an integer, {height, width}, {shortest_edge, longest_edge} or {max_height, max_width} "
+        f"of {MIN_SIDE}..{MAX_SIDE}",
+    ),
+    (("max_size",), _is_integer, f"an integer of {MIN_SIDE}..{MAX_SIDE}"),
+    (("size_divisor",), lambda value: _is_integer(value, 1, 1024), "an integer of 1..1024"),
+    (
+        ("resample",),
+        lambda value: isinstance(value, InterpolationMode) or _is_integer(value, 0, 5),
+        "one of Pillow's resampling filters, 0..5",
+    ),
+    (("rescale_factor",), lambda value: _is_number(value, 1e-6, 1e6), "a number of 0.000001..1000000"),
+    (("image_mean",), lambda value: _is_color(value, -1e6), "1 or 3 numbers"),
+    (("image_std",), lambda value: _is_color(value, 1e-6), "1 or 3 positive numbers"),
+    (("ignore_index",), lambda value: _is_integer(value, -(2**31), 2**31), "an integer"),
+)
+"""Names of settings, what tells whether a value is possible, and what to say if it is not."""
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the arguments of a processor, whether they come from a call or from `preprocessor_config.json`.
+
+    Args:
+        settings: values by name; None and unknown names are passed over.
+
+    Raises:
+        ValueError: in one line that names the first one with a wrong type or an impossible value.
+    """
+    for names, fits, expected in SETTINGS:
+        for name in names:
+            value = settings.get(name)
+            if value is not None and not fits(value):
+                shown = ascii(value)
+                shown = shown if len(shown) <= 100 else f"{shown[:99]}…"
+                raise ValueError(f"image processor: {name} is {expected}, got {shown}")
 
 
 ITAImageProcessor.register_for_auto_class()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .offloading import with_weights
-from .ops import MLP, mask_mean, sine_position_embedding, valid_cells
+from .ops import MLP, mask_mean, sine_position_embedding, valid_cells, with_weights
 
 
 class Attention(nn.Module):

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from .batching import (
     Group,
+    ITAForOpenVocabSegmentationOutput,
+    SegmentOutput,
     batch_vocabularies,
     check_dominant_categories,
     check_images,
@@ -30,19 +32,15 @@ from .batching import (
     valid_sizes,
 )
 from .checkpoint_code import RemoteCodeMixin, check_weights_index
-from .classification import TextEmbeddings, class_logits, ensemble_log_probs
-from .clip_backbone import ClipBackbone, build_backbone
-from .clip_config import resolve_clip_config
+from .classification import MaskClassifier, TextEmbeddings, class_logits, ensemble_log_probs
+from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
 from .configuration_ita import ITAConfig, check_number
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
 from .dominant_categories import DominantCategories
 from .image_text_aggregation import Attention, ImageTextAggregation
 from .mask_adapter import ConvNeXtBlock
-from .mask_classifier import MaskClassifier
-from .offloading import load_blocks_at_once
-from .ops import channels_last
-from .outputs import ITAForOpenVocabSegmentationOutput, SegmentOutput
+from .ops import channels_last, load_blocks_at_once
 from .set_criterion import SetCriterion
 from .text import TextEncoder
 from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary

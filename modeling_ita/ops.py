@@ -1,11 +1,17 @@
-"""Small tensor functions that several parts of the network share."""
+"""Small functions that several parts share: tensors of the network, sizes, label maps, masks in tiles, offloading."""
 
+import functools
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.functional import interpolate, pad
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
 
 
 class MLP(nn.Module):
@@ -97,3 +103,267 @@ def channels_last(pixel_values: Tensor) -> Tensor:
     if pixel_values.device.type == "cpu":
         return pixel_values
     return pixel_values.contiguous(memory_format=torch.channels_last)
+
+
+# --- sizes of images, and label maps ---
+
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pillow's own limit for what it calls a decompression bomb."""
+
+
+def output_size(image_size: Sequence[int], size: SizeDict) -> tuple[int, int]:
+    """Return the size (height, width) that `size` demands for an image of `image_size`, at least one pixel each way.
+
+    Raises:
+        ValueError: if `size` has no known pair of keys, or the result has more than `MAX_IMAGE_PIXELS` pixels.
+    """
+    height, width = image_size
+    if size.shortest_edge and size.longest_edge:
+        result = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
+    elif size.shortest_edge:
+        scale = size.shortest_edge / min(height, width)
+        result = (round(height * scale), round(width * scale))
+    elif size.longest_edge:
+        scale = size.longest_edge / max(height, width)
+        result = (round(height * scale), round(width * scale))
+    elif size.max_height and size.max_width:
+        result = get_image_size_for_max_height_width((height, width), size.max_height, size.max_width)
+    elif size.height and size.width:
+        result = (size.height, size.width)
+    else:
+        pairs = "'height' and 'width', 'max_height' and 'max_width', 'shortest_edge' or 'longest_edge'"
+        raise ValueError(f"`size` has {pairs}, got {dict(size)}")
+    if result[0] * result[1] > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"an image of {height} x {width} would be resized to {result[0]} x {result[1]} pixels"
+        )
+    return max(1, result[0]), max(1, result[1])
+
+
+def common_size(sizes: Sequence[Sequence[int]], pad_size: SizeDict | None, divisor: int) -> tuple[int, int]:
+    """Return the size (height, width), a multiple of `divisor`, that all images of a batch are padded to.
+
+    Raises:
+        ValueError: if `pad_size` is smaller than an image, or the result has more than `MAX_IMAGE_PIXELS` pixels.
+    """
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    if pad_size is not None:
+        padded = pad_size.height or 0, pad_size.width or 0
+        if padded[0] < height or padded[1] < width:
+            raise ValueError(f"`pad_size` {dict(pad_size)} is smaller than an image of ({height}, {width})")
+        height, width = padded
+    height, width = (math.ceil(side / divisor) * divisor for side in (height, width))
+    if height * width > MAX_IMAGE_PIXELS:
+        raise ValueError(f"images would be padded to {height} x {width} pixels")
+    return height, width
+
+
+def pad_to(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pad (..., h, w) to (..., *size) with zeros at the bottom and on the right."""
+    return pad(values, (0, size[1] - values.shape[-1], 0, size[0] - values.shape[-2]))
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize labels (h, w) to (*size); each pixel gets the label nearest to its center, exact for any integer."""
+    rows, columns = (
+        ((torch.arange(new, device=labels.device) + 0.5) * (old / new)).long().clamp(max=old - 1)
+        for old, new in zip(labels.shape, size, strict=True)
+    )
+    return labels[rows][:, columns]
+
+
+def label_masks(
+    labels: Tensor,
+    instance_id_to_semantic_id: Mapping[int, int] | None = None,
+    ignore_index: int | None = None,
+    do_reduce_labels: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Split a label map into binary masks.
+
+    Args:
+        labels: (H, W) int64.
+        instance_id_to_semantic_id: class of each label, before any reduction; by default labels are classes.
+        ignore_index: label without a mask.
+        do_reduce_labels: label 0 is background, and all classes are decremented by 1.
+
+    Returns:
+        Masks (n, H, W) float32 of 0 and 1 and their classes (n,) int64, in the order of the labels.
+
+    Raises:
+        ValueError: if a label has no class, or labels are to be reduced and there is no `ignore_index`.
+    """
+    if do_reduce_labels and ignore_index is None:
+        raise ValueError("`do_reduce_labels` needs an `ignore_index`")
+    found = [label for label in labels.unique().tolist() if label != ignore_index]
+    if instance_id_to_semantic_id is None:
+        classes = found
+    else:
+        missing = [label for label in found if label not in instance_id_to_semantic_id]
+        if do_reduce_labels:
+            missing = [label for label in missing if label != 0]
+        if missing:
+            raise ValueError(f"`instance_id_to_semantic_id` lacks the labels {missing}")
+        classes = [instance_id_to_semantic_id.get(label, 0) for label in found]
+    if do_reduce_labels:
+        pairs = [
+            (label, class_id - 1)
+            for label, class_id in zip(found, classes, strict=True)
+            if class_id and label
+        ]
+    else:
+        pairs = list(zip(found, classes, strict=True))
+    wanted = torch.tensor([label for label, _ in pairs], dtype=torch.int64, device=labels.device)
+    masks = (labels[None] == wanted[:, None, None]).float()
+    return masks, torch.tensor([class_id for _, class_id in pairs], dtype=torch.int64, device=labels.device)
+
+
+# --- masks at the output's size, a tile of rows at a time ---
+
+MASK_STRIDE = 4  # a mask logit covers 4 x 4 pixels of the network input
+IMAGE_STRIDE = 32  # an image is segmented as if padded to multiples of this; a batch may pad it further
+TILE_BYTES = 8 * 2**20  # memory of one tile of output rows; fits most caches
+
+
+def row_tiles(size: tuple[int, int], values_per_pixel: int) -> Iterator[slice]:
+    """Yield tiles of rows that cover an image.
+
+    Args:
+        size: height and width of the image.
+        values_per_pixel: float32 numbers held for each pixel. A tile has as many rows as `TILE_BYTES` allow, at least
+            one.
+    """
+    height, width = size
+    step = max(1, TILE_BYTES // (4 * width * max(1, values_per_pixel)))
+    for start in range(0, height, step):
+        yield slice(start, min(start + step, height))
+
+
+def split_pixels(values: Tensor, values_per_pixel: int) -> tuple[Tensor, ...]:
+    """Split (pixels, n) so that `values_per_pixel` float32 numbers for each pixel of a part fit `TILE_BYTES`."""
+    return values.split(max(1, TILE_BYTES // (4 * values_per_pixel)))
+
+
+class MaskTiles:
+    """The mask logits of one image at the output's size, computed in tiles of whole rows.
+
+    Both bilinear resizes (mask to network input, valid part of the network input to the requested size) are separable,
+    so a tile of output rows needs few mask rows, and no tensor of size (Q, height, width) is ever held. Within a tile,
+    memory is laid out with queries last, so a resizing step is one long loop and scoring is a matrix product.
+
+    Without `target_size` the output is the network input (4h, 4w). With it, masks are resized to the network input,
+    cropped to `image_size` and resized to `target_size`, both bilinearly with `align_corners=False`. Without
+    `image_size` nothing is cropped, and masks that already have the target's size are not resized.
+
+    Args:
+        mask_logits: (Q, h, w).
+        image_size: height and width of the image before padding.
+        target_size: height and width of the output.
+    """
+
+    def __init__(
+        self,
+        mask_logits: Tensor,
+        image_size: Sequence[int] | None = None,
+        target_size: Sequence[int] | None = None,
+    ):
+        if image_size is not None and target_size is not None:
+            rows, columns = (
+                math.ceil(side / IMAGE_STRIDE) * IMAGE_STRIDE // MASK_STRIDE for side in image_size
+            )
+            mask_logits = mask_logits[:, :rows, :columns]  # without the padding of the batch
+        height, width = mask_logits.shape[-2:]
+        self._is_identity = (
+            image_size is None and target_size is not None and tuple(target_size) == (height, width)
+        )
+        if self._is_identity:
+            self._row_steps, self._column_steps = (height, height, height), (width, width, width)
+        else:
+            network = (height * MASK_STRIDE, width * MASK_STRIDE)
+            cropped = network if image_size is None or target_size is None else tuple(image_size)
+            target = network if target_size is None else target_size
+            self._row_steps = (network[0], int(cropped[0]), int(target[0]))
+            self._column_steps = (network[1], int(cropped[1]), int(target[1]))
+        self.size = (self._row_steps[-1], self._column_steps[-1])
+        identity = torch.eye(height)[:, :, None]
+        self._row_weights = _resize_columns(identity, self._row_steps)[:, :, 0].T  # (H, h), at most 4 per row
+        self._cells = mask_logits.permute(1, 2, 0)  # (h, w, Q)
+        if not self._is_identity:
+            self._cells = self._cells.float().contiguous()
+
+    def tiles(self, values_per_pixel: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the rows of each tile and its logits (rows, W, Q) float32, which the caller may overwrite.
+
+        Args:
+            values_per_pixel: as for `row_tiles`.
+        """
+        for rows in row_tiles(self.size, values_per_pixel):
+            yield rows, self.rows(rows)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Return the logits (rows, W, Q) float32 of some output rows, at least one; the caller may overwrite them."""
+        if self._is_identity:
+            return self._cells[rows].to(torch.float32, copy=True)
+        weights = self._row_weights[rows]
+        touched = weights.any(0).nonzero()
+        source = slice(int(touched[0]), int(touched[-1]) + 1)
+        cells = self._cells[source]
+        logits = (weights[:, source].to(cells.device) @ cells.flatten(1)).unflatten(1, cells.shape[1:])
+        return _resize_columns(logits, self._column_steps)
+
+
+def _resize_columns(values: Tensor, steps: tuple[int, int, int]) -> Tensor:
+    """Resize (rows, w, Q) to the network input's width, crop, and resize to the output's width W: (rows, W, Q)."""
+    network, cropped, target = steps
+    for width, keep in ((network, cropped), (target, target)):
+        if values.numel() == 0:
+            values = values.new_zeros(len(values), width, values.shape[2])
+        elif values.shape[1] != width:
+            image = values[None].permute(0, 3, 1, 2)  # channels last in memory
+            image = interpolate(image, size=(len(values), width), mode="bilinear", align_corners=False)
+            values = image.permute(0, 2, 3, 1)[0]
+        values = values[:, :keep]
+    return values
+
+
+# --- weights that accelerate keeps on another device or on the disk until they are needed (`device_map`) ---
+
+
+def with_weights(method: Callable) -> Callable:
+    """Decorate a method of a module that needs the module's weights outside of `forward`.
+
+    Where weights are offloaded to another device or the disk, accelerate brings them in around `forward` only.
+    """
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self, "_hf_hook", None)
+        if hook is None:
+            return method(self, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return hook.post_forward(self, method(self, *args, **kwargs))
+
+    return run
+
+
+def load_blocks_at_once(model: nn.Module) -> None:
+    """Bring in the offloaded weights of each child of a dispatched model together, not module by module.
+
+    open_clip and `nn.MultiheadAttention` read weights of modules that they do not call, where accelerate's hooks are.
+    """
+    for name, block in model.named_children():
+        hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]
+        offloading = next((hook for hook in hooks if getattr(hook, "offload", False)), None)
+        if offloading is None:
+            continue
+        accelerate: Any = importlib.import_module("accelerate.hooks")
+        accelerate.remove_hook_from_submodules(block)
+        hook = accelerate.AlignDevicesHook(
+            execution_device=offloading.execution_device,
+            offload=True,
+            weights_map=accelerate.PrefixedDataset(offloading.weights_map.dataset, f"{name}."),
+            offload_buffers=offloading.offload_buffers,
+            place_submodules=True,
+            skip_keys=offloading.skip_keys,
+            tied_params_map=offloading.tied_params_map,
+        )
+        accelerate.add_hook_to_module(block, hook)

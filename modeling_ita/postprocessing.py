@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .mask_tiles import MaskTiles, split_pixels
+from .ops import MaskTiles, split_pixels
 
 DEFAULT_THRESHOLDS = {"semantic": 0.5, "panoptic": 0.8, "instance": 0.5}
 """Lowest score of a pixel (semantic) or segment that pipeline, command line and app report."""

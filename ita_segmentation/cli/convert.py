@@ -153,8 +153,8 @@ def _clip_model(arguments: argparse.Namespace, published: PublishedCheckpoint | 
 
 
 def _save(model: Any, output: Path, published: PublishedCheckpoint | None) -> None:
+    from modeling_ita.checkpoint_code import write_model_card
     from modeling_ita.image_processing_ita import ITAImageProcessor
-    from modeling_ita.model_card import write_model_card
 
     metadata = {"license": published.license} if published else None
     size = {"size": published.size} if published and published.size else {}

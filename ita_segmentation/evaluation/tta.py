@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_utils import SizeDict
 
-from modeling_ita.image_processing_ita import output_size
-from modeling_ita.mask_tiles import MaskTiles, row_tiles
+from modeling_ita.ops import MaskTiles, output_size, row_tiles
 from modeling_ita.postprocessing import class_probabilities
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.evaluation.reporting.score_tables import Results, score_of
 from ita_segmentation.files import read_mapping, write_files
-from modeling_ita.model_card import CARD_FILE, CardError, is_generated, read_card, write_model_card
+from modeling_ita.checkpoint_code import CARD_FILE, CardError, is_generated, read_card, write_model_card
 
 TASK_TYPE, TASK_NAME = "image-segmentation", "Image segmentation"
 

@@ -12,7 +12,13 @@ from transformers import AutoModel
 
 from helpers.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from ita_segmentation.hub.model_index import update_model_card
-from modeling_ita.model_card import CardError, class_names, is_generated, may_be_replaced, write_model_card
+from modeling_ita.checkpoint_code import (
+    CardError,
+    class_names,
+    is_generated,
+    may_be_replaced,
+    write_model_card,
+)
 
 CONFIG = tiny_config().to_dict()
 PERSON = "---\nlicense: mit\ntags: [one, clip]\n---\n\n# My model\n\nMy text.  \n"

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.dynamic_module_utils import get_imports
 
 from modeling_ita import set_criterion
-from modeling_ita.batching import matched_mask_logits, merge
-from modeling_ita.outputs import SegmentOutput
+from modeling_ita.batching import SegmentOutput, matched_mask_logits, merge
 from modeling_ita.set_criterion import SetCriterion, linear_assignment, sample_at_points
 
 NUM_CLASSES, NUM_QUERIES, NUM_POINTS = 5, 7, 40

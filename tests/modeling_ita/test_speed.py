@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from helpers.tiny_checkpoint import tiny_clip, tiny_config
-from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, mask_tiles, postprocessing
+from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, ops, postprocessing
 from modeling_ita.batching import batch_vocabularies, class_ids_of
 from modeling_ita.deformable_attention import SamplingGrid, sample_by_embedding_bag, sample_by_grid_sample
 from modeling_ita.postprocessing import semantic_map
@@ -27,7 +27,7 @@ def logits_of_blobs(queries, classes, sharpness, height=24, width=32, seed=0):
 def test_leaving_out_classes_that_cannot_win_changes_no_pixel(
     monkeypatch, sharpness, queries, classes, tile_bytes
 ):
-    monkeypatch.setattr(mask_tiles, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(ops, "TILE_BYTES", tile_bytes)
     class_logits, mask_logits = logits_of_blobs(queries, classes, sharpness)
     masks = interpolate(mask_logits[None].double(), scale_factor=4, mode="bilinear")[0].sigmoid()
     scores = torch.einsum("qk,qhw->khw", class_logits.double().softmax(-1)[:, :-1], masks)
@@ -45,7 +45,7 @@ def test_most_of_many_classes_are_left_out(monkeypatch):
         scored.append(len(classes))
         return classes
 
-    monkeypatch.setattr(mask_tiles, "TILE_BYTES", 2**18)
+    monkeypatch.setattr(ops, "TILE_BYTES", 2**18)
     monkeypatch.setattr(postprocessing._PrunedArgmax, "_candidates", count)
     semantic_map(*logits_of_blobs(queries=64, classes=800, sharpness=4.0))
     assert scored[0] == 800  # nothing is known before the first tile

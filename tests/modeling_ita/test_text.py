@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from helpers.tiny_checkpoint import EncodedNames, tiny_clip, tiny_config
-from modeling_ita import clip_backbone, text_prefix
+from modeling_ita import clip_backbone, text_cache
 from modeling_ita import text as text_module
 from modeling_ita.configuration_ita import VILD_TEMPLATES
 from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
@@ -268,7 +268,7 @@ def test_prompts_that_begin_alike_share_the_work_and_change_only_in_rounding(mon
     used = []
 
     def encode_rest(*arguments):
-        used.append(text_prefix.encode_rest(*arguments))
+        used.append(text_cache.encode_rest(*arguments))
         return used[-1]
 
     monkeypatch.setattr(clip_backbone, "MIN_SHARED_WEIGHTS", 0)
@@ -281,10 +281,8 @@ def test_prompts_that_begin_alike_share_the_work_and_change_only_in_rounding(mon
 
 def test_prompts_that_do_not_begin_like_their_templates_are_encoded_whole():
     clip = build().clip_backbone
-    prefixes = text_prefix.encode_prefixes(
-        clip.text_tower, [clip.tokenize(["a photo of"])[0][0, :4].tolist()]
-    )
+    prefixes = text_cache.encode_prefixes(clip.text_tower, [clip.tokenize(["a photo of"])[0][0, :4].tolist()])
     tokens, _ = clip.tokenize(["a cat"])
     with torch.no_grad():
-        assert text_prefix.encode_rest(clip.text_tower, tokens, prefixes) is None
+        assert text_cache.encode_rest(clip.text_tower, tokens, prefixes) is None
         assert torch.equal(clip.encode_tokens(tokens, prefixes), clip.encode_tokens(tokens))

@@ -15,7 +15,7 @@ from ita_segmentation.cli.train import parse_arguments
 from ita_segmentation.data.training import ShortestEdgeCrop, build_augmentation
 from ita_segmentation.errors import UsageError
 from ita_segmentation.training import read_clip
-from modeling_ita.clip_config import resolve_clip_config
+from modeling_ita.clip_backbone import resolve_clip_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(path.name for path in RECIPES.glob("*.yaml") if path.name != "scenes_clip.yaml")

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from modeling_ita import fetch
-from modeling_ita.fetch import fetch_url, is_public_address
+from modeling_ita import image_io
+from modeling_ita.image_io import fetch_url, is_public_address
 
 
 @contextlib.contextmanager
@@ -74,13 +74,13 @@ def test_the_time_limit_is_for_the_whole_of_it(slow):
 def test_a_handshake_that_does_not_end_is_given_up():
     with served(b"\x16\x03\x01", pause=0.2) as url, pytest.raises(ValueError, match="cannot be fetched"):
         fetch_url(url.replace("http:", "https:"), timeout=0.3)
-    handler = fetch._DeadlineHandler(time.monotonic() + 1, True)
-    assert issubclass(handler._context.sslsocket_class, fetch._DeadlineSocketMixin)
+    handler = image_io._DeadlineHandler(time.monotonic() + 1, True)
+    assert issubclass(handler._context.sslsocket_class, image_io._DeadlineSocketMixin)
     assert handler._context.verify_mode == ssl.CERT_REQUIRED
 
 
 def test_too_much_content_is_refused(monkeypatch):
-    monkeypatch.setattr(fetch, "MAX_DOWNLOAD_BYTES", 2**20)
+    monkeypatch.setattr(image_io, "MAX_DOWNLOAD_BYTES", 2**20)
     for size in (2**20, 2**20 + 1):
         with served(answer(bytes(size))) as url:
             if size == 2**20:
@@ -174,7 +174,7 @@ def test_a_private_address_is_refused_also_behind_a_name(monkeypatch):
 def test_a_redirect_to_a_private_address_is_refused(monkeypatch):
     """The first host counts as public here, the one it leads to does not."""
     public = is_public_address
-    monkeypatch.setattr(fetch, "is_public_address", lambda ip: ip == "127.0.0.1" or public(ip))
+    monkeypatch.setattr(image_io, "is_public_address", lambda ip: ip == "127.0.0.1" or public(ip))
     for target in ("http://127.0.0.2/", "http://169.254.169.254/latest/meta-data"):
         with (
             served(answer(b"", "302 Found", Location=target)) as url,
@@ -186,14 +186,14 @@ def test_a_redirect_to_a_private_address_is_refused(monkeypatch):
 def test_the_address_that_is_checked_is_the_one_that_is_connected_to(monkeypatch):
     """A name that resolves to a public address first and to this machine afterwards is asked for once only."""
     resolving(monkeypatch, rebinding_example=["192.0.2.1", "127.0.0.1"])
-    monkeypatch.setattr(fetch, "is_public_address", lambda ip: ip == "192.0.2.1")
+    monkeypatch.setattr(image_io, "is_public_address", lambda ip: ip == "192.0.2.1")
     connected = []
 
     def connect(self, where):
         connected.append(where)
         raise OSError("there is no such network here")
 
-    monkeypatch.setattr(fetch._DeadlineSocket, "connect", connect)
+    monkeypatch.setattr(image_io._DeadlineSocket, "connect", connect)
     with pytest.raises(ValueError, match="cannot be fetched"):
         fetch_url("http://rebinding.example/", allow_private_addresses=False)
     assert connected == [("192.0.2.1", 80)]
