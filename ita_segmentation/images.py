@@ -1,8 +1,9 @@
-"""Find, read and encode image files."""
+"""Find, open, read and encode image files."""
 
 import io
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -63,6 +64,28 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
         for path in inside:
             found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def open_image(content: bytes | str | Path) -> Image.Image:
+    """Open an image as `PIL.Image.open` does, but only in a format that `IMAGE_SUFFIXES` names.
+
+    Pillow would run Ghostscript on an EPS file, whatever the file is called. This is `modeling_ita.image_io.open_image`
+    for code that reads images without importing torch.
+
+    Args:
+        content: the content of a file, or its path.
+
+    Raises:
+        PIL.UnidentifiedImageError: if it is in none of these formats.
+    """
+    return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_formats())
+
+
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    registered = Image.registered_extensions()
+    formats = {registered[suffix] for suffix in IMAGE_SUFFIXES if suffix in registered}
+    return sorted(formats, key=lambda name: (name == "TGA", name))  # TGA has no signature
 
 
 def read_image(path: Path) -> Image.Image:

@@ -11,10 +11,9 @@ from PIL import Image
 
 from ita_segmentation.data.benchmarks.base import LabeledImage, SourceDataset
 from ita_segmentation.data.benchmarks.readers import image_size
-from ita_segmentation.data.decoding import open_image
 from ita_segmentation.data.segment_maps import ids_to_rgb
 from ita_segmentation.errors import ITAError, one_line
-from ita_segmentation.images import DECODING_ERRORS
+from ita_segmentation.images import DECODING_ERRORS, open_image
 
 if TYPE_CHECKING:
     from datasets import Features

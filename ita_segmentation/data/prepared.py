@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ita_segmentation.data.decoding import open_image
 from ita_segmentation.data.segment_maps import rgb_to_ids
 from ita_segmentation.errors import ITAError
+from ita_segmentation.images import open_image
 
 if TYPE_CHECKING:
     import pyarrow

@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ita_segmentation.data.benchmarks.base import ImageEntry
-from ita_segmentation.data.decoding import open_image
 from ita_segmentation.errors import ITAError, one_line
-from ita_segmentation.images import DECODING_ERRORS
+from ita_segmentation.images import DECODING_ERRORS, open_image
 
 GRAY_MODES = {"L": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I": np.uint16}
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"

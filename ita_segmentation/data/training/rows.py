@@ -22,10 +22,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ita_segmentation.data.decoding import open_image
 from ita_segmentation.data.segment_maps import rgb_to_ids
 from ita_segmentation.errors import ITAError, one_line
-from ita_segmentation.images import DECODING_ERRORS
+from ita_segmentation.images import DECODING_ERRORS, open_image
 from modeling_ita.image_io import image_to_rgb
 
 
