@@ -136,6 +136,25 @@ def test_links_and_images_of_pages_exist():
     assert not missing
 
 
+def test_the_files_and_names_of_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [layout] = re.findall(r"^## Where things live\n+```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    folder, missing = ROOT, []
+    for line in layout.splitlines():
+        folder = (
+            ROOT / line.split("/")[0] if re.match(r"\w+/  ", line) else folder if line[0] == " " else ROOT
+        )
+        missing += [name for name in re.findall(r"\w+\.py", line) if not (folder / name).is_file()]
+    for paragraph in text.partition("## How to")[2].partition("## Rules")[0].split("\n\n"):
+        quoted = re.findall(r"`([^`]+)`", paragraph)
+        files = [ROOT / name for name in quoted if "/" in name]
+        missing += [str(file) for file in files if not file.exists()]
+        code = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+        names = [name.partition("[")[0] for name in quoted if "/" not in name and ".py" not in name]
+        missing += [name for name in names if name not in code]
+    assert not missing
+
+
 def test_the_site_builds_without_a_warning_and_asks_no_other_host_for_anything(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:
