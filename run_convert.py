@@ -1,6 +1,6 @@
 """`ita convert` from a clone of the repository."""
 
-from ita_segmentation.cli.convert import main
+from ita_segmentation.cli.main import run_by_name
 
 if __name__ == "__main__":
-    main()
+    run_by_name("convert")

@@ -1,6 +1,6 @@
 """`ita train-clip` from a clone of the repository."""
 
-from ita_segmentation.cli.train_clip import main
+from ita_segmentation.cli.main import run_by_name
 
 if __name__ == "__main__":
-    main()
+    run_by_name("train-clip")

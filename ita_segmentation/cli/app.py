@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint, resolve_checkpoint
-from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int, run_command
+from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int
 from ita_segmentation.files import output_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,11 +51,6 @@ def build_parser() -> ConfigArgumentParser:
             f"--{name}", type=positive_int, default=default, metavar="N", help=f"{text} (default: {default})"
         )
     return parser
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments and exit with its status."""
-    run_command(serve)
 
 
 def serve(argv: Sequence[str] | None = None) -> int:

@@ -12,10 +12,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
+from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import atomic_path, output_folder, parse_mapping, read_text
 from ita_segmentation.hub.registry import PublishedCheckpoint, published_checkpoint
@@ -64,11 +64,6 @@ def build_parser() -> ConfigArgumentParser:
         "--output", type=Path, required=True, metavar="DIR", help="folder of the converted checkpoint"
     )
     return parser
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments."""
-    run_command(convert)
 
 
 def convert(argv: Sequence[str] | None = None) -> int:

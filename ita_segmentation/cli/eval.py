@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +25,9 @@ from ita_segmentation.cli.eval_options import (
     read_class_names,
     vocabulary_files,
 )
-from ita_segmentation.cli.parser import run_command
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.evaluation.benchmarks import Benchmark, load_benchmark
 from ita_segmentation.files import output_folder
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments, and exit."""
-    run_command(evaluate)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:

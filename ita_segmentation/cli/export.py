@@ -13,11 +13,11 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint
 from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
+from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import output_folder
 from ita_segmentation.images import read_image
@@ -39,11 +39,6 @@ def build_parser() -> ConfigArgumentParser:
         "--check", type=Path, metavar="IMAGE", help="compare the ONNX network with the checkpoint"
     )
     return parser
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments and exit with its status."""
-    run_command(export)
 
 
 def export(argv: Sequence[str] | None = None) -> int:

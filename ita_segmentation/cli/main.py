@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from ita_segmentation import __version__
@@ -20,6 +21,9 @@ COMMANDS = {
     "train-clip": "train the small CLIP of the Scenes dataset",
 }
 
+FUNCTIONS = {"app": "serve", "eval": "evaluate", "prepare": "prepare_benchmark"}
+"""The function of a command's module, where it is not called like the command."""
+
 USAGE = "usage: ita COMMAND [arguments]    (ita COMMAND --help lists them)\n\n" + "\n".join(
     f"  {name:<12}{text}" for name, text in COMMANDS.items()
 )
@@ -35,8 +39,19 @@ def main() -> NoReturn:
         sys.argv[0] = "ita"
         run_command(lambda argv: _without_command(name))
     sys.argv = [f"ita {name}", *sys.argv[2:]]
-    # Importing is part of the command: what is missing or interrupted then is said as at any other time.
-    run_command(lambda argv: importlib.import_module(f"ita_segmentation.cli.{name.replace('-', '_')}").main())
+    run_by_name(name)
+
+
+def run_by_name(name: str) -> NoReturn:
+    """Run a command of `COMMANDS` with the process's arguments; exits as `main`."""
+    module = name.replace("-", "_")
+
+    def work(argv: Sequence[str] | None) -> int | None:
+        # Importing is part of the command: what is missing or interrupted then is said as at any other time.
+        command = importlib.import_module(f"ita_segmentation.cli.{module}")
+        return getattr(command, FUNCTIONS.get(name, module))(argv)
+
+    run_command(work)
 
 
 def _without_command(name: str) -> None:

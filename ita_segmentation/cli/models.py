@@ -7,9 +7,8 @@ ita models fc-clip-convnext-large
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
-from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
+from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.hub.registry import PublishedCheckpoint, published_checkpoint, published_checkpoints
 
 NOTE = "Scores: per cent, published by the authors, not measured here. Sizes: of the converted checkpoint, float32."
@@ -22,11 +21,6 @@ def build_parser() -> ConfigArgumentParser:
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="show all that is known of one")
     return parser
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments."""
-    run_command(models)
 
 
 def models(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ita_segmentation.checkpoints import (
     domain_notice,
@@ -30,17 +30,11 @@ from ita_segmentation.checkpoints import (
     resolve_checkpoint,
     set_shortest_side,
 )
-from ita_segmentation.cli.parser import run_command
 from ita_segmentation.cli.predict_options import read_options
 from ita_segmentation.errors import ITAError, UsageError
 from ita_segmentation.files import output_folder
 
 MAX_EMPTY_LINES = 20
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments and exit with its status."""
-    run_command(predict)
 
 
 def predict(argv: Sequence[str] | None = None) -> int:

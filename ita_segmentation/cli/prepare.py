@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int, run_command
+from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int
 from ita_segmentation.data.benchmarks import FOLDER, SOURCE_DATASETS, open_source_dataset
 from ita_segmentation.data.preparation import PrepareConfig, PrepareError, prepare
 from ita_segmentation.errors import UsageError
@@ -52,11 +51,6 @@ def build_parser() -> ConfigArgumentParser:
         help=f"class names of {FOLDER} (default: its classes.json or classes.txt)",
     )
     return parser
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments and exit."""
-    run_command(prepare_benchmark)
 
 
 def prepare_benchmark(argv: Sequence[str] | None = None) -> int:

@@ -6,11 +6,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import NoReturn
 
 from transformers import TrainingArguments
 
-from ita_segmentation.cli.parser import CompactHelpFormatter, ConfigArgumentParser, run_command
+from ita_segmentation.cli.parser import CompactHelpFormatter, ConfigArgumentParser
 from ita_segmentation.data.training import ITADataArguments
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import parse_mapping
@@ -31,11 +30,6 @@ The command line takes precedence over the --config file. A field of the model's
 --model_config.FIELD VALUE."""
 
 Arguments = tuple[ITAModelArguments, ITADataArguments, ITATrainingArguments]
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments."""
-    run_command(train)
 
 
 def train(argv: Sequence[str] | None = None) -> int:

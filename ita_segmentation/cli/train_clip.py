@@ -13,11 +13,11 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
-from ita_segmentation.cli.parser import ConfigArgumentParser, run_command
+from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.files import output_folder
 from ita_segmentation.training.scenes_clip.recipe import ScenesClipRecipe
 
@@ -38,11 +38,6 @@ def build_parser() -> ConfigArgumentParser:
             options |= {"type": type(default), "metavar": "N"}
         parser.add_argument(f"--{field.name}", **options)
     return parser
-
-
-def main() -> NoReturn:
-    """Run the command with the process's arguments and exit."""
-    run_command(train_clip)
 
 
 def train_clip(argv: Sequence[str] | None = None) -> int:

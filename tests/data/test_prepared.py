@@ -1,15 +1,12 @@
-"""Prepared datasets are plain `datasets` folders: from disk, as a stream, pushed to a hub, and for training."""
+"""Prepared datasets are plain `datasets` folders: from disk, as a stream, and for training."""
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from helpers.miniature_releases import save_jpeg, save_png
 from helpers.miniature_streets import (
@@ -20,7 +17,7 @@ from helpers.miniature_streets import (
     build_cityscapes,
     build_folder,
 )
-from ita_segmentation.cli import prepare as run_prepare
+from helpers.prepare_checks import run
 from ita_segmentation.data import (
     DatasetVocabulary,
     count_rows,
@@ -44,14 +41,9 @@ def streets(tmp_path_factory) -> Path:
     """Cityscapes in miniature, prepared; its release is gone."""
     folder = tmp_path_factory.mktemp("streets")
     build_cityscapes(folder / "release")
-    prepare("cityscapes", folder / "release", folder / "out")
+    run("cityscapes", folder / "release", folder / "out")
     shutil.rmtree(folder / "release")
     return folder / "out"
-
-
-def prepare(benchmark: str, source: Path, output: Path) -> None:
-    arguments = [benchmark, "--source", str(source), "--output", str(output)]
-    assert run_prepare.prepare_benchmark(arguments) == 0
 
 
 def check_street(dataset) -> None:
@@ -108,42 +100,6 @@ def test_columns_and_classes_survive_parquet(streets, tmp_path):
     check_street(again)
 
 
-def test_push_to_hub_uploads_what_load_dataset_reads_back(streets, tmp_path, monkeypatch):
-    """The hub is a folder here."""
-    hub = tmp_path / "hub"
-    hub.mkdir()
-
-    class FolderHub:
-        def __init__(self, **_):
-            pass
-
-        def repo_info(self, repo_id, **_):
-            return SimpleNamespace(id=repo_id, sha="main")
-
-        def preupload_lfs_files(self, additions, **_):
-            for addition in additions:
-                (hub / addition.path_in_repo).parent.mkdir(exist_ok=True)
-                shutil.copy(addition.path_or_fileobj, hub / addition.path_in_repo)
-
-        def create_commit(self, repo_id, operations, **_):
-            for operation in operations:
-                if operation.path_in_repo == "README.md":
-                    (hub / "README.md").write_bytes(operation.path_or_fileobj)
-
-    dataset = load_prepared(streets)
-    monkeypatch.setattr("datasets.arrow_dataset.HfApi", FolderHub)
-    monkeypatch.setattr("datasets.arrow_dataset.HfFileSystem", lambda **_: LocalFileSystem())
-    monkeypatch.setattr(
-        "datasets.arrow_dataset.DirFileSystem", lambda fs, path: DirFileSystem(path=str(hub), fs=fs)
-    )
-    dataset.push_to_hub("somebody/streets")
-    assert sorted(path.name for path in hub.iterdir()) == ["README.md", "data"]
-    for streaming in (False, True):
-        pushed = datasets.load_dataset(str(hub), split="validation", streaming=streaming)
-        assert pushed.features == dataset.features
-        check_street(pushed)
-
-
 def test_the_card_says_what_is_in_it(streets):
     card = (streets / "README.md").read_text()
     for text in ("# cityscapes", "19 classes, 8 of them things", "| `train` | 1 |", "| `validation` | 2 |"):
@@ -159,7 +115,7 @@ def test_the_card_says_what_is_in_it(streets):
 
 def test_synonyms_and_unknown_things_of_a_vocabulary(tmp_path):
     build_folder(tmp_path / "mine")
-    prepare("folder", tmp_path / "mine", tmp_path / "out")
+    run("folder", tmp_path / "mine", tmp_path / "out")
     vocabulary = vocabulary_of(load_prepared(tmp_path / "out", streaming=True))
     assert vocabulary == DatasetVocabulary([["cat"], ["dog", "puppy"], ["grass"]], None, 255)
 
@@ -193,7 +149,7 @@ def test_splits_are_found_and_counted(streets, tmp_path):
     with pytest.raises(ITAError, match="no split 'test', only train, validation"):
         count_rows(streets, "test")
     build_folder(tmp_path / "mine")
-    prepare("folder", tmp_path / "mine", tmp_path / "out")
+    run("folder", tmp_path / "mine", tmp_path / "out")
     assert str(load_prepared(tmp_path / "out").split) == "train"  # the only one
 
 
@@ -245,12 +201,7 @@ def test_a_prepared_dataset_of_16_bits_trains_without_its_ignored_pixels(tmp_pat
         save_png(
             tmp_path / f"mine/labels/{name}.png", [[65535] * 6, [299] * 6, [255] * 6, [0] * 6], np.uint16
         )
-    prepare("folder", tmp_path / "mine", tmp_path / "out")
+    run("folder", tmp_path / "mine", tmp_path / "out")
     classes, training, evaluation = load(tmp_path / "out")
     assert classes.ignore_index == 65535 and evaluation is None
     assert training[0]["class_labels"].tolist() == [0, 255, 299]
-
-
-def test_a_prepared_dataset_without_the_split_is_refused(streets):
-    with pytest.raises(ITAError, match="has no split 'test', only train, validation"):
-        load(streets, train_split="test", eval_split="none")

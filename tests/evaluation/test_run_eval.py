@@ -21,6 +21,7 @@ from helpers.tiny_checkpoint import save_tiny_checkpoint
 from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.cli import eval as run_eval
 from ita_segmentation.cli.eval_options import ModelUnderTest
+from ita_segmentation.cli.main import run_by_name
 from ita_segmentation.errors import ITAError
 from ita_segmentation.evaluation import (
     Benchmark,
@@ -368,7 +369,7 @@ def test_bad_arguments_are_one_line(change, status, message, checkpoint, data, t
     given = ["--model", checkpoint, "--benchmarks", "squares", "--data_dir", data, "--output", output]
     monkeypatch.setattr("sys.argv", ["run_eval.py", *map(str, given), *change])
     with pytest.raises(SystemExit) as exit_info:
-        run_eval.main()
+        run_by_name("eval")
     text = capsys.readouterr().err
     assert exit_info.value.code == status
     assert len(text.splitlines()) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import re
 import runpy
@@ -20,6 +19,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+from ita_segmentation.cli.main import run_by_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(
@@ -194,8 +195,7 @@ def call_program(program: str, arguments: Sequence[str]) -> None:
             runpy.run_path(path, run_name="__main__")
     else:
         with mock.patch("sys.argv", [f"ita {program}", *arguments]):
-            importlib.import_module(f"ita_segmentation.cli.{program}").main()
-            raise SystemExit(0)
+            run_by_name(program.replace("_", "-"))
 
 
 def extras() -> list[str]:

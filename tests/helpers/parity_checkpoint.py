@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modeling_ita.image_processing_ita import ITAImageProcessor
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ("ita_convnext_tiny", "fcclip_convnext_tiny", "fcclip_resnet_tiny")
 FAMILY = ("maskadapter_fcclip_tiny", "maftp_semantic_tiny", "maftp_panoptic_tiny", "maskadapter_maftp_tiny")
@@ -66,3 +68,17 @@ def _tensor(key: str, shape: list[int]) -> Tensor:
     else:
         values = np.float32(0.1) * values
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(shape)
+
+
+RELATIVE = 1e-4  # of a tensor's largest entry: float32 sums in another order
+
+
+def assert_close(actual, expected, name):
+    scale = expected.abs().max().clamp(min=1e-12)
+    error = ((actual - expected).abs().max() / scale).item()
+    assert error < RELATIVE, f"{name}: {error:.1e} of the largest entry"
+
+
+def pixel_values(image):
+    processor = ITAImageProcessor(do_resize=False)
+    return processor(images=image.numpy(), input_data_format="channels_first", return_tensors="pt")

@@ -13,7 +13,8 @@ from transformers import AutoImageProcessor, AutoModel
 
 from helpers.parity_checkpoint import FIXTURES, load_parity, original_tensors, untold_settings
 from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.cli.convert import convert, main
+from ita_segmentation.cli.convert import convert
+from ita_segmentation.cli.main import run_by_name
 from ita_segmentation.conversion import ConversionError, convert_checkpoint, load_original, system_name
 from ita_segmentation.errors import ITAError
 
@@ -203,7 +204,7 @@ def test_the_command_answers_bad_input_in_one_line(
     arguments = [text for key, value in (command | change).items() if value for text in (f"--{key}", value)]
     monkeypatch.setattr(sys, "argv", ["ita convert", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        main()
+        run_by_name("convert")
     assert exit_.value.code == status
     error = capsys.readouterr().err
     assert message in error and error.startswith("ita convert: error: ") and error.count("\n") == 1

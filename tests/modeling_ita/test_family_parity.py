@@ -7,25 +7,20 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from helpers.parity_checkpoint import FAMILY, load_parity, original_tensors, untold_settings
+from helpers.parity_checkpoint import (
+    FAMILY,
+    assert_close,
+    load_parity,
+    original_tensors,
+    pixel_values,
+    untold_settings,
+)
 from ita_segmentation.conversion import convert_checkpoint
 from modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.image_processing_ita import ITAImageProcessor
 from modeling_ita.postprocessing import semantic_scores
 
-RELATIVE = 1e-4  # of a tensor's largest entry: float32 sums in another order
 IMAGES = ("a", "b", "c")
-
-
-def assert_close(actual, expected, name):
-    scale = expected.abs().max().clamp(min=1e-12)
-    error = ((actual - expected).abs().max() / scale).item()
-    assert error < RELATIVE, f"{name}: {error:.1e} of the largest entry"
-
-
-def pixel_values(image):
-    processor = ITAImageProcessor(do_resize=False)
-    return processor(images=image.numpy(), input_data_format="channels_first", return_tensors="pt")
 
 
 def convert(description, tensors=None, **settings):

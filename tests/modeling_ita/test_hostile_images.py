@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 import modeling_ita  # noqa: F401  (registers the Auto classes)
 from helpers.tiny_checkpoint import save_tiny_checkpoint
-from ita_segmentation.cli import predict as run_predict
+from ita_segmentation.cli.main import run_by_name
 from ita_segmentation.errors import ITAError
 from ita_segmentation.images import read_image
 from modeling_ita import image_processing_ita
@@ -52,7 +52,7 @@ def predict(checkpoint, tmp_path, monkeypatch, capsys):
         arguments = ["--model", checkpoint, "--images", path, "--classes", classes, "--output", output, *more]
         monkeypatch.setattr(sys, "argv", ["run_predict.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            run_predict.main()
+            run_by_name("predict")
         said = [ended.value.code] if isinstance(ended.value.code, str) else []
         said += capsys.readouterr().err.splitlines()
         status = ended.value.code if isinstance(ended.value.code, int) else 1

@@ -3,15 +3,20 @@
 import pytest
 import torch
 
-from helpers.parity_checkpoint import NAMES, load_parity, original_tensors
+from helpers.parity_checkpoint import (
+    NAMES,
+    RELATIVE,
+    assert_close,
+    load_parity,
+    original_tensors,
+    pixel_values,
+)
 from ita_segmentation.conversion import convert_checkpoint, convert_name
 from modeling_ita import normalize_vocabulary, set_criterion
 from modeling_ita.classification import class_logits
 from modeling_ita.image_processing_ita import ITAImageProcessor
 from modeling_ita.image_text_aggregation import ImageTextAggregation
 from modeling_ita.postprocessing import semantic_scores
-
-RELATIVE = 1e-4  # of a tensor's largest entry: float32 sums in another order
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -25,17 +30,6 @@ def case(request):
         train_num_points=description["train_num_points"],
     )
     return model, description, expected
-
-
-def assert_close(actual, expected, name):
-    scale = expected.abs().max().clamp(min=1e-12)
-    error = ((actual - expected).abs().max() / scale).item()
-    assert error < RELATIVE, f"{name}: {error:.1e} of the largest entry"
-
-
-def pixel_values(image):
-    processor = ITAImageProcessor(do_resize=False)
-    return processor(images=image.numpy(), input_data_format="channels_first", return_tensors="pt")
 
 
 @pytest.fixture(scope="module")

@@ -270,8 +270,8 @@ def slow(self, images):
     time.sleep({seconds})
     return segment(self, images)
 segmenter.Segmenter.segment = slow
-from ita_segmentation.cli import predict as run_predict
-run_predict.main()
+from ita_segmentation.cli.main import run_by_name
+run_by_name("predict")
 """
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ita_segmentation import checkpoints
 from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.cli.predict import main
+from ita_segmentation.cli.main import run_by_name
 from ita_segmentation.errors import ITAError
 from ita_segmentation.files import write_files
 
@@ -33,7 +33,7 @@ def command(loaded, checkpoint, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["ita predict", *map(str, given)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_info:
-            main()
+            run_by_name("predict")
         printed = capsys.readouterr()
         return (
             int(exit_info.value.code or 0),
