@@ -493,14 +493,6 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path, voc, more, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["imagenet"], ["pascal-voc-20", "--num_proc", "0"], ["pascal-voc-20"]])
-def test_unknown_or_missing_arguments_end_with_status_2(tmp_path, capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.prepare_benchmark([*arguments, "--output", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, voc):
     (tmp_path / "file").write_text("x")
     assert "is not a folder" in refusal("pascal-voc-20", voc, tmp_path / "file" / "out")
