@@ -29,7 +29,7 @@ PALETTE: tuple[Color, ...] = tuple(
     zip(_PALETTE_BYTES[0::3], _PALETTE_BYTES[1::3], _PALETTE_BYTES[2::3], strict=True)
 )
 MIN_COLOR_DISTANCE = 0.16
-"""Between the colors of an image, where enough of them are that far apart; see `_color_distances`."""
+"""Between the colors of an image, where enough of them are that far apart; see `color_distances`."""
 MAX_LEGEND_ENTRIES = 24
 MAX_LABEL_CHARACTERS = 40
 MAX_OVERLAY_PIXELS = 16_000_000
@@ -63,7 +63,7 @@ def assign_colors(ids: Iterable[int], before: Mapping[int, Color] | None = None)
     for index in sorted(wanted, key=lambda one: one not in before):
         preferred = PALETTE.index(before.get(index, color_of(index)))
         if index not in before and places:
-            nearest = _color_distances()[:, sorted(set(places.values()))].min(axis=1)
+            nearest = color_distances()[:, sorted(set(places.values()))].min(axis=1)
             order = np.roll(np.arange(len(PALETTE)), -preferred)
             far = [place for place in order.tolist() if nearest[place] >= MIN_COLOR_DISTANCE]
             if far or nearest.max() > 0:
@@ -73,7 +73,7 @@ def assign_colors(ids: Iterable[int], before: Mapping[int, Color] | None = None)
 
 
 @functools.cache
-def _color_distances() -> np.ndarray:
+def color_distances() -> np.ndarray:
     """Distances in Oklab between the colors of the palette, (24, 24).
 
     The smallest of those seen with normal vision and, times 1.6, with protanopia and deuteranopia (Machado et al.,

@@ -1,21 +1,21 @@
-"""Export a checkpoint: the network as ONNX or as a torch.export graph, a vocabulary's embeddings, and the processor.
+"""Export a checkpoint: as ONNX for onnxruntime without torch, or as a torch.export graph.
 
     ita export --model models/ita-tiny --output exported --check examples/scene_1.png
 
-The output folder gets model.onnx (or model.pt2), vocabulary.safetensors and vocabulary.json (the text embeddings of
-the classes, which are inputs of the graph), and preprocessor_config.json. Another vocabulary for the same network,
-without exporting it again: --vocabulary_only.
+The output folder gets the image network (model.onnx or model.pt2), the text network and its tokenizer, the names that
+are encoded already, the processor's settings, and `ita_onnx`, the package that runs them. --format web adds a page that
+runs them in a browser, --format triton arranges them for Triton Inference Server. Other default classes, without
+exporting the networks again: --vocabulary_only.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint
+from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint, resolve_checkpoint
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.errors import ITAError, UsageError, one_line
@@ -28,7 +28,19 @@ def build_parser() -> ConfigArgumentParser:
     parser = ConfigArgumentParser(description="Export a checkpoint to ONNX or to a torch.export graph.")
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help=MODEL_HELP)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="(default: %(default)s)")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "web", "triton", "torch"),
+        default="onnx",
+        help="onnx: two networks and what runs them without torch; web: also a page for browsers; triton: a model "
+        "repository; torch: a torch.export graph (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--onnxruntime_web",
+        type=Path,
+        metavar="DIR",
+        help="folder of the npm package, copied beside the page (default: the page loads it from jsDelivr)",
+    )
     classes = parser.add_mutually_exclusive_group()
     classes.add_argument("--classes", help='such as "cat, sofa|couch" (default: the checkpoint\'s own)')
     classes.add_argument(
@@ -51,66 +63,78 @@ def export(argv: Sequence[str] | None = None) -> int:
         ITAError: what stops it.
     """
     arguments = build_parser().parse_command_line(argv)
-    if arguments.check and arguments.format != "onnx":
-        raise UsageError("--check is for --format onnx")
+    if arguments.check and arguments.format not in ("onnx", "web"):
+        raise UsageError("--check is for --format onnx and web")
+    if arguments.onnxruntime_web and arguments.format != "web":
+        raise UsageError("--onnxruntime_web is for --format web")
     image = read_image(arguments.check) if arguments.check else None
     vocabulary = _vocabulary(arguments)
     folder = output_folder(arguments.output)
     model, processor = load_checkpoint(arguments.model, "cpu")
 
-    from ita_segmentation.export.onnx_predictor import write_vocabulary
-
     try:
-        if not arguments.vocabulary_only:
-            _write_network(model, folder, arguments.format)
-        write_vocabulary(model, folder, vocabulary)
-        processor.save_pretrained(folder)
+        _write(arguments, model, processor, folder, vocabulary)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise ITAError(f"{arguments.model} cannot be exported: {one_line(error)}") from error
     print(f"exported: see {folder}")
     if image is not None:
-        _check(model, processor, folder, image, vocabulary)
+        _check(model, processor, folder, image)
     return 0
 
 
-def _write_network(model: Any, folder: Path, kind: str) -> None:
+def _write(
+    arguments: argparse.Namespace, model: Any, processor: Any, folder: Path, vocabulary: Any | None
+) -> None:
     import torch
 
-    from ita_segmentation.export.network import export_network, to_onnx
+    from ita_segmentation.export.folder import (
+        write_docker_files,
+        write_graph,
+        write_onnx_folder,
+        write_vocabulary,
+    )
+    from ita_segmentation.export.network import export_network
+    from ita_segmentation.export.triton import arrange_for_triton
+    from ita_segmentation.export.web_page import write_web_page
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as temporary:
-        if kind == "onnx":
-            to_onnx(model, Path(temporary) / "model.onnx")
-        else:
-            torch.export.save(export_network(model), Path(temporary) / "model.pt2")
-        for file in sorted(
-            Path(temporary).iterdir(), reverse=True
-        ):  # model.onnx.data of large models comes first
-            file.replace(folder / file.name)
+    if arguments.vocabulary_only:
+        write_vocabulary(model, folder, vocabulary)
+    elif arguments.format == "torch":
+        write_graph(folder, "model.pt2", lambda path: torch.export.save(export_network(model), path))
+        write_vocabulary(model, folder, vocabulary)
+        processor.save_pretrained(folder)
+    else:
+        write_onnx_folder(model, processor, folder, vocabulary)
+        if arguments.format == "onnx":
+            write_docker_files(folder)
+        elif arguments.format == "web":
+            write_web_page(folder, resolve_checkpoint(arguments.model), arguments.onnxruntime_web)
+        elif arguments.format == "triton":
+            arrange_for_triton(folder)
 
 
-def _check(model: Any, processor: Any, folder: Path, image: Any, vocabulary: Any | None) -> None:
-    """Print how far the exported network is from the checkpoint on an image."""
+def _check(model: Any, processor: Any, folder: Path, image: Any) -> None:
+    """Print how far onnxruntime without torch is from the checkpoint on an image."""
     import torch
 
-    from ita_segmentation.export.onnx_predictor import OnnxPredictor
+    from ita_segmentation.export.ita_onnx import OnnxPredictor, semantic_map
 
     predictor = OnnxPredictor(folder)
-    inputs = processor(images=image, return_tensors="pt")
     with torch.inference_mode():
-        expected = model(**inputs, vocabulary=vocabulary)
-    found = predictor.outputs(inputs["pixel_values"], inputs["pixel_mask"])
-    size = [(image.height, image.width)]
-    maps = [
-        processor.post_process_semantic_segmentation(one, target_sizes=size)[0] for one in (found, expected)
-    ]
-    for name in ("class_queries_logits", "masks_queries_logits"):
-        largest = (found[name] - expected[name]).abs().max().item()
-        print(
-            f"{name}: largest difference {largest:.2g}, of values up to {expected[name].abs().max().item():.3g}"
-        )
-    print(f"pixels of the same class: {100 * (maps[0] == maps[1]).double().mean().item():.2f} %")
+        inputs = processor(images=image, return_tensors="pt")
+        expected = model(**inputs, vocabulary=predictor.vocabulary)
+        labels = processor.post_process_semantic_segmentation(
+            expected, target_sizes=[(image.height, image.width)]
+        )[0].numpy()
+    [found] = predictor.outputs([image])
+    pairs = {
+        "class_queries_logits": (found.class_logits, expected.class_queries_logits[0].numpy()),
+        "masks_queries_logits": (found.mask_logits, expected.masks_queries_logits[0].numpy()),
+    }
+    for name, (one, other) in pairs.items():
+        difference, largest = abs(one - other).max(), abs(other).max()
+        print(f"{name}: largest difference {difference:.2g}, of values up to {largest:.3g}")
+    print(f"pixels of the same class: {100 * (semantic_map(found) == labels).mean():.2f} %")
 
 
 def _vocabulary(arguments: argparse.Namespace) -> list[list[str]] | None:

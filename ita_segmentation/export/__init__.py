@@ -1,6 +1,36 @@
-"""The network beyond eager PyTorch: `torch.export` and ONNX."""
+"""The network beyond eager PyTorch: `torch.export`, ONNX, and what runs there.
 
-from ita_segmentation.export.network import export_network, to_onnx
-from ita_segmentation.export.onnx_predictor import OnnxPredictor, write_vocabulary
+Importing this package imports no torch: `ita_onnx`, which a copy of goes into each exported folder, needs none.
+"""
 
-__all__ = ["OnnxPredictor", "export_network", "to_onnx", "write_vocabulary"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ita_segmentation.export.folder import write_onnx_folder, write_vocabulary
+    from ita_segmentation.export.ita_onnx import OnnxPredictor
+    from ita_segmentation.export.network import export_network, text_to_onnx, to_onnx
+
+__all__ = [
+    "OnnxPredictor",
+    "export_network",
+    "text_to_onnx",
+    "to_onnx",
+    "write_onnx_folder",
+    "write_vocabulary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    for module in ("ita_onnx", "network", "folder"):
+        if name in _NAMES[module]:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_NAMES = {
+    "ita_onnx": ("OnnxPredictor",),
+    "network": ("export_network", "text_to_onnx", "to_onnx"),
+    "folder": ("write_onnx_folder", "write_vocabulary"),
+}

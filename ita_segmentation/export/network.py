@@ -1,21 +1,23 @@
-"""The network as a graph: `torch.export` and ONNX, for images of any size and any vocabulary.
+"""The model as two graphs: `torch.export` and ONNX, for images of any size and any vocabulary.
 
-Inputs of the graph are padded images and a vocabulary's text embeddings, so the text tower is not in it: a vocabulary
-is exported beside it (`onnx_predictor.write_vocabulary`), and another one can be exported later without the network.
+The image network takes padded images and a vocabulary's text embeddings; the text network makes embeddings of tokens.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
 
+from ita_segmentation.export.ita_onnx.predictor import TEXT_INPUTS
 from modeling_ita.classification import TextEmbeddings
 
-TEXT_INPUTS = ("prompt_embeds", "class_of_name", "name_embeds", "is_seen", "is_duplicate")
 INPUTS = ("pixel_values", "valid", *TEXT_INPUTS)
 OUTPUTS = ("class_log_probabilities", "mask_logits", "dominant")
+TEXT_NETWORK_INPUT, TEXT_NETWORK_OUTPUT = "tokens", "embeds"
 OPSET = 18
 
 
@@ -31,11 +33,7 @@ class ExportableNetwork(nn.Module):
 
     def __init__(self, model: Any):
         super().__init__()
-        if model.config.num_dominant_categories and model.config.dominant_category_source == "thumbnail":
-            raise ValueError(
-                "a model that takes dominant categories from a thumbnail cannot be exported: "
-                'set dominant_category_source to "features"'
-            )
+        check_exportable(model)
         self.model = model.eval()
 
     def forward(
@@ -67,6 +65,19 @@ class ExportableNetwork(nn.Module):
         result = self.model.segment(pixel_values, text, valid)
         outputs = result.log_probs, result.mask_logits[-1], result.dominant
         return tuple(output for output in outputs if output is not None)
+
+
+def check_exportable(model: Any) -> None:
+    """Check that a model's network is a graph.
+
+    Raises:
+        ValueError: it selects dominant categories by a thumbnail, which is made outside of the network.
+    """
+    if model.config.num_dominant_categories and model.config.dominant_category_source == "thumbnail":
+        raise ValueError(
+            "a model that takes dominant categories from a thumbnail cannot be exported: "
+            'set dominant_category_source to "features"'
+        )
 
 
 def least_candidates(config: Any) -> dict[str, int]:
@@ -133,13 +144,62 @@ def to_onnx(model: Any, path: Path) -> None:
     Raises:
         ValueError: as for `ExportableNetwork`.
     """
+    outputs = OUTPUTS if model.dominant_categories is not None else OUTPUTS[:2]
+    _save(export_network(model), path, INPUTS, outputs)
+
+
+def _save(network: ExportedProgram, path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     program = torch.onnx.export(
-        export_network(model),
+        network,
         dynamo=True,
         opset_version=OPSET,
-        input_names=list(INPUTS),
-        output_names=list(OUTPUTS if model.dominant_categories is not None else OUTPUTS[:2]),
+        input_names=list(inputs),
+        output_names=list(outputs),
         verbose=False,
     )
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in which source file a node comes from
     program.save(path)
+
+
+class TextNetwork(nn.Module):
+    """A model's text tower.
+
+    Args:
+        model: an `ITAForOpenVocabSegmentation`.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.clip_backbone = model.eval().clip_backbone
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embed prompts.
+
+        Args:
+            tokens: (n, L) int64, from the start token to the end token, then zeros.
+
+        Returns:
+            (n, D), unit rows.
+        """
+        return F.normalize(self.clip_backbone.encode_tokens(tokens), dim=-1)
+
+
+def text_to_onnx(model: Any, path: Path) -> None:
+    """Write the text tower as ONNX, for any number of prompts and, where it is causal, of any length.
+
+    Args:
+        model: an `ITAForOpenVocabSegmentation`.
+        path: file to write.
+    """
+    backbone = model.clip_backbone
+    length = 11 if backbone._attends_causally else backbone.context_length
+    tokens = torch.zeros(3, length, dtype=torch.int64, device=model.device)
+    tokens[:, 0], tokens[:, 5] = backbone.tokenizer.sot_token_id, backbone.tokenizer.eot_token_id
+    shape: dict[int, Any] = {0: Dim("prompts", min=1)}
+    if backbone._attends_causally:
+        shape[1] = Dim("tokens", min=2, max=backbone.context_length)
+    with torch.no_grad():
+        network = torch.export.export(TextNetwork(model), (tokens,), dynamic_shapes=(shape,), strict=False)
+    _save(network, path, [TEXT_NETWORK_INPUT], [TEXT_NETWORK_OUTPUT])

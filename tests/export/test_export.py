@@ -1,94 +1,216 @@
-"""The exported network gives what the model gives, on sizes, batches and vocabularies it was not exported with."""
+"""The exported networks give what the model gives, on sizes, batches and vocabularies they were not exported with."""
 
 import errno
-from types import SimpleNamespace
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from helpers.exported import (
+    ROOT,
+    assert_same,
+    browser_labels,
+    onnxruntime_web,
+    run_eagerly,
+    serve_triton,
+    without_torch,
+    write_without_graphs,
+)
 from helpers.tiny_checkpoint import save_tiny_checkpoint
 from ita_segmentation.cli.export import export
 from ita_segmentation.errors import ITAError
-from ita_segmentation.export.network import INPUTS, OUTPUTS, ExportableNetwork
-from ita_segmentation.export.onnx_predictor import OnnxPredictor, write_vocabulary
-from modeling_ita import ITAForOpenVocabSegmentation
+from ita_segmentation.export import OnnxPredictor
+from ita_segmentation.export.triton import arrange_for_triton
+from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
+SHIPPED = ROOT / "models" / "ita-tiny"
+EXAMPLE = SHIPPED / "examples" / "scene_1.png"
+NEW_CLASSES = ["cat", ["wall", "brick"], "tree", "a thing with a rather long name"]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    checkpoint = save_tiny_checkpoint(folder / "model", encoder_layers=1, decoder_layers=2)
-    export(["--model", str(checkpoint), "--output", str(folder / "exported")])
-    return checkpoint, folder / "exported"
+    """The shipped checkpoint with the page for browsers, which has all that the other formats have."""
+    pytest.importorskip("onnxruntime", reason="running ONNX needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="exporting needs onnxscript")
+    folder = tmp_path_factory.mktemp("export") / "exported"
+    options = ["--onnxruntime_web", str(onnxruntime_web())] if onnxruntime_web() else []
+    export(["--model", str(SHIPPED), "--output", str(folder), "--format", "web", *options])
+    return folder
 
 
-def assert_same(found, expected):
-    for name in ("class_queries_logits", "masks_queries_logits"):
-        assert found[name].shape == expected[name].shape
-        assert (found[name] - expected[name]).abs().max() <= 1e-3 * expected[name].abs().max()
-    assert found.dominant_categories == expected.dominant_categories
-    assert found.stuff_ids == expected.stuff_ids
-    assert found.vocabulary == expected.vocabulary
+def load(checkpoint=SHIPPED):
+    model = ITAForOpenVocabSegmentation.from_pretrained(checkpoint)
+    return model.eval(), ITAImageProcessor.from_pretrained(checkpoint)
 
 
-@torch.no_grad()
-def test_onnxruntime_gives_what_the_model_gives(exported):
-    checkpoint, folder = exported
-    model = ITAForOpenVocabSegmentation.from_pretrained(checkpoint).eval()
-    predictor = OnnxPredictor(folder)
-    for batch, height, width in ((1, 64, 96), (3, 96, 64)):
-        pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
-        mask = torch.ones(batch, height, width, dtype=torch.int64)
-        mask[:, -5:] = 0
-        assert_same(predictor.outputs(pixels * mask[:, None], mask), model(pixels, pixel_mask=mask))
+def noise(*sizes):
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("classes", ["cat,wall|brick,tree", "cat", "cat,dog"])
-def test_another_vocabulary_serves_the_same_network_also_one_with_fewer_names_than_text_queries(
+@pytest.mark.parametrize("classes", [None, NEW_CLASSES, ["cat"]])
+def test_onnxruntime_gives_what_the_model_gives_alone_for_images_of_different_sizes_and_new_words(
     exported, classes
 ):
-    checkpoint, folder = exported
-    common = ["--model", str(checkpoint), "--output", str(folder)]
-    export([*common, "--vocabulary_only", "--classes", classes])
-    model = ITAForOpenVocabSegmentation.from_pretrained(checkpoint).eval()
-    pixels, mask = torch.randn(2, 3, 64, 64), torch.ones(2, 64, 64, dtype=torch.int64)
-    expected = model(pixels, vocabulary=[names.split("|") for names in classes.split(",")])
-    assert_same(OnnxPredictor(folder).outputs(pixels, mask), expected)
+    model, processor = load()
+    # The second and the third have one padded size.
+    images = [Image.open(EXAMPLE), *noise((196, 250), (192, 240), (300, 200))]
+    found = OnnxPredictor(exported).outputs(images, classes)
+    for image, one in zip(images, found, strict=True):
+        expected = model(**processor(images=image, return_tensors="pt"), vocabulary=classes)
+        assert_same(one, expected)
 
 
-class EagerSession:
-    """In the place of onnxruntime's: runs the network that would have been exported, which takes no minute."""
+@torch.no_grad()
+def test_a_process_that_cannot_import_torch_gives_the_same_segments(exported, tmp_path):
+    model, processor = load()
+    image = ROOT / "examples" / "scene_2.jpg"
+    names = ["sky", "tent", "zebra|striped horse", "a new word"]
+    without_torch(exported, image, tmp_path / "found.npz", names)
+    found = np.load(tmp_path / "found.npz")
+    read = Image.open(image).convert("RGB")
+    inputs = processor(images=read, return_tensors="pt")
+    outputs = model(**inputs, vocabulary=[name.split("|") for name in names])
+    size = [read.size[::-1]]
+    semantic = processor.post_process_semantic_segmentation(outputs, size)[0].numpy()
+    assert (found["semantic"] == semantic).mean() >= 0.999
+    for task in ("panoptic", "instance"):
+        post_process = getattr(processor, f"post_process_{task}_segmentation")
+        expected = post_process(outputs, target_sizes=size, threshold=0.1)[0]
+        assert (found[task] == expected["segmentation"].numpy()).mean() >= 0.999
+        scores = [segment["score"] for segment in expected["segments_info"]]
+        assert found[f"{task}_scores"] == pytest.approx(scores, abs=1e-4)
+        assert len(scores) > 1
 
-    def __init__(self, model):
-        self.network = ExportableNetwork(model)
 
-    def get_outputs(self):
-        return [SimpleNamespace(name=name) for name in OUTPUTS]
+def test_the_copy_in_the_folder_is_a_command(exported, tmp_path):
+    command = [sys.executable, "-m", "ita_onnx", str(EXAMPLE), "--classes", "water, concrete, unicorn"]
+    common = {"cwd": exported, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--output", str(tmp_path / "map.png")], **common)
+    assert done.returncode == 0, done.stderr
+    assert '{"id": 0, "label": "water", "share": 0.26' in done.stdout
+    assert "unicorn" not in done.stdout
+    assert set(np.unique(Image.open(tmp_path / "map.png"))) == {0, 1, 255}
+    failed = subprocess.run([*command[:-1], "cat,,dog"], **common)
+    assert failed.returncode == 1
+    assert failed.stderr == "error: class 1 of the vocabulary has an empty name: ['']\n"
 
-    def run(self, names, inputs):
-        return [
-            output.numpy() for output in self.network(*(torch.from_numpy(inputs[name]) for name in INPUTS))
-        ]
+
+@pytest.mark.slow
+def test_an_environment_with_onnxruntime_numpy_pillow_and_tokenizers_is_enough(exported, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    packages = ["onnxruntime", "numpy", "pillow", "tokenizers"]
+    installed = subprocess.run(
+        [python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True
+    )
+    if installed.returncode:
+        pytest.skip(f"packages cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
+    command = [python, "-m", "ita_onnx", str(EXAMPLE), "--classes", "water, a new word"]
+    done = subprocess.run(command, cwd=exported, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '"water"' in done.stdout
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("task", "classes", "least"),
+    [
+        ("semantic", ["water", "concrete", "teddy bear|brown toy", "french fries", "unicorn"], 0.99),
+        ("panoptic", ["water", "concrete", "teddy bear", "french fries"], 0.99),
+        ("instance", ["teddy bear", "french fries", "skateboard"], 0.99),
+    ],
+)
+def test_the_page_finds_in_a_browser_what_python_finds(exported, task, classes, least):
+    labels, names = browser_labels(exported, EXAMPLE, classes, task)
+    predictor = OnnxPredictor(exported)
+    threshold = {"semantic": 0.5, "panoptic": 0.8, "instance": 0.5}[task]
+    given = [one.split("|") for one in classes]
+    options = {"ignore_index": 65535} if task == "semantic" else {}
+    found = predictor(EXAMPLE, given, task, threshold=threshold, distractors=True, **options)
+    expected = found if task == "semantic" else found["segmentation"]
+    assert len(np.unique(expected)) > 2
+    assert (labels.reshape(expected.shape) == expected).mean() >= least
+    assert "french fries" in names
+
+
+def test_a_page_without_a_folder_of_the_runtime_names_its_version_on_the_network(tmp_path):
+    from ita_segmentation.export import web_page
+
+    for name in ("model.onnx", "text.onnx"):
+        (tmp_path / name).touch()
+    web_page.write_web_page(tmp_path, SHIPPED)
+    script = (tmp_path / "onnxruntime.js").read_text()
+    assert f"onnxruntime-web@{web_page.RUNTIME_VERSION}/dist/" in script
+    assert "sdk: static" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "examples" / "scene_1.png").is_file()
+    with pytest.raises(ITAError, match="is not the npm package onnxruntime-web"):
+        web_page.write_web_page(tmp_path, SHIPPED, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def repository(exported, tmp_path_factory):
+    import shutil
+
+    folder = tmp_path_factory.mktemp("triton") / "folder"
+    shutil.copytree(exported, folder)
+    arrange_for_triton(folder)
+    return folder
+
+
+def test_the_model_repository_describes_the_networks_in_tritons_own_types(repository):
+    types = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]")
+    from google.protobuf import text_format
+    from onnxruntime import InferenceSession
+
+    for name in ("ita_image", "ita_text"):
+        folder = repository / "model_repository" / name
+        config = text_format.Parse((folder / "config.pbtxt").read_text(), types.ModelConfig())
+        assert (config.name, config.backend, config.max_batch_size) == (name, "onnxruntime", 0)
+        session = InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+        for described, values in (
+            (config.input, session.get_inputs()),
+            (config.output, session.get_outputs()),
+        ):
+            assert [one.name for one in described] == [value.name for value in values]
+            for one, value in zip(described, values, strict=True):
+                fixed = [side if isinstance(side, int) else -1 for side in value.shape]
+                assert list(one.dims) == fixed
+                kind = {"tensor(float)": "FP32", "tensor(int64)": "INT64", "tensor(bool)": "BOOL"}[value.type]
+                assert types.DataType.Name(one.data_type) == f"TYPE_{kind}"
+
+
+def test_a_client_of_triton_finds_what_onnxruntime_finds(exported, repository):
+    pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
+    from ita_segmentation.export.ita_onnx.triton import TritonRunner
+
+    classes = ["water", "a new word", "concrete"]
+    with serve_triton(repository / "model_repository") as address:
+        remote = OnnxPredictor(repository, run=TritonRunner(address))
+        assert (remote(EXAMPLE, classes) == OnnxPredictor(exported)(EXAMPLE, classes)).all()
+        with pytest.raises(ValueError, match="Triton cannot run ita_none"):
+            TritonRunner(address)("none", {})
+
+
+# --- without exporting anything -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("source", ["features", "cells"])
-def test_any_way_to_select_dominant_categories_takes_vocabularies_of_any_length(
-    tmp_path, monkeypatch, source
-):
+def test_any_way_to_select_dominant_categories_takes_vocabularies_of_any_length(tmp_path, source):
     checkpoint = save_tiny_checkpoint(tmp_path, decoder_layers=1, dominant_category_source=source)
-    model = ITAForOpenVocabSegmentation.from_pretrained(checkpoint).eval()
-    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *arguments, **options: EagerSession(model))
-    (tmp_path / "model.onnx").touch()
-    pixels, mask = torch.randn(2, 3, 64, 96), torch.ones(2, 64, 96, dtype=torch.int64)
+    model, processor = load(checkpoint)
+    write_without_graphs(model, processor, tmp_path / "exported")
+    predictor = OnnxPredictor(tmp_path / "exported", run=run_eagerly(model))
+    [image] = noise((64, 96))
     for classes in (["cat"], [["cat", "kitty"]], [["cat", "kitty"], "dog"], ["cat", "dog", "tree", "car"]):
-        write_vocabulary(model, tmp_path, classes)
-        assert_same(OnnxPredictor(tmp_path).outputs(pixels, mask), model(pixels, vocabulary=classes))
+        [found] = predictor.outputs([image], classes)
+        assert_same(found, model(**processor(images=image, return_tensors="pt"), vocabulary=classes))
 
 
 def test_few_names_are_refused_where_queries_attend_to_each_other(tmp_path):
@@ -96,38 +218,68 @@ def test_few_names_are_refused_where_queries_attend_to_each_other(tmp_path):
     arguments = ["--model", str(checkpoint), "--output", str(tmp_path / "out"), "--vocabulary_only"]
     with pytest.raises(ITAError, match="vocabularies of at least 3 names"):
         export([*arguments, "--classes", "cat"])
-    export([*arguments, "--classes", "cat,dog,tree"])
+    model, processor = load(checkpoint)
+    write_without_graphs(model, processor, tmp_path / "out")
+    predictor = OnnxPredictor(tmp_path / "out", run=run_eagerly(model))
+    with pytest.raises(ValueError, match="vocabularies of at least 3 names"):
+        predictor.encode(["cat"])
+    assert len(predictor.encode(["cat", "dog"]).candidates) == 3
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(exported, tmp_path, monkeypatch):
-    checkpoint, _ = exported
+def test_other_default_classes_are_written_without_exporting_again(tmp_path):
+    checkpoint = save_tiny_checkpoint(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["--model", str(checkpoint), "--output", str(out), "--vocabulary_only"]
+    export([*arguments, "--classes", "cat, wall|brick"])
+    (out / "preprocessor_config.json").write_text("{}")
+    predictor = OnnxPredictor(out, run=lambda *inputs: pytest.fail("nothing is left to encode"))
+    found = predictor.encode()
+    assert found.classes == predictor.vocabulary == [["cat"], ["wall", "brick"]]
+    model, _ = load(checkpoint)
+    expected = model.encode_vocabulary(predictor.vocabulary)
+    assert np.abs(found.inputs["prompt_embeds"] - expected.prompt_embeds.numpy()).max() < 1e-6
+    assert found.inputs["is_seen"].tolist() == expected.is_seen.tolist()
+    assert predictor.settings["own_classes"] == [list(names) for names in model.default_vocabulary]
 
+
+def test_the_package_in_the_repository_can_be_imported_without_torch():
+    code = "import sys; import ita_segmentation.export.ita_onnx; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_network_half_written(tmp_path, monkeypatch):
     def full(model, path):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ita_segmentation.export.network.to_onnx", full)
+    monkeypatch.setattr("ita_segmentation.export.folder.to_onnx", full)
     with pytest.raises(ITAError, match="cannot be exported: .*No space left on device"):
-        export(["--model", str(checkpoint), "--output", str(tmp_path / "out")])
-    assert list((tmp_path / "out").iterdir()) == []
+        export(["--model", str(SHIPPED), "--output", str(tmp_path / "out")])
+    assert not [file for file in (tmp_path / "out").iterdir() if "onnx" in file.name and file.is_file()]
+    assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_an_image_becomes_a_map_of_its_own_size(exported):
-    predictor = OnnxPredictor(exported[1])
-    found = predictor(Image.new("RGB", (50, 40), "green"))
-    assert found.shape == (40, 50)
-    assert int(found.min()) >= 0 and int(found.max()) < len(predictor.vocabulary)
+def test_graphs_do_not_say_where_they_were_made(exported):
+    for name in ("model.onnx", "text.onnx"):
+        assert b"site-packages" not in (exported / name).read_bytes()
 
 
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path):
     with pytest.raises(ITAError, match="no such checkpoint folder"):
         export(["--model", str(tmp_path / "missing"), "--output", str(tmp_path / "out")])
+    with pytest.raises(ITAError, match="--onnxruntime_web is for --format web"):
+        export(["--model", str(SHIPPED), "--output", str(tmp_path / "out"), "--onnxruntime_web", "x"])
     checkpoint = save_tiny_checkpoint(tmp_path / "thumbnail", dominant_category_source="thumbnail")
     with pytest.raises(ITAError, match="thumbnail cannot be exported"):
+        export(["--model", str(checkpoint), "--output", str(tmp_path / "out")])
+    checkpoint = save_tiny_checkpoint(tmp_path / "bicubic")
+    ITAImageProcessor(resample=3).save_pretrained(checkpoint)
+    with pytest.raises(ITAError, match="bilinearly"):
         export(["--model", str(checkpoint), "--output", str(tmp_path / "out")])
     assert not list((tmp_path / "out").glob("*.onnx"))
 
 
 def test_a_folder_without_a_network_is_named(tmp_path):
-    with pytest.raises(ITAError, match=r"not an exported folder: it has no model\.onnx"):
+    with pytest.raises(ValueError, match=r"not an exported folder: it has no model\.onnx"):
         OnnxPredictor(tmp_path)
