@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .ops import const_matrix
-from .set_criterion import Matches
-from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
+from .set_criterion import NO_CLASS, Matches
+from .vocabulary import Classes, Vocabulary, VocabularyKey, normal_form, normalize_vocabulary
 
 
 @dataclass
@@ -70,6 +70,9 @@ class SegmentOutput:
         mask_embeds: (B, Q, C_mask) of each prediction; None after merging.
         mask_features: (B, C_mask, H / 4, W / 4); None after merging.
         dominant: (B, k) int64, indices of the selected names; None if there was no selection, or after merging.
+        query_classes: (B, Q) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`; None for any.
+        query_classes: (B, Q) int64, the class that each query answers for, `ANY_CLASS` or `NO_CLASS`; None if queries
+            answer for none.
         encoder_hidden_states: of the image tower, if asked for, at strides 4, 8, 16, 32.
         pixel_decoder_hidden_states: if asked for, at strides 32, 16, 8.
         hidden_states: of the decoder, if asked for.
@@ -82,6 +85,7 @@ class SegmentOutput:
     mask_embeds: list[Tensor] | None = None
     mask_features: Tensor | None = None
     dominant: Tensor | None = None
+    query_classes: Tensor | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -324,6 +328,7 @@ def merge(parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, in
             for one in zip(*(part.mask_logits for part in parts), strict=True)
         ],
         _merge_classes(log_probs, groups) if log_probs else None,
+        query_classes=_merge_query_classes([part.query_classes for part in parts], groups),
         encoder_hidden_states=states("encoder_hidden_states"),
         pixel_decoder_hidden_states=states("pixel_decoder_hidden_states"),
         hidden_states=states("hidden_states"),
@@ -341,6 +346,18 @@ def _merge_classes(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
     for part, group in zip(parts, groups, strict=True):
         rows = F.pad(part[..., :-1], (0, classes - part.shape[-1]), value=float("-inf"))
         merged[group.indices, : part.shape[1]] = torch.cat([rows, part[..., -1:]], dim=-1)
+    return merged
+
+
+def _merge_query_classes(parts: Sequence[Tensor | None], groups: list[Group]) -> Tensor | None:
+    """Merge (b, q) to (B, Q), padded with queries that answer for no class."""
+    own = [part for part in parts if part is not None]
+    if len(own) < len(parts):
+        return None
+    queries = max(part.shape[1] for part in own)
+    merged = own[0].new_full((sum(map(len, own)), queries), NO_CLASS)
+    for part, group in zip(own, groups, strict=True):
+        merged[group.indices, : part.shape[1]] = part
     return merged
 
 
@@ -366,6 +383,19 @@ def _merge_states(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
         missing = [most - own for most, own in zip(shape[::-1], part.shape[:0:-1], strict=True)]
         merged[group.indices] = F.pad(part, [margin for more in missing for margin in (0, more)])
     return merged
+
+
+def given_classes(group: Group, device: torch.device) -> Tensor | None:
+    """Give the classes of dominant categories from outside, (b, k) int64, `NO_CLASS` for other names; None without."""
+    if group.dominant_categories is None:
+        return None
+    class_of = {
+        normal_form(name): index
+        for index, synonyms in reversed(list(enumerate(group.vocabulary)))
+        for name in synonyms
+    }
+    rows = [[class_of.get(normal_form(name), NO_CLASS) for name in row] for row in group.dominant_categories]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), -1)
 
 
 def dominant_names(

@@ -33,6 +33,9 @@ VILD_TEMPLATES: tuple[str, ...] = (
 CHOICES = {
     "dominant_category_source": ("features", "thumbnail", "cells"),
     "mask_pooling": ("hard", "adapter"),
+    "text_query_matching": ("any", "own_class"),
+    "text_query_class_bias": (False, True),
+    "text_query_regions": (False, True),
     "text_transfer": (None, "post_norm", "res_post_norm"),
 }
 
@@ -97,6 +100,11 @@ class ITAConfig(PreTrainedConfig):
         dominant_category_source (`str`): what dominant categories are selected by: `"features"` (the mean of the dense
             features already computed), `"thumbnail"` (a second pass of CLIP over the whole image, as published) or
             `"cells"` (each cell of the dense features by itself; one name for each class).
+        text_query_matching (`str`): `"own_class"`: in training, a text query is matched with segments of the class that
+            it was selected for, and with no others; `"any"` as published. This and the next two are for `"cells"`.
+        text_query_class_bias (`bool`): add a learned bias to the logit of the class that a text query was selected for.
+        text_query_regions (`bool`): let text queries look, in the decoder's first layer, at the cells of the dense
+            feature that show their class.
         decoder_self_attention (`bool`): self-attention between queries in each decoder layer (FC-CLIP).
         num_attention_heads (`int`): heads of every attention.
         encoder_layers (`int`): deformable attention layers of detail enhancement.
@@ -161,6 +169,9 @@ class ITAConfig(PreTrainedConfig):
     num_learned_queries: int = 180
     num_dominant_categories: int = 20
     dominant_category_source: str = "features"
+    text_query_matching: str = "any"
+    text_query_class_bias: bool = False
+    text_query_regions: bool = False
     decoder_self_attention: bool = False
     num_attention_heads: int = 8
     encoder_layers: int = 6
@@ -253,6 +264,12 @@ class ITAConfig(PreTrainedConfig):
         """Check that fields go together."""
         if self.mask_pooling == "adapter" and (self.dense_upsample > 1 or self.ensemble_on_valid_mask):
             raise ValueError('dense_upsample and ensemble_on_valid_mask are for mask_pooling="hard"')
+        grounded = self.text_query_matching != "any" or self.text_query_class_bias or self.text_query_regions
+        if grounded and self.dominant_category_source != "cells":
+            raise ValueError(
+                "text_query_matching, text_query_class_bias and text_query_regions need "
+                'dominant_category_source="cells"'
+            )
         if self.adapter_mask_channels % 4:
             raise ValueError(
                 f"adapter_mask_channels must be a multiple of 4, got {self.adapter_mask_channels}"

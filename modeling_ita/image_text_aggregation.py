@@ -203,6 +203,7 @@ class ImageTextAggregation(nn.Module):
         mask_features: Tensor,
         levels: list[Tensor],
         valid: Tensor | None = None,
+        regions: Tensor | None = None,
         every_layer: bool = False,
         eager: bool = False,
     ) -> tuple[list[QueryPrediction], tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -213,6 +214,8 @@ class ImageTextAggregation(nn.Module):
             mask_features: (B, C_mask, H / 4, W / 4).
             levels: F1, F2, F3, (B, C, H_l, W_l) at strides 32, 16, 8.
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
+            regions: (B, k', h w) bool, cells at stride 32 where the first layer's text queries look; None for where
+                their mask is.
             every_layer: predict before the first layer and after each (for training), not only after the last.
             eager: compute attention weights.
 
@@ -256,6 +259,8 @@ class ImageTextAggregation(nn.Module):
                 predictions.append(self._predict(normed, mask_embeds, mask_features, mask_valid))
             level = index % self.num_levels
             allowed = self._attention_mask(mask_embeds, level_features[level], level_valid[level])
+            if index == 0 and regions is not None:
+                allowed = torch.cat([regions, allowed[:, regions.shape[1] :]], dim=1)
             queries, weights = layer(queries, positions, keys[level], values[level], allowed, eager)
             hidden_states.append(queries)
             attentions += weights

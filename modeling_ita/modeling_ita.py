@@ -25,6 +25,7 @@ from .batching import (
     check_labels,
     class_ids_of,
     dominant_names,
+    given_classes,
     group_images,
     matched_mask_logits,
     merge,
@@ -37,7 +38,7 @@ from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
 from .configuration_ita import ITAConfig, check_number
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
-from .dominant_categories import DominantCategories
+from .dominant_categories import DominantCategories, TextQueries
 from .image_text_aggregation import Attention, ImageTextAggregation
 from .mask_adapter import ConvNeXtBlock
 from .ops import channels_last, load_blocks_at_once
@@ -152,9 +153,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         self.clip_backbone = build_backbone(config.clip_model_config)
         embed_dim = self.clip_backbone.embed_dim
         self.dominant_categories = (
-            DominantCategories(embed_dim, config.hidden_dim, config.num_dominant_categories)
-            if config.num_dominant_categories
-            else None
+            DominantCategories(config, embed_dim) if config.num_dominant_categories else None
         )
         self.detail_enhancement = DetailEnhancement(
             self.clip_backbone.channels,
@@ -289,7 +288,8 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
                 group.pixel_values,
                 self._encode(group.vocabulary, templates, train_vocabulary),
                 group.valid,
-                dominant_embeds=self._embed_given(group, templates),
+                given_embeds=self._embed_given(group, templates),
+                given_classes=given_classes(group, pixel_values.device),
                 image_embeds=self._embed_thumbnails(group),
                 ensemble_weights=weights,
                 every_layer=mask_labels is not None or self.training,
@@ -302,7 +302,10 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         loss_dict = None
         if masks is not None and class_labels is not None:
             matched = matched_mask_logits(parts, groups, padded)
-            loss_dict = self.criterion(merged.class_logits, merged.mask_logits, masks, class_labels, matched)
+            own = merged.query_classes if config.text_query_matching == "own_class" else None
+            loss_dict = self.criterion(
+                merged.class_logits, merged.mask_logits, masks, class_labels, matched, own
+            )
         output = ITAForOpenVocabSegmentationOutput(
             loss=torch.stack(list(loss_dict.values())).sum() if loss_dict else None,
             class_queries_logits=merged.class_logits[-1] if merged.log_probs is None else merged.log_probs,
@@ -325,7 +328,8 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         pixel_values: Tensor,
         text: TextEmbeddings,
         valid: Tensor | None = None,
-        dominant_embeds: Tensor | None = None,
+        given_embeds: Tensor | None = None,
+        given_classes: Tensor | None = None,
         image_embeds: Tensor | None = None,
         ensemble_weights: tuple[float, float] | None = None,
         every_layer: bool = False,
@@ -338,7 +342,8 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             pixel_values: (B, 3, H, W), H and W multiples of 32.
             text: the vocabulary, of `encode_vocabulary`.
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
-            dominant_embeds: (B, k', D), unit embeddings of dominant categories from outside; None to select them.
+            given_embeds: (B, k', D), unit embeddings of dominant categories from outside; None to select them.
+            given_classes: (B, k') int64, their classes, negative for names that are not in the vocabulary.
             image_embeds: (B, D), CLIP's embeddings of the images, to select by; None for those of the dense feature.
             ensemble_weights: alpha and beta; None for the configuration's.
             every_layer: give the decoder's predictions of all layers, as training needs them.
@@ -352,20 +357,21 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and backbone.is_trained):
             features = backbone(channels_last(pixel_values))
         # Section 2, DCU: the names nearest to the image become text queries.
-        dominant, text_queries = None, None
+        text_queries = TextQueries()
         if self.dominant_categories is not None:
-            if dominant_embeds is None:
-                dominant, dominant_embeds = self._select_dominant(features.dense, text, valid, image_embeds)
-            text_queries = self.dominant_categories(dominant_embeds)
+            text_queries = self.dominant_categories(
+                features.dense, text, valid, image_embeds, given_embeds, given_classes, clip=backbone
+            )
         # Section 3, DEM: multi-scale features and mask features.
         mask_features, enhanced = self.detail_enhancement(features.levels)
         # Section 4, ITA: text queries and learned queries make masks and class embeddings.
         eager = output_attentions or config._attn_implementation == "eager"
         predictions, hidden_states, attentions = decoder(
-            text_queries, mask_features, enhanced, valid, every_layer=every_layer, eager=eager
+            text_queries.queries, mask_features, enhanced, valid, text_queries.regions, every_layer, eager
         )
         # Section 1: class logits, in-vocabulary.
         in_vocab = [class_logits(p.class_embeds, text, void_embed, decoder.scale) for p in predictions]
+        in_vocab = list(map(text_queries.add_class_bias, in_vocab))
         # Section 5: out-of-vocabulary logits of the pooled CLIP feature, and the ensemble.
         log_probs, masks = None, predictions[-1].mask_logits
         if not self.training:
@@ -373,6 +379,7 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
                 features.dense, masks, valid, text, void_embed, in_vocab[-1], clip=backbone
             )
             alpha, beta = ensemble_weights or (config.ensemble_alpha, config.ensemble_beta)
+            out_vocab = text_queries.add_class_bias(out_vocab)
             log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, alpha, beta, has_pixels)
         return SegmentOutput(
             class_logits=in_vocab,
@@ -380,7 +387,8 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             mask_embeds=[p.mask_embeds for p in predictions],
             log_probs=log_probs,
             mask_features=mask_features,
-            dominant=dominant,
+            dominant=text_queries.names,
+            query_classes=text_queries.query_classes(masks.shape[1]),
             encoder_hidden_states=features.levels if output_hidden_states else None,
             pixel_decoder_hidden_states=tuple(enhanced) if output_hidden_states else None,
             hidden_states=hidden_states if output_hidden_states else None,
@@ -420,20 +428,6 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             self.config.templates if templates is None else templates,
             self.config.train_vocabulary if train_vocabulary is None else train_vocabulary,
         )
-
-    def _select_dominant(
-        self, dense: Tensor, text: TextEmbeddings, valid: Tensor | None, image_embeds: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Select the dominant categories: indices of their names (B, k) and the names' embeddings (B, k, D)."""
-        dominant_categories, backbone = self.dominant_categories, self.clip_backbone
-        assert dominant_categories is not None
-        if self.config.dominant_category_source == "cells":
-            cells, is_valid = backbone.embed_cells(dense, valid)
-            dominant = dominant_categories.select_by_cells(cells, is_valid, text, backbone.logit_scale)
-            return dominant, text.prompt_embeds[dominant]
-        image_embeds = backbone.embed_images(dense, valid) if image_embeds is None else image_embeds
-        dominant = dominant_categories.select(image_embeds, text.name_embeds)
-        return dominant, text.name_embeds[dominant]
 
     def _embed_given(self, group: Group, templates: Sequence[str] | None) -> Tensor | None:
         """Embed dominant categories from outside, (B, k', D); None if there are none."""

@@ -19,6 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NO_CLASS, ANY_CLASS = -2, -1
+"""In the place of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
+
+_OWN_CLASS_COST = -3.0  # a query that answers for a class is preferred for it, unless its mask is far worse
+_OTHER_CLASS_COST = 1e5
 _FINITE_COST = 1e6  # in the place of a cost that is NaN or infinite: larger than any finite cost
 
 
@@ -71,6 +76,22 @@ def sample_at_points(maps: Tensor, points: Tensor) -> Tensor:
     grouped = maps.float().unflatten(0, (groups, channels))
     values = F.grid_sample(grouped, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return values.flatten(0, 2)
+
+
+def own_class_cost(query_classes: Tensor, target_classes: Tensor) -> Tensor:
+    """Prefer queries for targets of their own class, and keep them from all others.
+
+    Args:
+        query_classes: (Q,) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`.
+        target_classes: (n,) int64.
+
+    Returns:
+        (Q, n) float32, added to the cost of a pair.
+    """
+    is_own = query_classes[:, None] == target_classes
+    is_free = (query_classes == ANY_CLASS)[:, None].expand_as(is_own)
+    cost = torch.where(is_own, _OWN_CLASS_COST, _OTHER_CLASS_COST)
+    return cost.masked_fill(is_free, 0.0)
 
 
 def sort_by_row(points: Tensor) -> Tensor:
@@ -233,6 +254,7 @@ class SetCriterion:
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
         matched_masks: MatchedMasks | None = None,
+        query_classes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the weighted losses by name; their sum is the training loss.
 
@@ -248,6 +270,7 @@ class SetCriterion:
             class_labels: one int64 (n_i,) per image, values 0..K - 1; n_i may be 0.
             matched_masks: computes the mask logits of the matched queries again. Gradients then flow through these
                 alone; otherwise backward makes a gradient as large as all mask logits for the sake of a few.
+            query_classes: (B, Q) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`.
 
         Returns:
             `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the same with suffix `_0`, `_1`,
@@ -262,7 +285,9 @@ class SetCriterion:
         with torch.autocast(device_type=device.type, enabled=False):
             mask_labels = [masks.to(device) for masks in mask_labels]
             class_labels = [labels.to(device=device, dtype=torch.int64) for labels in class_labels]
-            matches = self.matches = self.match(class_logits, mask_logits, mask_labels, class_labels)
+            matches = self.matches = self.match(
+                class_logits, mask_logits, mask_labels, class_labels, query_classes
+            )
             num_masks, class_mass = self.normalizers(class_logits[-1], class_labels)
             weighted = {
                 "ce": self.class_weight * self.class_losses(class_logits, class_labels, matches) / class_mass
@@ -312,6 +337,7 @@ class SetCriterion:
         mask_logits: list[Tensor],
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
+        query_classes: Tensor | None = None,
     ) -> Matches:
         """Match every prediction and image by the Hungarian algorithm.
 
@@ -334,7 +360,10 @@ class SetCriterion:
                 )
                 for logits, maps in zip(class_logits, mask_logits, strict=True)
             ]
-            costs.append(torch.stack(layers))
+            cost = torch.stack(layers)
+            if query_classes is not None:
+                cost = cost + own_class_cost(query_classes[image], classes)
+            costs.append(cost)
         return assign(costs, num_queries)
 
     def pair_costs(

@@ -102,7 +102,7 @@ def test_the_pixel_mask_reaches_mask_pooling_and_attention(model):
     )
     segment(model, pixels(1, 3, *size))
     handle.remove()
-    queries, mask_features, levels, valid = seen["args"]
+    queries, mask_features, levels, valid = seen["args"][:4]
     changed = [level.clone() for level in levels]
     for level, stride in zip(changed[1:], (16, 8), strict=True):
         level[..., -(-size[1] // stride) :] = 50.0
