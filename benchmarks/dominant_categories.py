@@ -13,6 +13,8 @@ nothing.
 import argparse
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,11 @@ from ita_segmentation.evaluation.evaluator import decode_sample
 from ita_segmentation.evaluation.ita_predictor import ITAPredictor
 from ita_segmentation.evaluation.scores import BenchmarkScores
 from modeling_ita import normal_form
+from modeling_ita.set_criterion import ANY_CLASS
 
 RANKS = (5, 10, 20)
+SCORES = ("miou", "miou_seen", "miou_unseen", "pq", "pq_seen", "pq_unseen")
+VARIANTS = ("computed", "true", "random", "none")
 TASKS = frozenset({"semantic", "panoptic"})
 
 
@@ -53,6 +58,15 @@ def true_classes(sample: dict[str, Any], ignore_index: int) -> list[int]:
     return [int(label) for label in labels[order] if label != ignore_index]
 
 
+def query_classes(model: Any, outputs: Any, class_of: dict[str, int]) -> torch.Tensor | None:
+    """Give the class that each query answers for, (1, Q); None where they answer for none."""
+    if model.config.text_query_matching != "own_class":
+        return None
+    own = [class_of[normal_form(name)] for name in outputs.dominant_categories[0]]
+    learned = outputs.class_queries_logits.shape[1] - len(own)
+    return torch.tensor([own + [ANY_CLASS] * learned])
+
+
 def count_matches(
     model: Any, processor: Any, sample: dict[str, Any], class_of: dict[str, int], counts: Counter
 ):
@@ -69,7 +83,11 @@ def count_matches(
     )
     outputs, labels = model.outputs, inputs["class_labels"]
     matches = model.criterion.match(
-        [outputs.class_queries_logits], [outputs.masks_queries_logits], inputs["mask_labels"], labels
+        [outputs.class_queries_logits],
+        [outputs.masks_queries_logits],
+        inputs["mask_labels"],
+        labels,
+        query_classes(model, outputs, class_of),
     )
     selected = outputs.dominant_categories[0]
     for query, target in zip(*(side[0].tolist() for side in matches.of(0)), strict=True):
@@ -79,8 +97,55 @@ def count_matches(
             counts["own"] += class_of.get(normal_form(selected[query])) == int(labels[0][target])
 
 
-def diagnose(model: Any, processor: Any, benchmark: Any, limit: int, seed: int) -> None:
-    """Print both tables."""
+@dataclass
+class VariantScores:
+    """Scores with dominant categories from several sources.
+
+    Attributes:
+        scores: of each variant.
+        seen: (K,) whether a class was seen in training.
+        found: classes in images ("all"), and those among the first so many dominant categories, by (rank, seen).
+        matches: matched queries, those that are text queries, and those matched to their own class.
+    """
+
+    scores: dict[str, BenchmarkScores]
+    seen: list[bool]
+    found: Counter[Any]
+    matches: Counter[str]
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """mIoU and PQ of each variant, over all, seen and unseen classes, 0..100."""
+        rows = {}
+        for name, scores in self.scores.items():
+            semantic = scores.confusion.compute(self.seen)
+            row = {key: semantic.get(key) for key in ("miou", "miou_seen", "miou_unseen")}
+            if "panoptic" in scores.metrics:
+                panoptic = scores.metrics["panoptic"].compute(self.seen)
+                row |= {key: panoptic.get(key) for key in ("pq", "pq_seen", "pq_unseen")}
+            rows[name] = {
+                key: round(100 * float(value), 1) for key, value in row.items() if value is not None
+            }
+        return rows
+
+
+def score_variants(
+    model: Any,
+    processor: Any,
+    benchmark: Any,
+    limit: int,
+    seed: int,
+    variants: Sequence[str] = VARIANTS,
+) -> VariantScores:
+    """Score a model with dominant categories from each source.
+
+    Args:
+        model: in eval mode.
+        processor: its image processor.
+        benchmark: images with labels.
+        limit: number of images.
+        seed: of the random categories.
+        variants: some of `VARIANTS`, "computed" among them.
+    """
     classes, seen = benchmark.classes, benchmark.seen or [True] * len(benchmark.classes)
     wrapped = WithDominantCategories(model)
     predictor = ITAPredictor(wrapped, processor, classes, benchmark.is_thing)
@@ -88,7 +153,6 @@ def diagnose(model: Any, processor: Any, benchmark: Any, limit: int, seed: int) 
     k, names = model.config.num_dominant_categories, [synonyms[0] for synonyms in classes]
     chance = random.Random(seed)
     tasks = benchmark.tasks & TASKS
-    variants = ("computed", "true", "random", "none")
     scores = {
         name: BenchmarkScores(len(classes), benchmark.ignore_index, benchmark.is_thing, tasks)
         for name in variants
@@ -115,11 +179,17 @@ def diagnose(model: Any, processor: Any, benchmark: Any, limit: int, seed: int) 
                         found[rank, seen[label]] += label in ranked[:rank]
                 if "panoptic" in tasks:
                     count_matches(wrapped, processor, sample, class_of, matches)
-    groups = [group for group in (True, False) if found["all", group]]
+    return VariantScores(scores, seen, found, matches)
+
+
+def print_tables(result: VariantScores) -> None:
+    """Print both tables."""
+    found, matches = result.found, result.matches
     print(f"| dominant categories | {' | '.join(f'recall at {rank}' for rank in RANKS)} |\n|{' --- |' * 4}")
-    for group in groups:
-        shares = (f"{found[rank, group] / found['all', group]:.3f}" for rank in RANKS)
-        print(f"| {'seen' if group else 'unseen'} classes ({found['all', group]}) | {' | '.join(shares)} |")
+    for group in (True, False):
+        if total := found["all", group]:
+            shares = " | ".join(f"{found[rank, group] / total:.3f}" for rank in RANKS)
+            print(f"| {'seen' if group else 'unseen'} classes ({total}) | {shares} |")
     if matches["matched"]:
         own = matches["own"] / max(matches["text"], 1)
         print(
@@ -127,13 +197,8 @@ def diagnose(model: Any, processor: Any, benchmark: Any, limit: int, seed: int) 
             f"of those {own:.1%} match a segment of their own category.\n"
         )
     print("| dominant categories | mIoU | seen | unseen | PQ | PQ seen | PQ unseen |\n|" + " --- |" * 7)
-    for name in variants:
-        semantic = scores[name].confusion.compute(seen)
-        row = [semantic["miou"], semantic.get("miou_seen"), semantic.get("miou_unseen")]
-        if "panoptic" in tasks:
-            panoptic = scores[name].metrics["panoptic"].compute(seen)
-            row += [panoptic["pq"], panoptic.get("pq_seen"), panoptic.get("pq_unseen")]
-        cells = ("" if value is None else f"{100 * value:.1f}" for value in [*row, *[None] * (6 - len(row))])
+    for name, row in result.table().items():
+        cells = [f"{row[key]:.1f}" if key in row else "" for key in SCORES]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -155,7 +220,7 @@ def main() -> None:
         parser.error("this checkpoint has no dominant categories")
     benchmark = load_benchmark(arguments.benchmark, arguments.data_dir, limit=arguments.limit)
     with torch.inference_mode():
-        diagnose(model, processor, benchmark, arguments.limit, arguments.seed)
+        print_tables(score_variants(model, processor, benchmark, arguments.limit, arguments.seed))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ def ensemble_log_probs(
     alpha: float,
     beta: float,
     has_pixels: Tensor | None = None,
+    objectness_weight: float = 0.0,
 ) -> Tensor:
     """Combine the decoder's and CLIP's class logits to the final log-probabilities.
 
@@ -121,6 +122,9 @@ def ensemble_log_probs(
         alpha: weight of the out-of-vocabulary logits for seen classes, 0..1.
         beta: the same for unseen classes.
         has_pixels: (B, Q) bool, masks whose out-of-vocabulary logits count; None where all do.
+        objectness_weight: how far CLIP says whether a mask shows something, in the place of the decoder, which takes
+            what it has never seen for void. The log-odds of `1 - p_void` are mixed with those of CLIP's most probable
+            class by this weight times the probability that the class is unseen. (Ours; 0 as published.)
 
     Returns:
         (B, Q, K + 1) float32.
@@ -139,6 +143,11 @@ def ensemble_log_probs(
     log_classes = ((1 - weight) * log_p_in + weight * log_p_out).log_softmax(dim=-1)
     # log(1 - p_void) and log p_void, by sums of exponentials: the power form can reach log 0.
     any_class = in_vocab_logits.logsumexp(dim=-1, keepdim=True)
+    if objectness_weight:
+        is_unseen = ~text.is_seen if has_pixels is None else ~text.is_seen & has_pixels[..., None]
+        share = objectness_weight * (log_classes.exp() * is_unseen).sum(dim=-1, keepdim=True)
+        clip_odds = log_p_out.amax(dim=-1, keepdim=True).exp().logit(eps=1e-6)
+        any_class = void_logit + (1 - share) * (any_class - void_logit) + share * clip_odds
     total = torch.logaddexp(any_class, void_logit)
     return torch.cat([log_classes + any_class - total, void_logit - total], dim=-1)
 

@@ -62,6 +62,7 @@ MAX_PARAMETERS = 20_000_000_000
 NUMBER_RANGES = {
     "ensemble_alpha": (0, 1),
     "ensemble_beta": (0, 1),
+    "objectness_weight": (0, 1),
     "adapter_mask_threshold": (0, 1),
     "adapter_min_score": (0, 1),
     "class_weight": (0, math.inf),
@@ -114,6 +115,8 @@ class ITAConfig(PreTrainedConfig):
         decoder_ffn_dim (`int`): width of their feed-forward networks.
         ensemble_alpha (`float`): weight of CLIP's class logits for classes seen in training, 0..1.
         ensemble_beta (`float`): weight of CLIP's class logits for other classes, 0..1.
+        objectness_weight (`float`): how far CLIP's classification of a mask, rather than the decoder, says that a query
+            with an unseen class is not void, 0..1; 0 as published.
         ensemble_on_valid_mask (`bool`): leave CLIP's class logits out for a mask without a positive pixel at the dense
             feature's size (FC-CLIP's ResNet configurations).
         dense_upsample (`int`): factor by which the dense CLIP feature is upsampled before masks are thresholded for
@@ -181,6 +184,7 @@ class ITAConfig(PreTrainedConfig):
     decoder_ffn_dim: int = 2048
     ensemble_alpha: float | int = 0.4
     ensemble_beta: float | int = 0.8
+    objectness_weight: float | int = 0.0
     ensemble_on_valid_mask: bool = False
     dense_upsample: int = 1
     mask_padding: bool = True

@@ -380,7 +380,9 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             )
             alpha, beta = ensemble_weights or (config.ensemble_alpha, config.ensemble_beta)
             out_vocab = text_queries.add_class_bias(out_vocab)
-            log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, alpha, beta, has_pixels)
+            log_probs = ensemble_log_probs(
+                in_vocab[-1], out_vocab, text, alpha, beta, has_pixels, config.objectness_weight
+            )
         return SegmentOutput(
             class_logits=in_vocab,
             mask_logits=[p.mask_logits for p in predictions],

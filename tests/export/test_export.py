@@ -201,9 +201,17 @@ def test_a_client_of_triton_finds_what_onnxruntime_finds(exported, repository):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("source", ["features", "cells"])
-def test_any_way_to_select_dominant_categories_takes_vocabularies_of_any_length(tmp_path, source):
-    checkpoint = save_tiny_checkpoint(tmp_path, decoder_layers=1, dominant_category_source=source)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dominant_category_source": "features"},
+        {"dominant_category_source": "cells"},
+        {"dominant_category_source": "cells", "text_query_class_bias": True, "text_query_regions": True},
+    ],
+    ids=["features", "cells", "own_class"],
+)
+def test_any_way_to_select_dominant_categories_takes_vocabularies_of_any_length(tmp_path, options):
+    checkpoint = save_tiny_checkpoint(tmp_path, decoder_layers=1, **options)
     model, processor = load(checkpoint)
     write_without_graphs(model, processor, tmp_path / "exported")
     predictor = OnnxPredictor(tmp_path / "exported", run=run_eagerly(model))
