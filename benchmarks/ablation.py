@@ -74,7 +74,8 @@ class CachedFeatures:
 
     def _write(self, model: Any, processor: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        images, labels, files = ScenesTraining(seed=0, size=SIZE), [], []
+        images, labels = ScenesTraining(seed=0, size=SIZE), []
+        files: list[np.ndarray] = []
         for index in range(self.num_images):
             example = images[index]
             inputs = processor(images=[example["image"]], do_resize=False, return_tensors="pt")
@@ -134,15 +135,11 @@ def train(model: Any, features: CachedFeatures, steps: int, seed: int) -> None:
     ]
     kept = {id(weight) for weight in plain}
     decayed = [weight for weight in learning.values() if id(weight) not in kept]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], weight_decay=0.05
-    )
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
     )
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = LEARNING_RATE
-    schedule.base_lrs = [LEARNING_RATE] * 2
     encode = model.clip_backbone.forward
     pixels = torch.zeros(BATCH, 3, SIZE, SIZE)
     model.train()
