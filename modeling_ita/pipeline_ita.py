@@ -9,9 +9,9 @@ the package is imported, its own classes serve ITA models in both tasks.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from transformers import ImageSegmentationPipeline
@@ -231,7 +231,8 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             )
             # Counted, because `unique` sorts all pixels and takes several times their memory.
             present = (labels - NO_CLASS).flatten().bincount()[1:].nonzero().flatten().tolist()
-            found = [(None, label, labels == label) for label in present]
+            segments = [{"score": None, "label_id": label} for label in present]
+            masks: Iterable[Tensor] = (labels == label for label in present)
         else:
             options |= {
                 "threshold": SEGMENT_THRESHOLD if threshold is None else threshold,
@@ -244,22 +245,20 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
                 [result] = processor.post_process_instance_segmentation(
                     model_outputs, return_binary_maps=True, **options
                 )
-                masks = list(result["segmentation"])
+                masks = result["segmentation"]
             else:
                 [result] = processor.post_process_panoptic_segmentation(model_outputs, **options)
-                masks = [result["segmentation"] == segment["id"] for segment in result["segments_info"]]
-            found = [
-                (segment["score"], segment["label_id"], mask)
-                for segment, mask in zip(result["segments_info"], masks, strict=True)
-            ]
+                masks = (result["segmentation"] == segment["id"] for segment in result["segments_info"])
+            segments = result["segments_info"]
         return [
-            {
-                "score": score,
-                "label": names[label],
-                "mask": Image.fromarray(mask.numpy().astype(np.uint8) * 255),
-            }
-            for score, label, mask in found
+            {"score": segment["score"], "label": names[segment["label_id"]], "mask": _mask_image(mask)}
+            for segment, mask in zip(segments, masks, strict=True)
         ]
+
+
+def _mask_image(mask: Tensor) -> Image.Image:
+    """Make an "L" image of 0 and 255 of a mask (H, W) bool, whose memory the image takes over."""
+    return Image.fromarray(mask.view(torch.uint8).mul_(255).numpy())
 
 
 def _indices(names: Sequence[str], classes: Sequence[Sequence[str]]) -> set[int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ita_segmentation.prediction.segments import ClassNames, name_of, segments_of, size_of
+from ita_segmentation.prediction.segments import ClassNames, as_array, iterate_segments, name_of, size_of
 
 
 def to_detections(result: Any, names: ClassNames) -> Any:
@@ -18,7 +19,8 @@ def to_detections(result: Any, names: ClassNames) -> Any:
         names: the vocabulary that the image was segmented with, or `config.id2label`.
 
     Returns:
-        `xyxy` (n, 4) float32 in pixels, right and lower side one past the last pixel; `mask` (n, H, W) bool;
+        `xyxy` (n, 4) float32 in pixels, right and lower side one past the last pixel; `mask` (n, H, W) bool, the
+        result's own array where it has one without empty masks;
         `class_id` (n,) int64; `confidence` (n,) float32, None for a result without scores; and `data["class_name"]`
         (n,).
 
@@ -30,16 +32,28 @@ def to_detections(result: Any, names: ClassNames) -> Any:
         warnings.simplefilter("ignore", UserWarning)  # it warns of OpenCV's absence
         import supervision
 
-    segments = segments_of(result)
-    height, width = size_of(result)
-    corners = [(x, y, x + w, y + h) for x, y, w, h in (segment.box for segment in segments)]
-    masks = [segment.mask for segment in segments]
-    is_scored = not segments or segments[0].score is not None
-    scores = [segment.score for segment in segments]
+    corners, scores, label_ids = [], [], []
+    for segment in iterate_segments(result):
+        x, y, width, height = segment.box
+        corners.append((x, y, x + width, y + height))
+        scores.append(segment.score)
+        label_ids.append(segment.label_id)
+    is_scored = None not in scores[:1]
     return supervision.Detections(
         xyxy=np.array(corners, dtype=np.float32).reshape(-1, 4),
-        mask=np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool),
+        mask=_stacked_masks(result, len(corners)),
         confidence=np.array(scores, dtype=np.float32) if is_scored else None,
-        class_id=np.array([segment.label_id for segment in segments], dtype=np.int64),
-        data={"class_name": np.array([name_of(names, segment.label_id) for segment in segments], dtype=str)},
+        class_id=np.array(label_ids, dtype=np.int64),
+        data={"class_name": np.array([name_of(names, label_id) for label_id in label_ids], dtype=str)},
     )
+
+
+def _stacked_masks(result: Any, count: int) -> np.ndarray:
+    """Give the masks of the `count` segments that have pixels, (n, H, W) bool, holding none of them twice."""
+    maps = as_array(result["segmentation"] if isinstance(result, Mapping) else result)
+    if maps.ndim == 3 and maps.dtype == bool and len(maps) == count:
+        return maps
+    masks = np.zeros((count, *size_of(result)), dtype=bool)
+    for mask, segment in zip(masks, iterate_segments(result), strict=True):
+        mask[:] = segment.mask
+    return masks

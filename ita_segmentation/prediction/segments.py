@@ -21,7 +21,7 @@ class Segment:
     Attributes:
         id: the segment's number in its map; for a semantic map the index of the class.
         label_id: index of the class in the vocabulary.
-        mask: (H, W) bool, with at least one pixel.
+        mask: (H, W) bool, with at least one pixel; of a result with a mask for each instance, that very memory.
         score: 0 to 1; None where the result has none.
     """
 
@@ -70,7 +70,7 @@ def iterate_segments(result: Any) -> Iterator[Segment]:
     if maps.ndim == 3 and len(maps) != len(entries):
         raise ValueError(f"{len(maps)} masks, but {len(entries)} segments")
     for index, entry in enumerate(entries):
-        mask = maps[index].astype(bool) if maps.ndim == 3 else maps == entry["id"]
+        mask = maps[index].astype(bool, copy=False) if maps.ndim == 3 else maps == entry["id"]
         if mask.any():
             yield Segment(int(entry["id"]), int(entry["label_id"]), mask, entry.get("score"))
 
