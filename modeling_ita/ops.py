@@ -284,9 +284,10 @@ class MaskTiles:
             self._row_steps = (network[0], int(cropped[0]), int(target[0]))
             self._column_steps = (network[1], int(cropped[1]), int(target[1]))
         self.size = (self._row_steps[-1], self._column_steps[-1])
-        identity = torch.eye(height)[:, :, None]
-        self._row_weights = _resize_columns(identity, self._row_steps)[:, :, 0].T  # (H, h), at most 4 per row
+        self._width = width
+        self._row_weights = _weights(height, self._row_steps)
         self._cells = mask_logits.permute(1, 2, 0)  # (h, w, Q)
+        self._first_cell = (0, 0)  # row and column
         if not self._is_identity:
             self._cells = self._cells.float().contiguous()
 
@@ -303,12 +304,46 @@ class MaskTiles:
         """Return the logits (rows, W, Q) float32 of some output rows, at least one; the caller may overwrite them."""
         if self._is_identity:
             return self._cells[rows].to(torch.float32, copy=True)
-        weights = self._row_weights[rows]
-        touched = weights.any(0).nonzero()
-        source = slice(int(touched[0]), int(touched[-1]) + 1)
+        weights, source = _touched(self._row_weights[rows])
         cells = self._cells[source]
-        logits = (weights[:, source].to(cells.device) @ cells.flatten(1)).unflatten(1, cells.shape[1:])
+        logits = (weights.to(cells.device) @ cells.flatten(1)).unflatten(1, cells.shape[1:])
         return _resize_columns(logits, self._column_steps)
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        """Return the logits (rows, columns, Q) float32 of a part of the output; the caller may overwrite them."""
+        row_weights, source_rows = _touched(self._row_weights[rows], self._first_cell[0])
+        column_weights, source_columns = _touched(self._column_weights[columns], self._first_cell[1])
+        cells = self._cells[source_rows, source_columns].float()
+        resized = (row_weights.to(cells.device) @ cells.flatten(1)).unflatten(1, cells.shape[1:])
+        return column_weights.to(cells.device) @ resized
+
+    def keep(self, rows: slice, columns: slice) -> None:
+        """Forget what no part of these output rows and columns needs: from now on only `block` works, within them."""
+        _, source_rows = _touched(self._row_weights[rows], self._first_cell[0])
+        _, source_columns = _touched(self._column_weights[columns], self._first_cell[1])
+        kept = self._cells[source_rows, source_columns]
+        if kept.shape != self._cells.shape:
+            self._cells = kept.clone()
+            self._first_cell = (
+                self._first_cell[0] + source_rows.start,
+                self._first_cell[1] + source_columns.start,
+            )
+
+    @functools.cached_property
+    def _column_weights(self) -> Tensor:
+        return _weights(self._width, self._column_steps)
+
+
+def _weights(cells: int, steps: tuple[int, int, int]) -> Tensor:
+    """Return the weight of each of a mask's cells along a side in each output pixel, (pixels, cells), at most 4."""
+    return _resize_columns(torch.eye(cells)[:, :, None], steps)[:, :, 0].T
+
+
+def _touched(weights: Tensor, first: int = 0) -> tuple[Tensor, slice]:
+    """Cut weights (pixels, cells) to the cells that have any, and give these cells, counted from `first`."""
+    touched = weights.any(0).nonzero()
+    start, stop = int(touched[0]), int(touched[-1]) + 1
+    return weights[:, start:stop], slice(start - first, stop - first)
 
 
 def _resize_columns(values: Tensor, steps: tuple[int, int, int]) -> Tensor:

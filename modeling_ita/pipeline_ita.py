@@ -6,7 +6,7 @@ checkpoint carries this file, so `pipeline("image-segmentation", model=path, tru
 the package is imported, its own classes serve ITA models in both tasks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,8 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .image_io import read_image
 from .postprocessing import DEFAULT_THRESHOLDS
+from .tiled_segmentation import TiledResult, segment_tiles
+from .tiling import Tiling, tiling_of
 from .vocabulary import normal_form, normalize_vocabulary, parse_classes, with_distractors
 
 NO_CLASS = -1  # label of pixels without a class in semantic maps
@@ -101,6 +103,11 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             class. By default 0.5 for "semantic", and 0.9, as in transformers, for the others.
         mask_threshold: as for `ImageSegmentationPipeline`.
         overlap_mask_area_threshold: as for `ImageSegmentationPipeline`.
+        tiles: side in pixels of the tiles that larger images are cut into. The network sees each tile by itself, at the
+            size that the image processor gives it; the results are merged across the borders.
+        tile_overlap: pixels that neighboring tiles share, by default a quarter of `tiles`. Objects up to this size
+            are whole in some tile.
+        tiles_at_once: tiles that go through the network together (1).
         timeout: seconds that fetching an image may take in all (30).
         allow_private_addresses: whether URLs may lead to this machine or its network.
     """
@@ -120,6 +127,9 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         stuff_labels: str | Iterable[str] | None = None,
         distractors: bool | None = None,
         allow_private_addresses: bool | None = None,
+        tiles: int | None = None,
+        tile_overlap: int | None = None,
+        tiles_at_once: int | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = sorted(set(kwargs) - INHERITED_PARAMETERS)
@@ -135,6 +145,14 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             forward["distractors"] = distractors
         if allow_private_addresses is not None:
             preprocess["allow_private_addresses"] = allow_private_addresses
+        tiling = tiling_of(tiles, tile_overlap)
+        if tiling is not None:
+            preprocess["keep_image"] = True
+            postprocess["tiling"] = tiling
+        if tiles_at_once is not None:
+            if tiles_at_once < 1:
+                raise ValueError(f"tiles_at_once is at least 1, got {tiles_at_once}")
+            postprocess["tiles_at_once"] = tiles_at_once
         return preprocess, forward, postprocess
 
     def get_iterator(  # type: ignore[override]
@@ -146,7 +164,8 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> Any:
-        """As the base class's, with batches of images of any sizes."""
+        """As the base class's, with batches of images of any sizes; images in tiles come one by one."""
+        batch_size = 1 if "tiling" in postprocess_params else batch_size
         if batch_size == 1:
             return super().get_iterator(
                 inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
@@ -168,13 +187,19 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         subtask: str | None = None,
         timeout: float | None = None,
         allow_private_addresses: bool = True,
+        keep_image: bool = False,
     ) -> Any:
-        """Read an image and make the model's inputs and `target_size` of it. Raises as `read_image`."""
-        processor: Any = self.image_processor
+        """Read an image and make the model's inputs and `target_size` of it, or keep it. Raises as `read_image`."""
         pil_image = read_image(image, timeout, allow_private_addresses)
-        inputs = processor(images=[pil_image], return_tensors="pt").to(self.dtype)
+        if keep_image:
+            return {"image": pil_image}
+        inputs = self._inputs_of([pil_image])
         inputs["target_size"] = [(pil_image.height, pil_image.width)]
         return inputs
+
+    def _inputs_of(self, images: list[Image.Image]) -> Any:
+        processor: Any = self.image_processor
+        return processor(images=images, return_tensors="pt").to(self.dtype)
 
     def _forward(  # type: ignore[override]
         self, model_inputs: Any, classes: list[list[str]] | None = None, distractors: bool = True
@@ -185,7 +210,7 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             model_inputs["vocabulary"] = (
                 with_distractors(classes, own, trained)[0] if distractors else classes
             )
-        return super()._forward(model_inputs)
+        return model_inputs if "image" in model_inputs else super()._forward(model_inputs)
 
     def postprocess(  # type: ignore[override]
         self,
@@ -196,6 +221,8 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         threshold: float | None = None,
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.5,
+        tiling: Tiling | None = None,
+        tiles_at_once: int = 1,
     ) -> list[dict[str, Any]]:
         """Turn one image's outputs into segments.
 
@@ -207,6 +234,8 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             threshold: lowest score.
             mask_threshold: as for the class.
             overlap_mask_area_threshold: as for the class.
+            tiling: how the image is cut into tiles; None where it went through the network in `forward`.
+            tiles_at_once: as for the class.
 
         Returns:
             A list of {"score" (None for "semantic"), "label", "mask" (an "L" image of 0 and 255)}.
@@ -218,42 +247,77 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             raise ValueError(f"subtask is one of {list(DEFAULT_THRESHOLDS)}, got {subtask!r}")
         model, processor = cast(Any, self.model), cast(Any, self.image_processor)
         names: Any = model.config.id2label if classes is None else [synonyms[0] for synonyms in classes]
+        if threshold is None:
+            threshold = DEFAULT_THRESHOLDS["semantic"] if subtask == "semantic" else SEGMENT_THRESHOLD
         options: dict[str, Any] = {
-            "target_sizes": model_outputs["target_size"],
+            "threshold": threshold,
             "num_classes": None if classes is None else len(classes),
         }
         if subtask == "semantic":
-            [labels] = processor.post_process_semantic_segmentation(
-                model_outputs,
-                threshold=DEFAULT_THRESHOLDS["semantic"] if threshold is None else threshold,
-                ignore_index=NO_CLASS,
-                **options,
-            )
-            # Counted, because `unique` sorts all pixels and takes several times their memory.
-            present = (labels - NO_CLASS).flatten().bincount()[1:].nonzero().flatten().tolist()
-            segments = [{"score": None, "label_id": label} for label in present]
-            masks: Iterable[Tensor] = (labels == label for label in present)
+            options["ignore_index"] = NO_CLASS
         else:
-            options |= {
-                "threshold": SEGMENT_THRESHOLD if threshold is None else threshold,
-                "mask_threshold": mask_threshold,
-                "overlap_mask_area_threshold": overlap_mask_area_threshold,
-            }
+            options["mask_threshold"] = mask_threshold
+            options["overlap_mask_area_threshold"] = overlap_mask_area_threshold
             if stuff_labels is not None:
                 options["label_ids_to_fuse"] = _indices(stuff_labels, classes or model.default_vocabulary)
-            if subtask == "instance":
+        if tiling is not None:
+            segments, masks = self._segment_tiles(
+                model_outputs, tiling, subtask or "panoptic", tiles_at_once, options
+            )
+        else:
+            options["target_sizes"] = model_outputs["target_size"]
+            if subtask == "semantic":
+                [labels] = processor.post_process_semantic_segmentation(model_outputs, **options)
+                segments, masks = _semantic_segments(labels)
+            elif subtask == "instance":
                 [result] = processor.post_process_instance_segmentation(
                     model_outputs, return_binary_maps=True, **options
                 )
-                masks = result["segmentation"]
+                segments, masks = result["segments_info"], result["segmentation"]
             else:
                 [result] = processor.post_process_panoptic_segmentation(model_outputs, **options)
-                masks = (result["segmentation"] == segment["id"] for segment in result["segments_info"])
-            segments = result["segments_info"]
+                segments, masks = result["segments_info"], _masks_of_ids(result)
         return [
             {"score": segment["score"], "label": names[segment["label_id"]], "mask": _mask_image(mask)}
             for segment, mask in zip(segments, masks, strict=True)
         ]
+
+    def _segment_tiles(
+        self, inputs: Any, tiling: Tiling, task: str, tiles_at_once: int, options: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], Iterable[Tensor]]:
+        """Segment the image that `forward` left as it is; gives segments, and their masks one by one."""
+        call = {name: inputs[name] for name in ("vocabulary",) if name in inputs}
+
+        def run(tiles: list[Image.Image]) -> Any:
+            return self.model(**self._inputs_of(tiles).to(self.device), **call)
+
+        with self.device_placement(), torch.inference_mode():
+            result = segment_tiles(run, inputs["image"], tiling, task, at_once=tiles_at_once, **options)
+        if task == "semantic":
+            return _semantic_segments(result.segmentation)
+        if task == "instance":
+            return result.segments_info, _masks_of_boxes(result)
+        return result.segments_info, _masks_of_ids(vars(result))
+
+
+def _semantic_segments(labels: Tensor) -> tuple[list[dict[str, Any]], Iterable[Tensor]]:
+    """List the classes of a map (H, W) as segments without scores, and give their masks one by one."""
+    # Counted, because `unique` sorts all pixels and takes several times their memory.
+    present = (labels - NO_CLASS).flatten().bincount()[1:].nonzero().flatten().tolist()
+    return [{"score": None, "label_id": label} for label in present], (labels == label for label in present)
+
+
+def _masks_of_ids(result: Mapping[str, Any]) -> Iterable[Tensor]:
+    """Give the masks of panoptic segments one by one."""
+    return (result["segmentation"] == segment["id"] for segment in result["segments_info"])
+
+
+def _masks_of_boxes(result: TiledResult) -> Iterator[Tensor]:
+    """Give the masks of instances that were found in tiles one by one."""
+    for (top, left, bottom, right), mask in result.masks or ():
+        whole = torch.zeros(result.segmentation.shape, dtype=torch.bool)
+        whole[top:bottom, left:right] = torch.from_numpy(mask)
+        yield whole
 
 
 def _mask_image(mask: Tensor) -> Image.Image:

@@ -195,23 +195,50 @@ def semantic_map(
         raise ValueError(
             f"ignore_index {ignore_index} is one of {num_classes} classes: choose another, such as -1"
         )
-    queries, probabilities = _group_queries(class_probabilities(class_logits)[:, :-1])
-    masks = MaskTiles(mask_logits[queries], image_size, target_size)
+    classifier = PixelClassifier(class_probabilities(class_logits)[:, :-1])
+    masks = MaskTiles(mask_logits[classifier.queries], image_size, target_size)
     labels = torch.zeros(masks.size, dtype=torch.int64, device=mask_logits.device)
-    possible = probabilities.amax(0).nonzero().flatten() if len(probabilities) else labels.new_zeros(0)
-    if not len(possible):
+    if not classifier.is_possible:
         return labels.fill_(ignore_index) if rejects else labels
-    argmax = _PrunedArgmax(probabilities[:, possible])
-    for rows, logits in masks.tiles(values_per_pixel=len(queries) * (1 if threshold is None else 2)):
+    values_per_pixel = len(classifier.queries) * (1 if threshold is None else 2)
+    for rows, logits in masks.tiles(values_per_pixel):
         mask_probabilities = logits.sigmoid_().flatten(0, 1)  # (pixels, Q)
-        best = possible[argmax(mask_probabilities)]
+        best = classifier.best(mask_probabilities)
         if threshold is not None:
-            misses = 1 - mask_probabilities.mul_(probabilities.T[best])
-            best[1 - misses.prod(1) < threshold] = ignore_index
+            best[1 - classifier.misses(mask_probabilities, best) < threshold] = ignore_index
         labels[rows] = best.unflatten(0, (-1, masks.size[1]))
     if num_classes < total:
         labels[labels >= num_classes] = ignore_index
     return labels
+
+
+class PixelClassifier:
+    """The class with the highest score at each pixel, from class and mask probabilities of queries.
+
+    Args:
+        probabilities: (Q, K), without void; of one image, or of several crops of it, whose scores are added up.
+
+    Attributes:
+        queries: (Q') int64, the queries whose mask probabilities the methods take, in this order.
+        is_possible: whether any class has a probability above 0.
+    """
+
+    def __init__(self, probabilities: Tensor):
+        self.queries, self._probabilities = _group_queries(probabilities)
+        self._possible = (
+            self._probabilities.amax(0).nonzero().flatten() if len(self.queries) else self.queries
+        )
+        self.is_possible = len(self._possible) > 0
+        if self.is_possible:
+            self._argmax = _PrunedArgmax(self._probabilities[:, self._possible])
+
+    def best(self, mask_probabilities: Tensor) -> Tensor:
+        """Return the best class (pixels,) int64 of (pixels, Q') mask probabilities."""
+        return self._possible[self._argmax(mask_probabilities)]
+
+    def misses(self, mask_probabilities: Tensor, classes: Tensor) -> Tensor:
+        """Return the probability (pixels,) that no query shows the given class (pixels,); overwrites its input."""
+        return (1 - mask_probabilities.mul_(self._probabilities.T[classes])).prod(1)
 
 
 def _group_queries(probabilities: Tensor) -> tuple[Tensor, Tensor]:

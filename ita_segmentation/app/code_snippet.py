@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from modeling_ita.tiling import Tiling
+
 LINES = """\
 from transformers import pipeline
 
@@ -12,7 +14,7 @@ segments = segmenter(
     {image!r},  # a path
     candidate_labels={labels},
     subtask={task!r},
-    threshold={threshold!r},
+    threshold={threshold!r},{tiles}
 )
 for number, segment in enumerate(segments):
     print(number, segment["label"], segment["score"])
@@ -26,6 +28,7 @@ def python_lines(
     vocabulary: Sequence[Sequence[str]] | None,
     task: str,
     threshold: float | None,
+    tiling: Tiling | None = None,
 ) -> str:
     """Write a program that finds the same segments as the page.
 
@@ -35,6 +38,7 @@ def python_lines(
         vocabulary: classes, each a list of names; None for the checkpoint's own.
         task: "semantic", "panoptic" or "instance".
         threshold: minimum score of a segment.
+        tiling: how the image is cut into tiles; None for the whole image.
     """
     labels = None if vocabulary is None else ["|".join(names) for names in vocabulary]
     return LINES.format(
@@ -43,4 +47,5 @@ def python_lines(
         labels=repr(labels),
         task=task,
         threshold=threshold,
+        tiles="" if tiling is None else f"\n    tiles={tiling.size},",
     )

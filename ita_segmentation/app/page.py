@@ -22,6 +22,9 @@ CLEANING_SECONDS, UPLOADS_KEPT_SECONDS = 600, 3000
 """Uploads are looked for every ten minutes and are gone within the hour."""
 TASK_CHOICES = [("Semantic", "semantic"), ("Panoptic", "panoptic"), ("Instance", "instance")]
 TASK_HELP = "Classes of pixels; things one by one, and stuff; or things alone."
+TILES_HELP = (
+    "Side in pixels; each tile goes through the network by itself, so small objects are found. 0: one image."
+)
 HEAD = """\
 <div class="ita-head"><h1>Segment anything you can name</h1>
 <p>Drop an image, name the classes to look for, and see where they are. Uploads are deleted within the hour.</p>
@@ -98,6 +101,14 @@ def build_page(
                     label="Minimum score of a segment",
                     elem_id="ita-threshold",
                 )
+                tiles = gr.Number(
+                    value=0,
+                    precision=0,
+                    minimum=0,
+                    label="Tiles for large images",
+                    info=TILES_HELP,
+                    elem_id="ita-tiles",
+                )
                 run = gr.Button("Segment", variant="primary", size="lg", elem_id="ita-run")
             with gr.Column(scale=6, min_width=320):
                 result = _result_view()
@@ -118,18 +129,20 @@ def build_page(
             show_progress="hidden",
             api_visibility="private",
         )
-        for one in (image, names, task, threshold):
+        for one in (image, names, task, threshold, tiles):
             one.change(None, js=MARK_OUTDATED, queue=False, api_visibility="private")
 
-        def segment(image: Upload | None, names: Any, task: Any, threshold: Any) -> Iterator[Any]:
+        def segment(
+            image: Upload | None, names: Any, task: Any, threshold: Any, tiles: Any = 0
+        ) -> Iterator[Any]:
             path, name = (image.path, image.name) if image else (None, None)
             # Between two steps Gradio looks whether the user is still there.
-            for step in segmenter.answer(path, names, task, threshold, name):
+            for step in segmenter.answer(path, names, task, threshold, name, tiles):
                 yield gr.skip() if step is None else step
 
         run.click(
             segment,
-            [image, names, task, threshold],
+            [image, names, task, threshold, tiles],
             result,
             js=MARK_ASKED,
             api_name="segment",

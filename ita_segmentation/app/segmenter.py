@@ -17,11 +17,12 @@ from PIL import Image
 from ita_segmentation.app.class_names import NameLimits, read_class_list
 from ita_segmentation.app.code_snippet import python_lines
 from ita_segmentation.app.images import id_map_data, image_data, png_data, read_limited_image
-from ita_segmentation.errors import ITAError
+from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.integrations.coco import coco_document, coco_results
 from ita_segmentation.prediction.runs import empty_line
 from ita_segmentation.prediction.segmenter import DEFAULT_THRESHOLDS, TASKS, SegmentedImage, Segmenter
 from ita_segmentation.visualization import assign_colors
+from modeling_ita.tiling import Tiling
 
 MAX_ABSENT_SHOWN = 60
 CLASSES_PER_STEP = 16
@@ -35,10 +36,12 @@ class Limits:
     Attributes:
         max_pixels: pixels of the image.
         names: class names.
+        tiles: tiles that the image is cut into.
     """
 
     max_pixels: int = 25_000_000
     names: NameLimits = field(default_factory=NameLimits)
+    tiles: int = 100
 
 
 class GradioSegmenter:
@@ -65,7 +68,7 @@ class GradioSegmenter:
         self._turn = threading.Lock()
 
     def answer(
-        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None = None
+        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None = None, tiles: Any = None
     ) -> Iterator[dict[str, Any] | None]:
         """Answer in steps, so that a caller who has left can be noticed between them.
 
@@ -76,12 +79,12 @@ class GradioSegmenter:
             sentence}.
         """
         try:
-            yield from self._steps(path, tags, task, threshold, name)
+            yield from self._steps(path, tags, task, threshold, name, tiles)
         except ITAError as error:
             yield {"error": str(error), "run": secrets.token_hex(4)}
 
     def segment(
-        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None = None
+        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None = None, tiles: Any = None
     ) -> dict[str, Any]:
         """Segment one image.
 
@@ -91,6 +94,7 @@ class GradioSegmenter:
             task: "semantic", "panoptic" or "instance".
             threshold: minimum score of a segment, 0 to 1; None for the task's own.
             name: what the user calls the image (default: the file's name).
+            tiles: side in pixels of the tiles that a larger image is cut into; None or 0 to leave it whole.
 
         Returns:
             what JSON can hold: see `view_of_result`.
@@ -98,10 +102,11 @@ class GradioSegmenter:
         Raises:
             ITAError: what the user can put right, in a sentence.
         """
-        return [step for step in self._steps(path, tags, task, threshold, name) if step is not None][-1]
+        steps = self._steps(path, tags, task, threshold, name, tiles)
+        return [step for step in steps if step is not None][-1]
 
     def _steps(
-        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None
+        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None, tiles: Any
     ) -> Iterator[dict[str, Any] | None]:
         started = time.perf_counter()
         if not path:
@@ -109,14 +114,22 @@ class GradioSegmenter:
         if task not in TASKS:
             raise ITAError(f"The task is one of {', '.join(TASKS)}; got “{str(task)[:40]}”.")
         threshold = _checked_threshold(threshold, task)
+        tiling = _checked_tiling(tiles)
         vocabulary, remarks = read_class_list(tags, self.limits.names)
         if vocabulary is None and self.model.default_vocabulary is None:
             raise ITAError("This model has no classes of its own: please type at least one class name.")
         name = Path(name or path).name
         image = read_limited_image(Path(path), name, self.limits.max_pixels)
         segmenter = Segmenter(
-            self.model, self.processor, vocabulary, task, threshold=threshold, keep_overlaps=True
+            self.model,
+            self.processor,
+            vocabulary,
+            task,
+            threshold=threshold,
+            keep_overlaps=True,
+            tiling=tiling,
         )
+        self._check_tiles(segmenter, image)
         classes = segmenter.encoded_classes
         for start in range(0, len(classes), CLASSES_PER_STEP):
             yield None
@@ -132,9 +145,27 @@ class GradioSegmenter:
         if not result.segments:
             remarks = [*remarks, f"{empty_line(result, segmenter).capitalize()}."]
         view["remarks"] = [*remarks, *([f"Note: {self.notice}."] if self.notice else [])]
-        view["python"] = python_lines(self.checkpoint, name, vocabulary, task, threshold)
+        view["python"] = python_lines(self.checkpoint, name, vocabulary, task, threshold, tiling)
         view["seconds"] = round(time.perf_counter() - started, 3)
         yield view
+
+    def _check_tiles(self, segmenter: Segmenter, image: Image.Image) -> None:
+        if segmenter.tiling is None:
+            return
+        count = len(segmenter.tiling.crops((image.height, image.width)))
+        if count > self.limits.tiles:
+            raise ITAError(
+                f"These are {count:,} tiles; this page takes up to {self.limits.tiles:,}. Please make them larger."
+            )
+
+
+def _checked_tiling(tiles: Any) -> Tiling | None:
+    if not tiles:
+        return None
+    try:
+        return Tiling(int(tiles) if isinstance(tiles, float) and tiles.is_integer() else tiles)
+    except ValueError as error:
+        raise ITAError(f"The tiles cannot be used: {one_line(error, 120)}.") from error
 
 
 def _checked_threshold(threshold: Any, task: str) -> float | None:

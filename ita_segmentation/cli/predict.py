@@ -70,7 +70,7 @@ def _predict_files(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -
         segmenter,
         arguments.model,
         every=arguments.every or 1,
-        batch_size=arguments.batch_size,
+        batch_size=1 if arguments.tiling else arguments.batch_size,
         resume=arguments.resume,
         run_lengths=run_length_entries,
     )
@@ -135,7 +135,7 @@ def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any)
             folder,
             plan,
             formats,
-            batch_size=arguments.batch_size,
+            batch_size=1 if arguments.tiling else arguments.batch_size,
             progress=bar.update,
             run_lengths=run_length_entries if "coco" in formats else None,
         )
@@ -174,6 +174,8 @@ def _segmenter(
         stuff=stuff,
         keep_overlaps=keep_overlaps,
         distractors=not arguments.no_distractors,
+        tiling=arguments.tiling,
+        tiles_at_once=arguments.batch_size,
     )
 
 

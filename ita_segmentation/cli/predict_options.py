@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ita_segmentation.checkpoints import MODEL_HELP
 from ita_segmentation.class_names import read_vocabulary
@@ -77,6 +78,19 @@ def build_parser() -> ConfigArgumentParser:
     how = parser.add_argument_group("how it runs")
     how.add_argument("--size", type=positive_int, help="shortest side fed to the network, in pixels")
     how.add_argument("--batch_size", type=positive_int, default=1, help="images in one pass (default: 1)")
+    how.add_argument(
+        "--tiles",
+        type=positive_int,
+        metavar="PIXELS",
+        help="cut larger images into tiles of this side, each of which the network sees by itself, at --size; "
+        "--batch_size counts tiles then",
+    )
+    how.add_argument(
+        "--tile_overlap",
+        type=int,
+        metavar="PIXELS",
+        help="that neighboring tiles share, at least as large as most objects (default: a quarter of --tiles)",
+    )
     how.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     how.add_argument(
         "--every", type=positive_int, help="segment only every N-th frame of a video (default: 1)"
@@ -111,6 +125,7 @@ def read_options(
     elif any(one not in DATASET_FORMATS for one in formats):
         unknown = next(one for one in formats if one not in DATASET_FORMATS)
         raise UsageError(f"--dataset writes {', '.join(DATASET_FORMATS)}, not {unknown}")
+    arguments.tiling = _tiling(arguments)
     vocabulary = None if arguments.classes is None else parse_names(arguments.classes, "--classes")
     if arguments.vocabulary is not None:
         vocabulary = read_vocabulary(arguments.vocabulary)
@@ -118,6 +133,17 @@ def read_options(
     if arguments.stuff is not None:
         stuff = [name for names in parse_names(arguments.stuff, "--stuff") for name in names]
     return arguments, vocabulary, stuff
+
+
+def _tiling(arguments: argparse.Namespace) -> Any:
+    if arguments.tiles is None and arguments.tile_overlap is None:
+        return None
+    from modeling_ita.tiling import tiling_of
+
+    try:
+        return tiling_of(arguments.tiles, arguments.tile_overlap)
+    except ValueError as error:
+        raise UsageError(f"--tiles, --tile_overlap: {one_line(error)}") from error
 
 
 def parse_names(text: str, option: str) -> list[list[str]]:

@@ -1,8 +1,7 @@
 """Test-time augmentation: one class map from sliding windows, scales and flips of an image.
 
 A crop is a region of the image, resized, mirrored or not. The network sees each crop by itself; the scores of all crops
-that cover a pixel are added up. That is done for some rows at a time from the masks at the network's stride, so neither
-a crop's scores nor their sum are ever held for the whole image.
+that cover a pixel are added up (`modeling_ita.tiling`).
 """
 
 from __future__ import annotations
@@ -12,34 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
 from transformers.image_utils import SizeDict
 
-from modeling_ita.ops import MaskTiles, output_size, row_tiles
-from modeling_ita.postprocessing import class_probabilities
-
-
-@dataclass(frozen=True)
-class Crop:
-    """A region of an image as the network sees it.
-
-    Attributes:
-        region: (top, left, bottom, right) in the image's pixels.
-        size: (height, width) of the network's input.
-        flipped: mirrored horizontally.
-    """
-
-    region: tuple[int, int, int, int]
-    size: tuple[int, int]
-    flipped: bool = False
-
-    def cut(self, image: Image.Image) -> Image.Image:
-        """Cut the region out of the image, at its own size, and mirror it if `flipped`."""
-        top, left, bottom, right = self.region
-        cut = image.crop((left, top, right, bottom))
-        return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else cut
+from modeling_ita.ops import output_size
+from modeling_ita.tiling import Crop, SemanticMerger, spans
 
 
 @dataclass(frozen=True)
@@ -86,22 +62,14 @@ class TestTimeAugmentation:
         found = []
         for scale in self.scales:
             height, width = _scaled_size(image_size, processor_size, scale)
-            for top, bottom in self._spans(height):
-                for left, right in self._spans(width):
+            for top, bottom in spans(height, self.window, self.stride):
+                for left, right in spans(width, self.window, self.stride):
                     rows = _in_image(top, bottom, height, image_size[0])
                     columns = _in_image(left, right, width, image_size[1])
                     region = (rows[0], columns[0], rows[1], columns[1])
                     for flipped in (False, True) if self.flip else (False,):
                         found.append(Crop(region, (bottom - top, right - left), flipped))
         return found
-
-    def _spans(self, length: int) -> list[tuple[int, int]]:
-        """Return where windows begin and end along a side; the last ends with the side."""
-        window = self.window
-        if window is None or window >= length:
-            return [(0, length)]
-        starts = [*range(0, length - window, self.stride or window), length - window]
-        return [(start, start + window) for start in starts]
 
 
 def _scaled_size(image_size: tuple[int, int], size: Any | None, scale: float) -> tuple[int, int]:
@@ -134,29 +102,8 @@ class CropOutput:
     mask_logits: Tensor
 
 
-class _CropScores:
-    """Class scores of one crop, for any rows of the image that it covers."""
-
-    def __init__(self, output: CropOutput) -> None:
-        self.top, self.left, self.bottom, self.right = output.crop.region
-        self.flipped = output.crop.flipped
-        self.probabilities = class_probabilities(output.class_logits)[:, :-1]  # (Q, K)
-        size = (self.bottom - self.top, self.right - self.left)
-        self.masks = MaskTiles(output.mask_logits, output.crop.size, size)
-
-    def add_to(self, scores: Tensor, rows: slice) -> None:
-        """Add this crop's scores to `scores` (rows, W, K) float32 of those rows of the image."""
-        start, stop = max(rows.start, self.top), min(rows.stop, self.bottom)
-        if start >= stop:
-            return
-        masks = self.masks.rows(slice(start - self.top, stop - self.top)).sigmoid_()
-        masks = masks.flip(1) if self.flipped else masks
-        target = scores[start - rows.start : stop - rows.start, self.left : self.right]
-        target += masks @ self.probabilities
-
-
 def merge_crops(outputs: Sequence[CropOutput], size: tuple[int, int]) -> Tensor:
-    """Return the class with the highest sum of scores over the crops of an image, (H, W) int64.
+    """Return the class with the highest sum of scores over the crops of an image, (H, W) integers.
 
     Every pixel of the image must be in at least one crop. Crops have equal weights.
 
@@ -164,13 +111,7 @@ def merge_crops(outputs: Sequence[CropOutput], size: tuple[int, int]) -> Tensor:
         outputs: of one image and one vocabulary.
         size: (height, width) of the image.
     """
-    device = outputs[0].mask_logits.device
-    labels = torch.zeros(size, dtype=torch.int64, device=device)
-    parts = [_CropScores(output) for output in outputs]
-    num_queries, num_classes = parts[0].probabilities.shape
-    for rows in row_tiles(size, 2 * num_classes + num_queries):
-        scores = torch.zeros((rows.stop - rows.start, size[1], num_classes), device=device)
-        for part in parts:
-            part.add_to(scores, rows)
-        labels[rows] = scores.argmax(2)
-    return labels
+    merger = SemanticMerger([output.crop for output in outputs], size)
+    for output in outputs:
+        merger.add(output.class_logits, output.mask_logits)
+    return merger.labels

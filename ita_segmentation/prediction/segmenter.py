@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from ita_segmentation.errors import ITAError
-from ita_segmentation.prediction.segments import Segment, as_array, box_of, iterate_segments
+from ita_segmentation.prediction.segments import Segment, areas_and_boxes, as_array, iterate_segments
 from ita_segmentation.visualization import resize_labels
 from modeling_ita.postprocessing import DEFAULT_THRESHOLDS
+from modeling_ita.tiling import Tiling
 from modeling_ita.vocabulary import normal_form, normalize_vocabulary, with_distractors
 
 TASKS = tuple(DEFAULT_THRESHOLDS)
@@ -85,6 +86,8 @@ class Segmenter:
             panoptic 0.8, instance 0.5).
         stuff: names of the classes that are stuff (not countable); None for what the checkpoint says.
         keep_overlaps: keep what one instance hides of another in `SegmentedImage.result`.
+        tiling: how larger images are cut into tiles, which the network sees one by one; None to leave them whole.
+        tiles_at_once: tiles in one pass.
         distractors: let the checkpoint's own classes compete with the given ones, without being reported, so that
             an image can show none of the given ones.
 
@@ -102,6 +105,8 @@ class Segmenter:
         stuff: Sequence[str] | None = None,
         keep_overlaps: bool = False,
         distractors: bool = True,
+        tiling: Tiling | None = None,
+        tiles_at_once: int = 1,
     ):
         if vocabulary is None and model.default_vocabulary is None:
             raise ITAError("the checkpoint has no classes of its own: name the classes")
@@ -110,6 +115,7 @@ class Segmenter:
         self.threshold = DEFAULT_THRESHOLDS.get(task) if threshold is None else threshold
         self.stuff_ids = None if stuff is None else self._ids_of(stuff)
         self.keep_overlaps = keep_overlaps
+        self.tiling, self.tiles_at_once = tiling, tiles_at_once
         self._competing = self.vocabulary
         if distractors and self.vocabulary is not None:
             pools = model.default_vocabulary, model.config.train_vocabulary
@@ -130,6 +136,9 @@ class Segmenter:
             "threshold": self.threshold,
             "distractors": self._competing != self.vocabulary,
             "size": size,
+            "tiles": None
+            if self.tiling is None
+            else {"size": self.tiling.size, "stride": self.tiling.stride},
             "stuff_ids": None if self.stuff_ids is None else sorted(self.stuff_ids),
             "vocabulary": self.classes,
         }
@@ -178,9 +187,10 @@ class Segmenter:
 
         sizes = [(image.height, image.width) for image in images]
         try:
+            if self.tiling is not None:
+                return [self._segment_tiles(image, self.tiling) for image in images]
             with torch.inference_mode():
-                inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
-                outputs = self.model(**inputs, vocabulary=self._competing)
+                outputs = self._run(images)
                 results = self._post_process(outputs, sizes)
                 overlapping = (
                     self._post_process(outputs, sizes, return_binary_maps=True)
@@ -194,10 +204,51 @@ class Segmenter:
                 raise
             height, width = max(sizes)
             raise ITAError(f"not enough memory for an image of {width} x {height}") from error
+        stuff: Any = outputs.stuff_ids or [()] * len(images)
         return [
-            self._segmented(outputs, index, result, whole)
+            self._segmented(
+                result,
+                whole,
+                outputs.dominant_categories[index] if outputs.dominant_categories else (),
+                outputs.class_queries_logits[index].float().softmax(-1)[:, :-1].amax(0).tolist(),
+                stuff[index] if self.stuff_ids is None else self.stuff_ids,
+            )
             for index, (result, whole) in enumerate(zip(results, overlapping, strict=True))
         ]
+
+    def _run(self, images: Sequence[Image.Image]) -> Any:
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
+        return self.model(**inputs, vocabulary=self._competing)
+
+    def _segment_tiles(self, image: Image.Image, tiling: Tiling) -> SegmentedImage:
+        import torch
+
+        from modeling_ita.tiled_segmentation import segment_tiles
+
+        with torch.inference_mode():
+            found = segment_tiles(
+                self._run,
+                image,
+                tiling,
+                self.task,
+                self.threshold,
+                at_once=self.tiles_at_once,
+                num_classes=len(self.classes),
+                label_ids_to_fuse=self.stuff_ids,
+                ignore_index=NO_CLASS,
+            )
+        result = {
+            "segmentation": found.segmentation,
+            "segments_info": found.segments_info,
+            "masks": found.masks,
+        }
+        if self.task == "semantic":
+            result = {"segmentation": found.segmentation, "scores": found.scores}
+        elif not self.keep_overlaps:
+            del result["masks"]
+        stuff_ids = found.stuff_ids if self.stuff_ids is None else self.stuff_ids
+        highest = found.class_probabilities.tolist()
+        return self._segmented(result, result, found.dominant_categories, highest, stuff_ids)
 
     def _post_process(self, outputs: Any, sizes: list[tuple[int, int]], **options: Any) -> list[Any]:
         common = {
@@ -236,33 +287,40 @@ class Segmenter:
                 scores[one] = round(float(score), 6)
         return scores
 
-    def _segmented(self, outputs: Any, index: int, result: Any, overlapping: Any) -> SegmentedImage:
+    def _segmented(
+        self,
+        result: Any,
+        overlapping: Any,
+        dominant_categories: Sequence[str],
+        highest: Sequence[float],
+        stuff_ids: Collection[int],
+    ) -> SegmentedImage:
+        """Describe a result; `highest` has each class's highest probability in any query."""
         classes = self.classes
+        ids = as_array(result["segmentation"])
         if self.task == "semantic":
-            ids, scores = as_array(result["segmentation"]), result["scores"]
-            entries = [{"id": one, "label_id": one, "score": score} for one, score in scores.items()]
+            entries = [
+                {"id": one, "label_id": one, "score": score} for one, score in result["scores"].items()
+            ]
         else:
-            ids, entries = as_array(result["segmentation"]), result["segments_info"]
+            entries = result["segments_info"]
         label_map = _narrow(ids, max((entry["id"] for entry in entries), default=0))
         segments = describe_segments(label_map, classes, entries)
-        dominant, known = outputs.dominant_categories, {name for names in classes for name in names}
+        known = {name for names in classes for name in names}
         return SegmentedImage(
             label_map=label_map,
             task=self.task,
             vocabulary=classes,
             segments=segments,
-            dominant_categories=[name for name in (dominant[index] if dominant else ()) if name in known],
-            best_guesses=[] if segments else self._best_guesses(outputs, index, classes),
+            dominant_categories=[name for name in dominant_categories if name in known],
+            best_guesses=[] if segments else self._best_guesses(highest, stuff_ids),
             result=overlapping,
         )
 
-    def _best_guesses(self, outputs: Any, index: int, classes: list[list[str]]) -> list[tuple[str, float]]:
-        """The classes that the task can find with the highest probability in any query, from logits, void last."""
-        probabilities = outputs.class_queries_logits[index].float().softmax(-1)
-        best = probabilities[:, : len(classes)].amax(0).tolist()
-        stuff: Any = self.stuff_ids if self.stuff_ids is not None else (outputs.stuff_ids or [[]])[index]
-        hidden = set(stuff) if self.task == "instance" else set()
-        found = [(names[0], round(score, 4)) for names, score in zip(classes, best, strict=True)]
+    def _best_guesses(self, highest: Sequence[float], stuff_ids: Collection[int]) -> list[tuple[str, float]]:
+        """The classes that the task can find with the highest probability in any query."""
+        hidden = set(stuff_ids) if self.task == "instance" else set()
+        found = [(names[0], round(score, 4)) for names, score in zip(self.classes, highest, strict=False)]
         kept = [guess for class_id, guess in enumerate(found) if class_id not in hidden]
         return sorted(kept, key=lambda guess: -guess[1])[:MAX_GUESSES]
 
@@ -289,19 +347,20 @@ def describe_segments(
     Returns:
         id, label, label_id, score, area in pixels and bbox [x, y, width, height] of each.
     """
-    areas = np.bincount(label_map.ravel(), minlength=1)
+    measured = areas_and_boxes(label_map)
     segments = []
     for entry in entries:
-        if entry["id"] >= len(areas) or not areas[entry["id"]]:
+        if entry["id"] not in measured:
             continue
+        area, box = measured[entry["id"]]
         segments.append(
             {
                 "id": entry["id"],
                 "label": classes[entry["label_id"]][0],
                 "label_id": entry["label_id"],
                 "score": entry["score"],
-                "area": int(areas[entry["id"]]),
-                "bbox": list(box_of(label_map == entry["id"])),
+                "area": area,
+                "bbox": list(box),
             }
         )
     return sorted(segments, key=lambda segment: -segment["area"])

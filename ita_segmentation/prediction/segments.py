@@ -10,6 +10,7 @@ import numpy as np
 
 ClassNames = Sequence[Any] | Mapping[int, str]
 """Class names: a vocabulary (names, or lists of synonyms) or a configuration's `id2label`."""
+ROWS_AT_ONCE = 64
 IGNORE_INDEX = 255
 """The value of pixels without a class in the semantic maps of `ITAImageProcessor`."""
 
@@ -48,7 +49,8 @@ def segments_of(result: Any) -> list[Segment]:
         result: an item of `post_process_semantic_segmentation` ((H, W) class indices, array or tensor; negative ones
             are no class), of `post_process_panoptic_segmentation`, or of `post_process_instance_segmentation`, with a
             map or with `return_binary_maps`. A semantic map may also come as {"segmentation": map, "scores": {class
-            index: score}, "ignore_index": value of pixels without a class}.
+            index: score}, "ignore_index": value of pixels without a class}, and instances as {"segmentation": map,
+            "segments_info": list, "masks": for each its box (top, left, bottom, right) and the mask within it}.
 
     Returns:
         the segments in the order of `segments_info`; by class for a semantic map.
@@ -67,12 +69,22 @@ def iterate_segments(result: Any) -> Iterator[Segment]:
     if isinstance(result["segmentation"], list):
         raise ValueError("run lengths do not tell the image's size: use return_binary_maps=True")
     maps, entries = as_array(result["segmentation"]), result["segments_info"]
+    if result.get("masks") is not None:
+        yield from _boxed_segments(maps.shape, entries, result["masks"])
+        return
     if maps.ndim == 3 and len(maps) != len(entries):
         raise ValueError(f"{len(maps)} masks, but {len(entries)} segments")
     for index, entry in enumerate(entries):
         mask = maps[index].astype(bool, copy=False) if maps.ndim == 3 else maps == entry["id"]
         if mask.any():
             yield Segment(int(entry["id"]), int(entry["label_id"]), mask, entry.get("score"))
+
+
+def _boxed_segments(shape: Sequence[int], entries: Sequence[Any], masks: Sequence[Any]) -> Iterator[Segment]:
+    for entry, ((top, left, bottom, right), within) in zip(entries, masks, strict=True):
+        mask = np.zeros(shape, dtype=bool)
+        mask[top:bottom, left:right] = within
+        yield Segment(int(entry["id"]), int(entry["label_id"]), mask, entry.get("score"))
 
 
 def _semantic_segments(result: Any) -> Iterator[Segment]:
@@ -83,7 +95,7 @@ def _semantic_segments(result: Any) -> Iterator[Segment]:
             f"a semantic result is a map (H, W) of class indices, got {classes.dtype} {classes.shape}"
         )
     scores = options.get("scores") or {}
-    for one in np.unique(classes).tolist():
+    for one in values_of(classes):
         if one >= 0 and one != options.get("ignore_index"):
             yield Segment(one, one, classes == one, scores.get(one))
 
@@ -112,6 +124,46 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x, y = int(columns[0]), int(rows[0])
     return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
+
+
+def values_of(label_map: np.ndarray) -> list[int]:
+    """List in order the values in a map, (H, W); sorting only one pixel of each run."""
+    flat = label_map.ravel()
+    is_start = np.ones(len(flat), dtype=bool)
+    np.not_equal(flat[1:], flat[:-1], out=is_start[1:])
+    return np.unique(flat[is_start]).tolist()
+
+
+def areas_and_boxes(label_map: np.ndarray) -> dict[int, tuple[int, tuple[int, int, int, int]]]:
+    """Measure all segments of a map in one pass: area, and the smallest box (x, y, width, height).
+
+    Args:
+        label_map: (H, W) ids of at least 0.
+    """
+    count, width = int(label_map.max(initial=0)) + 1, label_map.shape[1]
+    areas = np.zeros(count, dtype=np.int64)
+    first = np.full((2, count), np.iinfo(np.int64).max)
+    last = np.full((2, count), -1)
+    for top in range(0, len(label_map), ROWS_AT_ONCE):
+        rows = label_map[top : top + ROWS_AT_ONCE]
+        is_start = np.ones(rows.shape, dtype=bool)
+        np.not_equal(rows[:, 1:], rows[:, :-1], out=is_start[:, 1:])
+        starts = np.flatnonzero(is_start)
+        ids = rows.ravel()[starts]
+        stops = np.append(starts[1:], rows.size)
+        np.add.at(areas, ids, stops - starts)
+        y, x = starts // width, starts % width
+        for axis, low, high in ((0, x, x + stops - starts - 1), (1, y + top, y + top)):
+            np.minimum.at(first[axis], ids, low)
+            np.maximum.at(last[axis], ids, high)
+    sides = last - first + 1
+    return {
+        number: (
+            int(areas[number]),
+            (int(first[0, number]), int(first[1, number]), int(sides[0, number]), int(sides[1, number])),
+        )
+        for number in np.flatnonzero(areas).tolist()
+    }
 
 
 def as_array(values: Any) -> np.ndarray:

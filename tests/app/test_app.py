@@ -52,6 +52,21 @@ def error_of(segmenter: GradioSegmenter, *request) -> str:
     return last["error"]
 
 
+# Tiles
+
+
+def test_a_large_image_is_cut_into_tiles_whose_number_is_limited(segmenter):
+    whole = segmenter.segment(SCENE, NAMES, "panoptic", 0.3)
+    tiled = segmenter.segment(SCENE, NAMES, "panoptic", 0.3, None, 128)
+    assert tiled["segments"] != whole["segments"]
+    assert "tiles=128" in tiled["python"]
+    assert "tiles" not in whole["python"]
+    ast.parse(tiled["python"])
+    assert "at least 32 pixels" in error_of(segmenter, SCENE, NAMES, "panoptic", 0.3, None, 5)
+    few = GradioSegmenter(segmenter.model, segmenter.processor, "models/ita-tiny", Limits(tiles=3))
+    assert "up to 3" in error_of(few, SCENE, NAMES, "panoptic", 0.3, None, 64)
+
+
 # Class names
 
 

@@ -299,3 +299,22 @@ def test_published_lists_and_json_make_the_same_vocabulary(tmp_path):
     lines.write_text("1:wall\n1:sky\n")
     with pytest.raises(ITAError, match="twice"):
         read_vocabulary(lines)
+
+
+def test_tiles_are_in_what_is_written_and_bad_ones_are_refused_in_a_line(command, noise, tmp_path):
+    image, output = noise(tmp_path / "noise.png", (150, 90)), tmp_path / "out"
+    arguments = ("--images", image, "--output", output, "--threshold", 0, "--task")
+    for task in ("semantic", "panoptic", "instance"):
+        status, _, _ = command(*arguments, task, "--tiles", 64, "--tile_overlap", 20, "--batch_size", 3)
+        document = json.loads((output / "noise_segments.json").read_text())
+        assert (status, document["tiles"]) == (0, {"size": 64, "stride": 44})
+        label_map = np.array(Image.open(output / "noise_labels.png"))
+        assert label_map.shape == (90, 150)
+        for segment in document["segments"]:
+            rows, columns = (np.flatnonzero((label_map == segment["id"]).any(axis)) for axis in (1, 0))
+            box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+            assert segment["bbox"] == box
+            assert segment["area"] == (label_map == segment["id"]).sum()
+    for options in (("--tiles", 8), ("--tiles", 64, "--tile_overlap", 64), ("--tile_overlap", 8)):
+        status, _, errors = command(*arguments, "semantic", *options)
+        assert (status, len(errors)) == (2, 1)
