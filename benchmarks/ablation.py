@@ -3,9 +3,9 @@
     python benchmarks/ablation.py --clip models/ita-tiny --rows fc-clip ita ita-own-class --seeds 0 1 2
 
 The CLIP is frozen, so its features of the training images are computed once, in half precision, and every row and seed
-learns from them (`ita train` with recipes/scenes_ablation.yaml draws and encodes images anew). A seed decides initial
-weights and the order of images. Scores are of validation images of the same size: with dominant categories as
-computed, the true ones, random ones and none. A line of JSON for each run goes to `OUTPUT/results.jsonl`.
+learns from them. A seed decides initial weights and the order of images. Scores are of validation images of the same
+size: with dominant categories as computed, the true ones, random ones and none. A line of JSON for each run goes to
+`OUTPUT/results.jsonl`.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def build(row: str, source: Any, seed: int) -> ITAForOpenVocabSegmentation:
 
 
 def train(model: Any, features: CachedFeatures, steps: int, seed: int) -> None:
-    """Train on cached features: AdamW, cosine schedule, gradient clipping as in the recipes of Scenes."""
+    """Train on cached features: AdamW, cosine schedule, gradient clipping as in recipes/scenes_ita_tiny.yaml."""
     vocabulary = normalize_vocabulary(scenes_classes().seen_classes)
     order = np.random.RandomState(seed).permutation(features.num_images)
     learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

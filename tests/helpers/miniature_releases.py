@@ -172,7 +172,7 @@ def build_ade20k_847(folder: Path) -> dict[str, dict[str, Expected]]:
     Of the full list, 2978 is wall (class 0), 312 building (1), 2420 sky (2), 1831 person (11), 2855 tree (3), and
     2 is none of the 847.
     """
-    street, room = "images/ADE/validation/urban/street", "images/ADE/validation/home_or_hotel/bedroom"
+    street, bedroom = "images/ADE/validation/urban/street", "images/ADE/validation/home_or_hotel/bedroom"
     train = "images/ADE/training/urban/street"
 
     first = save_jpeg(folder / street / "ADE_val_00000001.jpg")
@@ -193,11 +193,11 @@ def build_ade20k_847(folder: Path) -> dict[str, dict[str, Expected]]:
     ]
 
     # 1,536 x 1,024 pixels become 768 x 512: every second row and column stays.
-    save_jpeg(folder / room / "ADE_val_00000002.jpg", width=1536, height=1024, color=(200, 30, 30))
+    save_jpeg(folder / bedroom / "ADE_val_00000002.jpg", width=1536, height=1024, color=(200, 30, 30))
     large = np.full((1024, 1536), 2978)
     large[512:] = 312
     large[:, 1::2] = 2  # the columns that go
-    save_full_seg(folder / room / "ADE_val_00000002_seg.png", large)
+    save_full_seg(folder / bedroom / "ADE_val_00000002_seg.png", large)
     second_label = np.zeros((512, 768))
     second_label[256:] = 1
 
@@ -207,7 +207,7 @@ def build_ade20k_847(folder: Path) -> dict[str, dict[str, Expected]]:
     names = ["ADE_train_00000001.jpg", "ADE_val_00000001.jpg", "ADE_val_00000002.jpg"]
     index = {
         "filename": names,
-        "folder": [f"ADE20K_2021_17_01/{place}" for place in (train, street, room)],
+        "folder": [f"ADE20K_2021_17_01/{place}" for place in (train, street, bedroom)],
         "objectPresence": np.ones((5, 3), np.float32),
         "objectcounts": np.arange(5),
         "objectnames": ["-", "aqueduct", "wall", "building", "sky"],
