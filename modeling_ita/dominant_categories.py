@@ -178,5 +178,8 @@ class DominantCategories(nn.Module):
             regions = (own >= REGION_LEVEL * own.amax(dim=-1, keepdim=True)) & is_valid[:, None]
         if classes is not None and self.class_bias is not None:
             bias = self.class_bias.expand(classes.shape)
-        queries = embeds.to(self.projection.dtype) @ self.projection
-        return TextQueries(queries, names, classes if by_cells else None, regions, bias)
+        return TextQueries(self.project(embeds), names, classes if by_cells else None, regions, bias)
+
+    def project(self, name_embeds: Tensor) -> Tensor:
+        """Project unit name embeddings (B, k, D) to text queries (B, k, C)."""
+        return name_embeds.to(self.projection.dtype) @ self.projection

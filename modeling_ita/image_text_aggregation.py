@@ -203,9 +203,9 @@ class ImageTextAggregation(nn.Module):
         mask_features: Tensor,
         levels: list[Tensor],
         valid: Tensor | None = None,
-        regions: Tensor | None = None,
         every_layer: bool = False,
         eager: bool = False,
+        regions: Tensor | None = None,
     ) -> tuple[list[QueryPrediction], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Decode.
 
@@ -214,10 +214,10 @@ class ImageTextAggregation(nn.Module):
             mask_features: (B, C_mask, H / 4, W / 4).
             levels: F1, F2, F3, (B, C, H_l, W_l) at strides 32, 16, 8.
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
-            regions: (B, k', h w) bool, cells at stride 32 where the first layer's text queries look; None for where
-                their mask is.
             every_layer: predict before the first layer and after each (for training), not only after the last.
             eager: compute attention weights.
+            regions: (B, k', h w) bool, cells at stride 32 where the first layer's text queries look; None for where
+                their mask is.
 
         Returns:
             Predictions, the last one last, of Q = k' + L queries; the hidden states before the first layer and after

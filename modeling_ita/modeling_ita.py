@@ -367,7 +367,13 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         # Section 4, ITA: text queries and learned queries make masks and class embeddings.
         eager = output_attentions or config._attn_implementation == "eager"
         predictions, hidden_states, attentions = decoder(
-            text_queries.queries, mask_features, enhanced, valid, text_queries.regions, every_layer, eager
+            text_queries.queries,
+            mask_features,
+            enhanced,
+            valid,
+            every_layer=every_layer,
+            eager=eager,
+            regions=text_queries.regions,
         )
         # Section 1: class logits, in-vocabulary.
         in_vocab = [class_logits(p.class_embeds, text, void_embed, decoder.scale) for p in predictions]
