@@ -22,6 +22,8 @@ from .set_criterion import ANY_CLASS
 
 REGION_LEVEL = 0.5
 """A text query's region: cells where its class has at least this share of its highest probability."""
+REGION_LOGITS = 4.0
+"""And where the class's logit is at most so far below its highest one."""
 
 
 @dataclass
@@ -96,7 +98,7 @@ class DominantCategories(nn.Module):
 
     def classify_cells(
         self, cell_embeds: Tensor, is_valid: Tensor, text: TextEmbeddings, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Classify each cell of the dense feature by itself.
 
         Args:
@@ -106,8 +108,8 @@ class DominantCategories(nn.Module):
             scale: CLIP's logit scale, a scalar.
 
         Returns:
-            Class probabilities (B, S, K), zero in cells that are not valid and for duplicates, and each name's highest
-            logit over the cells, (B, N); float32.
+            Class probabilities (B, S, K), zero in cells that are not valid and for duplicates; class logits (B, S, K),
+            -inf there; and each name's highest logit over the cells, (B, N); float32.
         """
         names = scale * F.normalize(cell_embeds.float(), dim=-1) @ text.prompt_embeds.float().T
         names = names.masked_fill(~is_valid[..., None], float("-inf"))
@@ -116,7 +118,7 @@ class DominantCategories(nn.Module):
         classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
         classes = classes.masked_fill(text.is_duplicate, float("-inf"))
         probs = classes.softmax(dim=-1).masked_fill(~is_valid[..., None] | text.is_duplicate, 0)
-        return probs, names.amax(dim=1)
+        return probs, classes, names.amax(dim=1)
 
     def select_by_cells(
         self, cell_probs: Tensor, name_logits: Tensor, text: TextEmbeddings
@@ -165,7 +167,9 @@ class DominantCategories(nn.Module):
         by_cells, embeds = self.config.dominant_category_source == "cells", given_embeds
         if by_cells and (embeds is None or self.config.text_query_regions):
             cell_embeds, is_valid = clip.embed_cells(dense, valid)
-            cells, name_logits = self.classify_cells(cell_embeds, is_valid, text, clip.logit_scale)
+            cells, cell_logits, name_logits = self.classify_cells(
+                cell_embeds, is_valid, text, clip.logit_scale
+            )
         if embeds is None and by_cells:
             names, classes = self.select_by_cells(cells, name_logits, text)
             embeds = text.prompt_embeds[names]
@@ -174,8 +178,11 @@ class DominantCategories(nn.Module):
             names = self.select(image_embeds, text.name_embeds)
             embeds = text.name_embeds[names]
         if classes is not None and self.config.text_query_regions:
-            own = cells.gather(2, classes.clamp(min=0)[:, None].expand(-1, cells.shape[1], -1)).mT
+            index = classes.clamp(min=0)[:, None].expand(-1, cells.shape[1], -1)
+            own, logits = cells.gather(2, index).mT, cell_logits.gather(2, index).mT
             regions = (own >= REGION_LEVEL * own.amax(dim=-1, keepdim=True)) & is_valid[:, None]
+            # Among few classes a probability says little.
+            regions &= logits >= logits.amax(dim=-1, keepdim=True) - REGION_LOGITS
         if classes is not None and self.class_bias is not None:
             bias = self.class_bias.expand(classes.shape)
         return TextQueries(self.project(embeds), names, classes if by_cells else None, regions, bias)

@@ -100,10 +100,22 @@ def test_text_queries_first_look_where_the_dense_feature_shows_their_class():
     probs = logits.softmax(dim=-1)
     for image, selected in enumerate(outputs.dominant_categories):
         for query, name in enumerate(selected):
-            own = probs[image, :, [0, 1, 1, 2, 3, 4][names.index(name)]]
-            assert seen["allowed"][image, query].tolist() == (own >= own.max() / 2).tolist()
+            label = [0, 1, 1, 2, 3, 4][names.index(name)]
+            own, logit = probs[image, :, label], logits[image, :, label]
+            expected = (own >= own.max() / 2) & (logit >= logit.max() - 4)
+            assert seen["allowed"][image, query].tolist() == expected.tolist()
     given = segment(model, images, dominant_categories=outputs.dominant_categories)
     assert_same(given.class_queries_logits, outputs.class_queries_logits)
+
+
+def test_the_only_class_of_a_vocabulary_is_looked_for_where_it_is_nearest():
+    """Its probability is 1 in every cell."""
+    model, seen = build(**OWN_CLASS), {}
+    model.clip_backbone.clip.logit_scale.data.fill_(9.0)
+    layer = model.image_text_aggregation.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: seen.update(allowed=inputs[4]))
+    segment(model, pixels(1, 3, 96, 96), vocabulary=["cat"])
+    assert 0 < seen["allowed"][0, 0].sum() < 9
 
 
 def test_in_training_text_queries_are_matched_with_their_own_class_alone():
