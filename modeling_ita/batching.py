@@ -389,13 +389,22 @@ def given_classes(group: Group, device: torch.device) -> Tensor | None:
     """Give the classes of dominant categories from outside, (b, k) int64, `NO_CLASS` for other names; None without."""
     if group.dominant_categories is None:
         return None
+    rows = _class_rows(group.vocabulary, tuple(map(tuple, group.dominant_categories)))
+    return (
+        const_matrix(rows, torch.int64, device)
+        if rows[0]
+        else torch.zeros(len(rows), 0, dtype=torch.int64, device=device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _class_rows(vocabulary: VocabularyKey, names: tuple[tuple[str, ...], ...]) -> list[list[int]]:
     class_of = {
         normal_form(name): index
-        for index, synonyms in reversed(list(enumerate(group.vocabulary)))
+        for index, synonyms in reversed(list(enumerate(vocabulary)))
         for name in synonyms
     }
-    rows = [[class_of.get(normal_form(name), NO_CLASS) for name in row] for row in group.dominant_categories]
-    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), -1)
+    return [[class_of.get(normal_form(name), NO_CLASS) for name in row] for row in names]
 
 
 def dominant_names(
