@@ -101,6 +101,7 @@ def build_page(
                     label="Minimum score of a segment",
                     elem_id="ita-threshold",
                 )
+                run = gr.Button("Segment", variant="primary", size="lg", elem_id="ita-run")
                 tiles = gr.Number(
                     value=0,
                     precision=0,
@@ -109,7 +110,6 @@ def build_page(
                     info=TILES_HELP,
                     elem_id="ita-tiles",
                 )
-                run = gr.Button("Segment", variant="primary", size="lg", elem_id="ita-run")
             with gr.Column(scale=6, min_width=320):
                 result = _result_view()
         if examples:

@@ -93,7 +93,7 @@ def test_the_copy_in_the_folder_is_a_command(exported, tmp_path):
     common = {"cwd": exported, "capture_output": True, "text": True}
     done = subprocess.run([*command, "--output", str(tmp_path / "map.png")], **common)
     assert done.returncode == 0, done.stderr
-    assert '{"id": 0, "label": "water", "share": 0.26' in done.stdout
+    assert '{"id": 0, "label": "water", "share": 0.25' in done.stdout
     assert "unicorn" not in done.stdout
     assert set(np.unique(Image.open(tmp_path / "map.png"))) == {0, 1, 255}
     failed = subprocess.run([*command[:-1], "cat,,dog"], **common)
