@@ -202,18 +202,27 @@ def print_tables(result: VariantScores) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def benchmark_parser(description: str, limit: int) -> argparse.ArgumentParser:
+    """Build a parser of the options that say which model and which images."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--benchmark", default="scenes", help="scenes, or a prepared benchmark in --data_dir")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
-    parser.add_argument("--limit", type=int, default=80, help="images")
+    parser.add_argument("--limit", type=int, default=limit, help="images")
+    return parser
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__ or "", limit=80)
     parser.add_argument(
         "--source", choices=("features", "thumbnail", "cells"), help="in place of the checkpoint's"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random categories")
     arguments = parser.parse_args()
     model, processor = load_checkpoint(Path(arguments.model))
+    if arguments.source and arguments.source != "cells":  # which the options of text queries need
+        model.config.text_query_matching, model.config.text_query_regions = "any", False
+        model.config.text_query_class_bias = False
     if arguments.source:
         model.config.dominant_category_source = arguments.source
     if not model.config.num_dominant_categories:

@@ -7,13 +7,13 @@ has a mask that good (IoU over 0.5), the rest are lost because all these queries
 above the threshold, to a wrong class, or to another query that won the pixels. Prints a Markdown table.
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from dominant_categories import benchmark_parser
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -96,11 +96,7 @@ def count_image(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--benchmark", default="scenes", help="scenes, or a prepared benchmark in --data_dir")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"))
-    parser.add_argument("--limit", type=int, default=200, help="images")
+    parser = benchmark_parser(__doc__ or "", limit=200)
     parser.add_argument("--threshold", type=float, default=0.0, help="least score of a panoptic segment")
     arguments = parser.parse_args()
     model, processor = load_checkpoint(Path(arguments.model))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .ops import const_matrix
+from .ops import integer_matrix
 from .set_criterion import NO_CLASS, Matches
-from .vocabulary import Classes, Vocabulary, VocabularyKey, normal_form, normalize_vocabulary
+from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
 
 
 @dataclass
@@ -70,7 +70,6 @@ class SegmentOutput:
         mask_embeds: (B, Q, C_mask) of each prediction; None after merging.
         mask_features: (B, C_mask, H / 4, W / 4); None after merging.
         dominant: (B, k) int64, indices of the selected names; None if there was no selection, or after merging.
-        query_classes: (B, Q) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`; None for any.
         query_classes: (B, Q) int64, the class that each query answers for, `ANY_CLASS` or `NO_CLASS`; None if queries
             answer for none.
         encoder_hidden_states: of the image tower, if asked for, at strides 4, 8, 16, 32.
@@ -292,7 +291,7 @@ def valid_pixels(
     """Mark where images of these sizes lie in the padded one, (B, H, W) bool; None if all fill it."""
     if all(size == padded for size in sizes):
         return None
-    own = _size_tensor(sizes, device)
+    own = integer_matrix(sizes, device)
     rows = torch.arange(padded[0], device=device)[None] < own[:, :1]
     columns = torch.arange(padded[1], device=device)[None] < own[:, 1:]
     return rows[:, :, None] & columns[:, None]
@@ -301,14 +300,8 @@ def valid_pixels(
 def valid_sizes(pixel_mask: Tensor | None, sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
     """Give each image's height and width without padding, (B, 2) int64; in a graph being traced, of the mask."""
     if pixel_mask is None or not torch.compiler.is_compiling():
-        return _size_tensor(sizes, device)
+        return integer_matrix(sizes, device)
     return torch.stack([pixel_mask.bool().any(dim=dim).sum(dim=1) for dim in (2, 1)], dim=1)
-
-
-def _size_tensor(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return const_matrix(sizes, torch.int64, device)
-    return torch.tensor(sizes, device=device)
 
 
 def merge(parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, int]) -> SegmentOutput:
@@ -383,28 +376,6 @@ def _merge_states(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
         missing = [most - own for most, own in zip(shape[::-1], part.shape[:0:-1], strict=True)]
         merged[group.indices] = F.pad(part, [margin for more in missing for margin in (0, more)])
     return merged
-
-
-def given_classes(group: Group, device: torch.device) -> Tensor | None:
-    """Give the classes of dominant categories from outside, (b, k) int64, `NO_CLASS` for other names; None without."""
-    if group.dominant_categories is None:
-        return None
-    rows = _class_rows(group.vocabulary, tuple(map(tuple, group.dominant_categories)))
-    return (
-        const_matrix(rows, torch.int64, device)
-        if rows[0]
-        else torch.zeros(len(rows), 0, dtype=torch.int64, device=device)
-    )
-
-
-@torch.compiler.assume_constant_result
-def _class_rows(vocabulary: VocabularyKey, names: tuple[tuple[str, ...], ...]) -> list[list[int]]:
-    class_of = {
-        normal_form(name): index
-        for index, synonyms in reversed(list(enumerate(vocabulary)))
-        for name in synonyms
-    }
-    return [[class_of.get(normal_form(name), NO_CLASS) for name in row] for row in names]
 
 
 def dominant_names(

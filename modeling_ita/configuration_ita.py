@@ -102,7 +102,8 @@ class ITAConfig(PreTrainedConfig):
             features already computed), `"thumbnail"` (a second pass of CLIP over the whole image, as published) or
             `"cells"` (each cell of the dense features by itself; one name for each class).
         text_query_matching (`str`): `"own_class"`: in training, a text query is matched with segments of the class that
-            it was selected for, and with no others; `"any"` as published. This and the next two are for `"cells"`.
+            it was selected for, and with others only where learned queries run out; `"any"` as published. This and the
+            next two are for `"cells"`.
         text_query_class_bias (`bool`): add a learned bias to the logit of the class that a text query was selected for.
         text_query_regions (`bool`): let text queries look, in the decoder's first layer, at the cells of the dense
             feature that show their class.
@@ -274,6 +275,10 @@ class ITAConfig(PreTrainedConfig):
                 "text_query_matching, text_query_class_bias and text_query_regions need "
                 'dominant_category_source="cells"'
             )
+        if self.text_query_matching == "own_class" and not self.num_learned_queries:
+            raise ValueError(
+                'text_query_matching="own_class" needs learned queries for what is not among the categories'
+            )
         if self.adapter_mask_channels % 4:
             raise ValueError(
                 f"adapter_mask_channels must be a multiple of 4, got {self.adapter_mask_channels}"
@@ -304,7 +309,7 @@ class ITAConfig(PreTrainedConfig):
         super().__setattr__(key, value)
         if not self.__dict__.get("_post_init_done") or value is None:
             return
-        if key in INTEGER_RANGES or key in NUMBER_RANGES:
+        if key in INTEGER_RANGES or key in NUMBER_RANGES or key in CHOICES:
             self._check_fields()
         elif key == "vocabulary":
             self._label_by_vocabulary()

@@ -131,11 +131,8 @@ class SamplingGrid:
         )
 
     def fits_embedding_bag(self, value: Tensor) -> bool:
-        """Say whether `sample_by_embedding_bag` is the faster one: on a CPU, without the gradient of `value`.
-
-        Positions in the table have to be exact in float32.
-        """
-        if value.device.type != "cpu" or value.requires_grad or torch.compiler.is_exporting():
+        """Say whether `sample_by_embedding_bag` can be used: on a CPU, with positions in the table exact in float32."""
+        if value.device.type != "cpu" or torch.compiler.is_exporting():
             return False
         return self.rows * self.row_stride < 2**24 and value.numel() < 2**31
 

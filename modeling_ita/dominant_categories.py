@@ -9,6 +9,7 @@ matches it with segments of that class alone; `text_query_class_bias` adds a lea
 `text_query_regions` the decoder's first layer looks where the dense CLIP feature shows the class.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 from .classification import TextEmbeddings
 from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
-from .set_criterion import ANY_CLASS
+from .ops import integer_matrix
+from .set_criterion import ANY_CLASS, NO_CLASS
+from .vocabulary import VocabularyKey, normal_form
 
 REGION_LEVEL = 0.5
 """A text query's region: cells where its class has at least this share of its highest probability."""
@@ -58,6 +61,24 @@ class TextQueries:
         is_own = self.classes[..., None] == torch.arange(logits.shape[-1], device=logits.device)
         bias = (self.class_bias[..., None] * is_own).to(logits.dtype)
         return torch.cat([logits[:, :count] + bias, logits[:, count:]], dim=1)
+
+
+def classes_of_names(
+    vocabulary: VocabularyKey, names: Sequence[Sequence[str]] | None, device: torch.device
+) -> Tensor | None:
+    """Give the class of each name, (B, k) int64, `NO_CLASS` for names of no class; None without names."""
+    if names is None:
+        return None
+    return integer_matrix(_class_rows(vocabulary, tuple(map(tuple, names))), device)
+
+
+@torch.compiler.assume_constant_result
+def _class_rows(vocabulary: VocabularyKey, names: tuple[tuple[str, ...], ...]) -> list[list[int]]:
+    class_of: dict[str, int] = {}
+    for index, synonyms in enumerate(vocabulary):
+        for name in synonyms:
+            class_of.setdefault(normal_form(name), index)
+    return [[class_of.get(normal_form(name), NO_CLASS) for name in row] for row in names]
 
 
 class DominantCategories(nn.Module):
@@ -183,6 +204,7 @@ class DominantCategories(nn.Module):
             regions = (own >= REGION_LEVEL * own.amax(dim=-1, keepdim=True)) & is_valid[:, None]
             # Among few classes a probability says little.
             regions &= logits >= logits.amax(dim=-1, keepdim=True) - REGION_LOGITS
+            regions |= (classes == NO_CLASS)[..., None] & is_valid[:, None]
         if classes is not None and self.class_bias is not None:
             bias = self.class_bias.expand(classes.shape)
         return TextQueries(self.project(embeds), names, classes if by_cells else None, regions, bias)

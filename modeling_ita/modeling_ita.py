@@ -25,7 +25,6 @@ from .batching import (
     check_labels,
     class_ids_of,
     dominant_names,
-    given_classes,
     group_images,
     matched_mask_logits,
     merge,
@@ -38,7 +37,7 @@ from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
 from .configuration_ita import ITAConfig, check_number
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
-from .dominant_categories import DominantCategories, TextQueries
+from .dominant_categories import DominantCategories, TextQueries, classes_of_names
 from .image_text_aggregation import Attention, ImageTextAggregation
 from .mask_adapter import ConvNeXtBlock
 from .ops import channels_last, load_blocks_at_once
@@ -289,7 +288,9 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
                 self._encode(group.vocabulary, templates, train_vocabulary),
                 group.valid,
                 given_embeds=self._embed_given(group, templates),
-                given_classes=given_classes(group, pixel_values.device),
+                given_classes=classes_of_names(
+                    group.vocabulary, group.dominant_categories, pixel_values.device
+                ),
                 image_embeds=self._embed_thumbnails(group),
                 ensemble_weights=weights,
                 every_layer=mask_labels is not None or self.training,

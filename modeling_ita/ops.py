@@ -36,6 +36,13 @@ def const_matrix(rows: Sequence[Sequence[int]], dtype: torch.dtype, device: torc
     )
 
 
+def integer_matrix(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Make a small int64 matrix on the device, of as many columns as the first row has; also in a graph."""
+    if torch.compiler.is_compiling() and rows[0]:
+        return const_matrix(rows, torch.int64, device)
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), len(rows[0]))
+
+
 def sine_position_embedding(height: int, width: int, channels: int, like: Tensor) -> Tensor:
     """Encode the positions of a (height, width) grid by sines (DETR, arXiv 2005.12872).
 

@@ -79,7 +79,7 @@ def sample_at_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def own_class_cost(query_classes: Tensor, target_classes: Tensor) -> Tensor:
-    """Prefer queries for targets of their own class, and keep them from all others.
+    """Prefer queries for targets of their own class; others get them only where free queries run out.
 
     Args:
         query_classes: (Q,) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`.

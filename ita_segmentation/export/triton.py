@@ -24,7 +24,7 @@ max_batch_size: 0  # the batch is among the dimensions: a vocabulary's inputs ha
 def arrange_for_triton(folder: Path) -> None:
     """Move the networks of a folder that `write_onnx_folder` wrote into a model repository.
 
-    The rest stays where it is, for clients: `OnnxPredictor(folder, run=TritonRunner(address))`.
+    The rest stays where it is, for clients: `OnnxPredictor(folder, run=TritonRunner(url))`.
 
     Args:
         folder: has the networks; gets `model_repository`.

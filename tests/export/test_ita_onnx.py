@@ -38,7 +38,7 @@ def shipped(tmp_path_factory):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.3}, {"threshold": 0.3, "num_classes": 3}])
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.3}, {"threshold": 0.3, "num_classes": 4}])
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
 def test_segments_are_those_of_the_image_processor(shipped, task, options):
     model, processor, predictor = shipped
@@ -56,7 +56,7 @@ def test_segments_are_those_of_the_image_processor(shipped, task, options):
             assert segment.pop("score") == pytest.approx(wanted.pop("score"), abs=1e-4)
             assert segment == wanted
             count += 1
-    assert task == "semantic" or count
+    assert task == "semantic" or count > 1
 
 
 @torch.no_grad()

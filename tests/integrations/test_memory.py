@@ -53,7 +53,7 @@ def test_the_pipeline_holds_each_mask_once(pipe, subtask, size):
     found, peak = peak_bytes(lambda: pipe.postprocess(given, subtask=subtask))
     assert len(found) == COUNT
     assert all(np.asarray(one["mask"]).max() == 255 for one in found[:: COUNT - 1])
-    assert peak < 1.8 * COUNT * size[0] * size[1]
+    assert peak < 1.6 * COUNT * size[0] * size[1]
 
 
 @pytest.mark.parametrize("form", ["binary maps", "id map"])
@@ -70,7 +70,7 @@ def test_detections_hold_each_mask_once(pipe, form, size):
     detections, peak = peak_bytes(lambda: to_detections(result, NAMES))
     assert len(detections) == COUNT
     given = 1 if form == "binary maps" else 0
-    assert (given * COUNT * size[0] * size[1] + peak) < 1.8 * COUNT * size[0] * size[1]
+    assert (given * COUNT * size[0] * size[1] + peak) < 1.6 * COUNT * size[0] * size[1]
 
 
 def test_a_mask_without_pixels_is_left_out_of_the_detections():

@@ -118,6 +118,14 @@ def test_the_only_class_of_a_vocabulary_is_looked_for_where_it_is_nearest():
     assert 0 < seen["allowed"][0, 0].sum() < 9
 
 
+def test_a_given_name_of_no_class_is_looked_for_everywhere():
+    model, seen = build(**OWN_CLASS), {}
+    layer = model.image_text_aggregation.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: seen.update(allowed=inputs[4]))
+    segment(model, pixels(1, 3, 64, 96), dominant_categories=["lamp"])
+    assert seen["allowed"][0, 0].all()
+
+
 def test_in_training_text_queries_are_matched_with_their_own_class_alone():
     model = build(**OWN_CLASS).train()
     images, masks = pixels(2, 3, 64, 64), [torch.rand(3, 64, 64) > 0.5 for _ in range(2)]
@@ -156,6 +164,14 @@ def test_images_with_and_without_text_queries_of_their_own_make_a_batch():
 def test_text_queries_that_answer_for_a_class_need_selection_by_cells(option):
     with pytest.raises(ValueError, match='dominant_category_source="cells"'):
         tiny_config(**option)
+    config = tiny_config(**option, dominant_category_source="cells")
+    with pytest.raises(ValueError, match='dominant_category_source="cells"'):
+        config.dominant_category_source = "features"
+
+
+def test_text_queries_of_their_own_class_need_learned_queries_beside_them():
+    with pytest.raises(ValueError, match="learned queries"):
+        tiny_config(**OWN_CLASS, num_learned_queries=0)
 
 
 def test_clips_own_classification_lifts_unseen_masks_out_of_void():

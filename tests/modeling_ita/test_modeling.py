@@ -7,21 +7,10 @@ import pytest
 import torch
 
 from helpers.tiny_checkpoint import EncodedNames, tiny_clip
-from helpers.tiny_model import CLASSES, TOWERS, assert_same, build, pixels, segment
+from helpers.tiny_model import CLASSES, assert_same, build, pixels, segment
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, normalize_vocabulary
 from modeling_ita.classification import class_logits
 from modeling_ita.ops import mask_mean
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build()
-
-
-@pytest.fixture(scope="module", params=TOWERS)
-def tower_model(request):
-    return build(**TOWERS[request.param])
-
 
 # --- what comes out ---
 

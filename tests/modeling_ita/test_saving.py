@@ -10,18 +10,8 @@ import torch
 from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
 from helpers.tiny_checkpoint import tiny_config
-from helpers.tiny_model import CLASSES, TOWERS, assert_same, build, pixels, segment
+from helpers.tiny_model import CLASSES, assert_same, build, pixels, segment
 from modeling_ita import ITAForOpenVocabSegmentation
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build()
-
-
-@pytest.fixture(scope="module", params=TOWERS)
-def tower_model(request):
-    return build(**TOWERS[request.param])
 
 
 def clip_alone(model) -> ITAForOpenVocabSegmentation:

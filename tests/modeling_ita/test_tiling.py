@@ -28,7 +28,7 @@ def loaded():
 def collage():
     """Two Scenes side by side, 192 x 384, and the second one's things by class with their masks."""
     image, truth = Image.new("RGB", (384, 192)), np.zeros((192, 384), dtype=np.int32)
-    drawn = [scene(1_000_003, index, 192, classes="all") for index in (3, 5)]
+    drawn = [scene(1_000_003, index, 192, classes="all") for index in (15, 16)]
     segments = []
     for place, one in enumerate(drawn):
         image.paste(one.image, (192 * place, 0))
@@ -155,7 +155,7 @@ def test_a_thing_of_scenes_that_a_border_cuts_comes_back_as_one_instance(loaded,
         # Whether the network finds it at all, or twice, is not the tiles' doing; that no part comes back alone is.
         cut += bool(hits)
         assert all((one.mask & own).sum() > 0.7 * own.sum() for one in hits)
-    assert cut
+    assert cut >= 2
 
 
 def test_an_image_that_fits_a_tile_is_what_it_is_without_tiles(loaded, collage):
@@ -210,4 +210,4 @@ def test_memory_does_not_grow_with_the_number_of_tiles(task):
         return most - result.segmentation.numel() * result.segmentation.element_size()
 
     few, many = peak(2), peak(16)
-    assert many < 1.5 * few + 8 * 2**20
+    assert many < 1.3 * few + 6 * 2**20

@@ -9,18 +9,18 @@ TYPES = {"float32": "FP32", "int64": "INT64", "bool": "BOOL"}
 
 
 class TritonRunner:
-    """Runs the networks of a served model repository, for `OnnxPredictor(folder, run=TritonRunner(address))`.
+    """Runs the networks of a served model repository, for `OnnxPredictor(folder, run=TritonRunner(url))`.
 
     Args:
-        address: host and port of the server's gRPC, such as "localhost:8001".
+        url: host and port of the server's gRPC, such as "localhost:8001".
         options: of `tritonclient.grpc.InferenceServerClient`, such as `ssl=True`.
     """
 
-    def __init__(self, address: str, **options: Any):
+    def __init__(self, url: str, **options: Any):
         from tritonclient import grpc
 
         self._grpc: Any = grpc
-        self._client: Any = grpc.InferenceServerClient(address, **options)
+        self._client: Any = grpc.InferenceServerClient(url, **options)
 
     def __call__(self, network: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run a network.
