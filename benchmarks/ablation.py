@@ -25,6 +25,7 @@ from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.data.scenes import scenes_dataset
 from ita_segmentation.data.training.classes import scenes_classes
 from ita_segmentation.data.training.scenes import ScenesTraining
+from ita_segmentation.errors import ITAError
 from ita_segmentation.evaluation.benchmarks import load_benchmark
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, normalize_vocabulary
 
@@ -169,7 +170,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=150, help="validation images")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
     arguments = parser.parse_args()
-    source, processor = load_checkpoint(Path(arguments.clip))
+    try:
+        source, processor = load_checkpoint(Path(arguments.clip))
+    except ITAError as error:
+        parser.error(str(error))
     features = CachedFeatures(
         source, processor, arguments.output / f"features-{arguments.images}", arguments.images
     )

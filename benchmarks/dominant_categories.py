@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ita_segmentation.checkpoints import load_checkpoint
+from ita_segmentation.errors import ITAError
 from ita_segmentation.evaluation.benchmarks import load_benchmark
 from ita_segmentation.evaluation.evaluator import decode_sample
 from ita_segmentation.evaluation.ita_predictor import ITAPredictor
@@ -212,6 +213,19 @@ def benchmark_parser(description: str, limit: int) -> argparse.ArgumentParser:
     return parser
 
 
+def load(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Load the model, its processor and the images that the options name, or end with one line that says why not."""
+    try:
+        model, processor = load_checkpoint(Path(arguments.model))
+        return (
+            model,
+            processor,
+            load_benchmark(arguments.benchmark, arguments.data_dir, limit=arguments.limit),
+        )
+    except ITAError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     parser = benchmark_parser(__doc__ or "", limit=80)
     parser.add_argument(
@@ -219,7 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random categories")
     arguments = parser.parse_args()
-    model, processor = load_checkpoint(Path(arguments.model))
+    model, processor, benchmark = load(parser, arguments)
     if arguments.source and arguments.source != "cells":  # which the options of text queries need
         model.config.text_query_matching, model.config.text_query_regions = "any", False
         model.config.text_query_class_bias = False
@@ -227,7 +241,6 @@ def main() -> None:
         model.config.dominant_category_source = arguments.source
     if not model.config.num_dominant_categories:
         parser.error("this checkpoint has no dominant categories")
-    benchmark = load_benchmark(arguments.benchmark, arguments.data_dir, limit=arguments.limit)
     with torch.inference_mode():
         print_tables(score_variants(model, processor, benchmark, arguments.limit, arguments.seed))
 

@@ -8,17 +8,14 @@ above the threshold, to a wrong class, or to another query that won the pixels. 
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from dominant_categories import benchmark_parser
+from dominant_categories import benchmark_parser, load
 from torch import Tensor
 from torch.nn import functional as F
 
-from ita_segmentation.checkpoints import load_checkpoint
-from ita_segmentation.evaluation.benchmarks import load_benchmark
 from ita_segmentation.evaluation.evaluator import decode_sample
 
 OUTCOMES = ("found", "void", "threshold", "wrong class", "overlap")
@@ -99,8 +96,7 @@ def main() -> None:
     parser = benchmark_parser(__doc__ or "", limit=200)
     parser.add_argument("--threshold", type=float, default=0.0, help="least score of a panoptic segment")
     arguments = parser.parse_args()
-    model, processor = load_checkpoint(Path(arguments.model))
-    benchmark = load_benchmark(arguments.benchmark, arguments.data_dir, limit=arguments.limit)
+    model, processor, benchmark = load(parser, arguments)
     if "panoptic" not in benchmark.tasks or benchmark.is_thing is None:
         parser.error("this benchmark has no panoptic ground truth")
     counts = Counter[Any]()
