@@ -210,4 +210,5 @@ def test_memory_does_not_grow_with_the_number_of_tiles(task):
         return most - result.segmentation.numel() * result.segmentation.element_size()
 
     few, many = peak(2), peak(16)
-    assert many < 1.3 * few + 6 * 2**20
+    probabilities = 9 * 4 * 1024 * 256 * 14  # of all classes, float32, of the pixels that are more
+    assert many - few < probabilities / 3
