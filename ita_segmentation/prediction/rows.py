@@ -3,6 +3,8 @@
 A unit is `UNIT_SIZE` neighboring images of one part. A folder, or a dataset on disk, is one part; a stream has a part
 for each of its files (at most `MAX_PARTS`, of several files each then). Which images make a unit depends on nothing
 else, and above all not on how many processes share the work: any number can go on with what others left.
+
+Folders, datasets on disk and parquet files are read from any unit on; other streams only from their beginning.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.files import path_text
 from ita_segmentation.images import IMAGE_SUFFIXES
+from ita_segmentation.prediction.parquet_parts import ParquetPart
 
 UNIT_SIZE = 256
 MAX_PARTS = 1024
@@ -78,6 +81,65 @@ class ListedRows:
                 yield Unit(0, number, map(self._row, range(number * UNIT_SIZE, stop)))
 
 
+class ParquetRows:
+    """Images in parquet files, of which a process reads the row groups of its own units.
+
+    Args:
+        parts: the files of each part.
+        row: makes a row of the values of its columns and its number.
+        columns: the columns that are read.
+        part_length: gives the number of rows of a part, None where it is not known.
+        note_length: is told the number of rows of a part.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[str]],
+        row: Callable[[dict[str, Any], int], Row],
+        columns: Sequence[str],
+        part_length: Callable[[int], int | None],
+        note_length: Callable[[int, int], None],
+    ):
+        self._parts, self._row, self._columns = parts, row, columns
+        self._part_length, self._note_length = part_length, note_length
+        self._open: tuple[int, ParquetPart] | None = None
+        self.description = {"unit_size": UNIT_SIZE, "parts": len(parts)}
+
+    def units(self, rank: int, world_size: int, is_done: IsDone) -> Iterator[Unit]:
+        """Yield the units of process `rank` of `world_size` that are not done yet.
+
+        Processes share the parts where there are enough, else the units of all parts, neighbors together. A part that
+        is known to be done is not opened.
+        """
+        if len(self._parts) >= world_size:
+            share = self._units_of(range(rank, len(self._parts), world_size))
+        else:
+            units = list(self._units_of(range(len(self._parts))))
+            first, last = (len(units) * one // world_size for one in (rank, rank + 1))
+            share = iter(units[first:last])
+        for part, number in share:
+            if not is_done(part, number):
+                yield Unit(part, number, self._rows(part, number))
+
+    def _units_of(self, parts: Iterable[int]) -> Iterator[tuple[int, int]]:
+        for part in parts:
+            length = self._part_length(part)
+            if length is None:
+                length = self._opened(part).num_rows
+                self._note_length(part, length)
+            yield from ((part, number) for number in range(-(-length // UNIT_SIZE)))
+
+    def _opened(self, part: int) -> ParquetPart:
+        if self._open is None or self._open[0] != part:
+            self._open = (part, ParquetPart(self._parts[part], self._columns))
+        return self._open[1]
+
+    def _rows(self, part: int, number: int) -> Iterator[Row]:
+        start = number * UNIT_SIZE
+        examples = self._opened(part).rows(start, start + UNIT_SIZE)
+        return (self._row(example, start + index) for index, example in enumerate(examples))
+
+
 class StreamedRows:
     """Images that can only be read in their order, part after part.
 
@@ -123,6 +185,9 @@ class StreamedRows:
             self._note_length(part, count)
 
 
+Rows = ListedRows | ParquetRows | StreamedRows
+
+
 class _Counted:
     """An iterator that counts what it has given."""
 
@@ -145,7 +210,7 @@ def open_rows(
     id_column: str | None,
     part_length: Callable[[int], int | None],
     note_length: Callable[[int, int], None],
-) -> ListedRows | StreamedRows:
+) -> Rows:
     """Open a folder of images (at any depth), a dataset on disk, parquet files, or a dataset of the Hub.
 
     All but the first two are streamed.
@@ -155,8 +220,8 @@ def open_rows(
         split: may be None where there is only one.
         image_column: the column with images, paths or URLs.
         id_column: the column that names the rows of the results; None for the image's path or the row's number.
-        part_length: see `StreamedRows`.
-        note_length: see `StreamedRows`.
+        part_length: gives the number of rows of a part of a stream, None where it is not known.
+        note_length: is told the number of rows of a part of a stream.
 
     Raises:
         ITAError: it cannot be found or read, has no such split or column, or holds no image.
@@ -164,7 +229,7 @@ def open_rows(
     path = Path(dataset)
     if path.is_dir() and not _is_dataset(path):
         return _folder_rows(path)
-    loaded = _load(dataset, split)
+    loaded, files = _load(dataset, split)
     columns = loaded.column_names
     for column in (image_column, id_column):
         if columns is not None and column is not None and column not in columns:
@@ -178,6 +243,14 @@ def open_rows(
             str(loaded._fingerprint),
         )
     num_parts = min(loaded.num_shards, MAX_PARTS)
+    if files is not None and len(files) == loaded.num_shards:
+        return ParquetRows(
+            _split(files, num_parts),
+            lambda example, number: _row_of(example, number, image_column, id_column),
+            [image_column] if id_column is None else [image_column, id_column],
+            part_length,
+            note_length,
+        )
 
     def part(index: int) -> Iterator[Row]:
         for number, example in enumerate(loaded.shard(num_shards=num_parts, index=index)):
@@ -213,27 +286,52 @@ def _images_below(folder: Path) -> Iterator[str]:
                 yield entry.path
 
 
-def _load(dataset: str, split: str | None) -> Any:
+def _load(dataset: str, split: str | None) -> tuple[Any, list[str] | None]:
+    """The dataset, and the files of it where it is a stream of parquet files."""
     import datasets
 
     path = Path(dataset)
+    builder: Any = None
     try:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             loaded: Any = datasets.load_from_disk(dataset)
-        elif path.is_file():
-            loaded = datasets.load_dataset("parquet", data_files=dataset, streaming=True)
         else:
-            loaded = datasets.load_dataset(dataset, streaming=True)
-        if not isinstance(loaded, dict):
-            return loaded
-        if split is None and len(loaded) == 1:
-            return next(iter(loaded.values()))
-        if split not in loaded:
-            wanted = "give --split" if split is None else f"no split {split!r}"
-            raise ITAError(f"{wanted}: the dataset {dataset} has {', '.join(map(str, loaded))}")
-        return loaded[split]
+            source = ("parquet", dataset) if path.is_file() else (dataset, None)
+            builder = datasets.load_dataset_builder(source[0], data_files=source[1])
+            loaded = builder.as_streaming_dataset()
+        if isinstance(loaded, dict):
+            split = _only_split(loaded, dataset, split)
+            loaded = loaded[split]
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise ITAError(f"the dataset {dataset} cannot be read: {one_line(error, 200)}") from error
+    return loaded, _parquet_files(builder, split)
+
+
+def _only_split(splits: dict[str, Any], dataset: str, split: str | None) -> str:
+    if split is None and len(splits) == 1:
+        return next(iter(splits))
+    if split not in splits:
+        wanted = "give --split" if split is None else f"no split {split!r}"
+        raise ITAError(f"{wanted}: the dataset {dataset} has {', '.join(map(str, splits))}")
+    return split
+
+
+def _parquet_files(builder: Any, split: str | None) -> list[str] | None:
+    """The files of a split, where they are plain parquet files, in the dataset's order."""
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if not isinstance(builder, Parquet) or split is None:
+        return None
+    files = [str(file) for file in builder.config.data_files[split]]
+    plain = all(file.endswith(".parquet") and "::" not in file for file in files)
+    return files if plain else None
+
+
+def _split(files: Sequence[str], num_parts: int) -> list[Sequence[str]]:
+    """Cut into `num_parts` runs of neighbors; the first ones have one more where it does not divide."""
+    size, longer = divmod(len(files), num_parts)
+    starts = [size * part + min(part, longer) for part in range(num_parts + 1)]
+    return [files[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
 def _undecoded(dataset: Any, image_column: str) -> Any:

@@ -3,7 +3,7 @@
 The output folder gets
 - plan.json: what is segmented and how; another run in the same folder must say the same;
 - PART-UNIT.parquet, complete or absent: a row for each image of a unit of work (see `rows.py`);
-- parts/PART: the number of rows of each part of a stream that was read to its end.
+- parts/PART: the number of rows of each part of a stream, once it is known.
 Processes do not communicate: each does the units whose number falls to it and that are not there yet.
 """
 
@@ -23,7 +23,7 @@ from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.files import atomic_path, json_bytes, read_text, write_files
 from ita_segmentation.images import DECODING_ERRORS
 from ita_segmentation.prediction.formats import label_png
-from ita_segmentation.prediction.rows import ListedRows, Row, StreamedRows, Unit, batches
+from ita_segmentation.prediction.rows import Row, Rows, Unit, batches
 from ita_segmentation.prediction.segmenter import SegmentedImage, Segmenter
 
 DATASET_FORMATS = ("labels", "segments", "coco")
@@ -131,7 +131,7 @@ _LAUNCH_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 def segment_dataset(
     segmenter: Segmenter,
-    rows: ListedRows | StreamedRows,
+    rows: Rows,
     folder: ShardFolder,
     plan: Mapping[str, Any],
     formats: Sequence[str],

@@ -11,14 +11,17 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import psutil
+import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
 
 from ita_segmentation.errors import ITAError
 from ita_segmentation.prediction import rows
+from ita_segmentation.prediction.parquet_parts import ParquetPart
 
 datasets = pytest.importorskip("datasets")
 UNIT_SIZE = 4
@@ -129,15 +132,17 @@ def test_a_dataset_on_disk_is_read_by_row(predict, tmp_path):
     assert row["label_map"] is None
 
 
-@pytest.mark.parametrize("kind", ["folder", "one file", "two files"])
-def test_processes_share_the_work_and_another_number_of_them_goes_on(kind, predict, tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "one file", "two files", "a stream of another kind"])
+def test_processes_share_the_work_and_another_number_of_them_goes_on(kind, predict, tmp_path, monkeypatch):
+    if kind == "a stream of another kind":
+        monkeypatch.setattr(rows, "_parquet_files", lambda builder, split: None)
     source = tmp_path / "in"
     given = ["--dataset", source]
     if kind == "folder":
         folder_of(source, 18)
     else:
         source.mkdir()
-        parts = 1 if kind == "one file" else 2
+        parts = 2 if kind == "two files" else 1
         for part in range(parts):
             table_of(18 // parts, 50 * part).to_parquet(source / f"train-{part:05d}-of-{parts:05d}.parquet")
         given += ["--image_column", "photo", "--id_column", "name"]
@@ -150,6 +155,54 @@ def test_processes_share_the_work_and_another_number_of_them_goes_on(kind, predi
         assert predict(*given, "--output", output, rank=rank, world_size=3) == 0
     assert results(output) == results(tmp_path / "whole")
     assert all(path.read_bytes() == content for path, content in first.items())
+
+
+@pytest.mark.parametrize(("group", "decoded"), [(64, 1.0), (100, 1.25), (256, 1.0), (1024, 2.5)])
+def test_four_processes_read_each_row_of_one_file_once(group, decoded, tmp_path, monkeypatch):
+    """With one row group, rows before a process's own are passed over by pyarrow: they never become Python objects."""
+    monkeypatch.setattr(rows, "UNIT_SIZE", 256)
+    images = [{"bytes": b"%d" % index, "path": None} for index in range(1024)]
+    table = pyarrow.table({"image": images, "name": list(map(str, range(1024)))})
+    parquet.write_table(table, tmp_path / "one.parquet", row_group_size=group)
+    made, batches = [], []
+    row_of, iter_batches = rows._row_of, parquet.ParquetFile.iter_batches
+
+    def counted_row(*arguments):
+        made.append(arguments)
+        return row_of(*arguments)
+
+    def counted_batches(*arguments, **options):
+        for batch in iter_batches(*arguments, **options):
+            batches.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(rows, "_row_of", counted_row)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted_batches)
+    found = []
+    for rank in range(4):
+        opened = rows.open_rows(
+            str(tmp_path / "one.parquet"), None, "image", "name", lambda part: None, lambda part, length: None
+        )
+        for unit in opened.units(rank, 4, lambda part, number: False):
+            found += [(unit.number, row.number, row.image_id, row.image) for row in unit.rows]
+    assert found == [(index // 256, index, str(index), b"%d" % index) for index in range(1024)]
+    assert len(made) == 1024
+    assert sum(batches) <= decoded * 1024
+
+
+def test_parquet_rows_are_read_from_any_row_on_across_files_of_any_scheme(tmp_path):
+    files = []
+    for index, (count, group) in enumerate([(7, 3), (0, 1), (50, 50), (2, 1)]):
+        file = str(tmp_path / f"{index}.parquet") if index % 2 else f"memory://rows/{index}.parquet"
+        table = pyarrow.table({"n": pyarrow.array(range(100 * index, 100 * index + count), pyarrow.int64())})
+        with fsspec.open(file, "wb") as stream:
+            parquet.write_table(table, stream, row_group_size=group)
+        files.append(file)
+    expected = [*range(7), *range(200, 250), 300, 301]
+    part = ParquetPart(files, ["n"])
+    assert part.num_rows == 59
+    for start, stop in [(0, 4), (4, 8), (30, 40), (5, 57), (57, 99), (58, 58), (2, 3), (0, 59)]:
+        assert [row["n"] for row in part.rows(start, stop)] == expected[start:stop]
 
 
 def test_a_file_that_is_empty_or_cut_off_is_not_done(predict, tmp_path):
