@@ -10,6 +10,11 @@ from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.files import read_text
 
 MODEL_HELP = "checkpoint folder or Hub id (OWNER/NAME, or OWNER/NAME@REVISION)"
+DTYPES = ("float32", "bfloat16", "auto")
+DTYPE_HELP = (
+    "of weights and activations; auto is bfloat16 where the hardware computes in it, float32 else "
+    "(default: %(default)s)"
+)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX)
 HUB_FILES = ("*.json", "*.safetensors", "README.md", "examples/*")
@@ -68,12 +73,32 @@ def resolve_checkpoint(model: str | Path) -> Path:
         raise ITAError(f"{name} cannot be fetched from the Hub: {one_line(error, 200)}") from error
 
 
-def load_checkpoint(model: str | Path, device: str | None = None) -> tuple[Any, Any]:
+def choose_dtype(name: str, device: Any) -> Any:
+    """Give the `torch.dtype` that one of `DTYPES` means on a device.
+
+    Args:
+        name: "float32", "bfloat16" or "auto".
+        device: a `torch.device`.
+    """
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # an x86 CPU without these instructions emulates bfloat16, several times slower than float32
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_checkpoint(model: str | Path, device: str | None = None, dtype: str = "float32") -> tuple[Any, Any]:
     """Load model and image processor of a checkpoint.
 
     Args:
         model: as for `resolve_checkpoint`.
         device: where to put the model; None takes a GPU if there is one.
+        dtype: one of `DTYPES`.
 
     Returns:
         The model, in eval mode, and the processor.
@@ -105,7 +130,9 @@ def load_checkpoint(model: str | Path, device: str | None = None) -> tuple[Any, 
     damage += (TypeError, ValueError, MemoryError, SafetensorError, StrictDataclassError)
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        network, report = ITAForOpenVocabSegmentation.from_pretrained(folder, output_loading_info=True)
+        network, report = ITAForOpenVocabSegmentation.from_pretrained(
+            folder, output_loading_info=True, dtype=choose_dtype(dtype, chosen)
+        )
         processor = AutoImageProcessor.from_pretrained(folder)
     except damage as error:
         raise ITAError(f"the checkpoint {folder} cannot be loaded: {one_line(error, 240)}") from error

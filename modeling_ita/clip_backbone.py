@@ -163,8 +163,10 @@ class ClipBackbone(nn.Module):
     # --- images ---
 
     def forward(self, pixel_values: Tensor) -> ImageFeatures:
-        """Extract features of normalized RGB images (B, 3, H, W), H and W multiples of 32."""
+        """Extract features of normalized RGB images (B, 3, H, W), H and W multiples of 32, in the tower's dtype."""
         visual = self.clip.visual
+        weight = next(visual.parameters(), None)  # a replica of DataParallel has none
+        pixel_values = pixel_values if weight is None else pixel_values.to(weight.dtype)
         if self.is_resnet:
             x = visual.stem(pixel_values)
             levels = []

@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 from helpers.tiny_checkpoint import save_tiny_checkpoint
-from ita_segmentation.checkpoints import domain_notice, load_checkpoint, resolve_checkpoint
+from ita_segmentation.checkpoints import choose_dtype, domain_notice, load_checkpoint, resolve_checkpoint
 from ita_segmentation.cli.export import build_parser as export_parser
 from ita_segmentation.cli.predict import predict
 from ita_segmentation.errors import ITAError
@@ -52,6 +53,22 @@ def refusal(model) -> str:
 def test_a_folder_loads_in_eval_mode(checkpoint):
     model, processor = load_checkpoint(checkpoint, "cpu")
     assert not model.training and processor.size.shortest_edge == 64
+
+
+@pytest.mark.parametrize(
+    ("bf16", "tiles", "dtype"),
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
+)
+def test_auto_is_bfloat16_where_the_cpu_computes_in_it(bf16, tiles, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
+    assert choose_dtype("auto", torch.device("cpu")) == dtype
+    assert choose_dtype("float32", torch.device("cpu")) == torch.float32
+
+
+def test_auto_is_float32_on_a_gpu_that_only_emulates_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert choose_dtype("auto", torch.device("cuda")) == torch.float32
 
 
 def test_a_hub_id_loads_from_the_cache_in_offline_mode_at_the_revision_asked_for(hub_cache):

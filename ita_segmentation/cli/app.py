@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint, resolve_checkpoint
+from ita_segmentation.checkpoints import DTYPE_HELP, DTYPES, MODEL_HELP, load_checkpoint, resolve_checkpoint
 from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int
 from ita_segmentation.files import output_folder
 
@@ -28,6 +28,7 @@ def build_parser() -> ConfigArgumentParser:
         "--model_name", help="what the page's Python lines call the checkpoint (default: --model)"
     )
     basic.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    basic.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
     basic.add_argument(
         "--write_space",
         type=Path,
@@ -75,7 +76,7 @@ def serve(argv: Sequence[str] | None = None) -> int:
     from ita_segmentation.app.class_names import NameLimits
     from ita_segmentation.app.segmenter import Limits
 
-    model, processor = load_checkpoint(arguments.model, arguments.device)
+    model, processor = load_checkpoint(arguments.model, arguments.device, arguments.dtype)
     names = NameLimits(names=arguments.max_names, total_characters=arguments.max_characters)
     options = server.ServerOptions(
         host=arguments.host,

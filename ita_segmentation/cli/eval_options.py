@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ita_segmentation.checkpoints import MODEL_HELP, load_checkpoint, resolve_checkpoint, set_shortest_side
+from ita_segmentation.checkpoints import (
+    DTYPE_HELP,
+    DTYPES,
+    MODEL_HELP,
+    load_checkpoint,
+    resolve_checkpoint,
+    set_shortest_side,
+)
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser, fraction, positive_int
 from ita_segmentation.errors import ITAError, UsageError, one_line
@@ -66,6 +73,7 @@ def build_parser() -> ConfigArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=positive_int, default=1, help="images at a time (default: %(default)s)")
     add("--num_workers", type=positive_int, default=2, help="threads that decode (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
     add("--mixed_precision", choices=("no", "bf16", "fp16"), help="default: accelerate's setting")
     add("--panoptic_threshold", type=fraction, default=0.0, help="least segment score (default: %(default)s)")
     add("--num_examples", type=int, default=4, help="best and worst images shown (default: %(default)s each)")
@@ -193,7 +201,7 @@ class ModelUnderTest:
         if self.is_baseline and (options.sliding_window or options.tta or options.templates):
             raise UsageError("--sliding_window, --tta and --templates are for ITA checkpoints")
         if not self.is_baseline:
-            self.model, self.processor = load_checkpoint(self.path, str(accelerator.device))
+            self.model, self.processor = load_checkpoint(self.path, str(accelerator.device), options.dtype)
             set_shortest_side(self.processor, options.size)
             if options.longest_side is not None:
                 size = type(self.processor.size)
@@ -256,6 +264,7 @@ class ModelUnderTest:
             "stride": options.stride,
             "tta": list(options.tta_scales or TTA_SCALES) if options.tta else None,
             "precision": self.accelerator.mixed_precision,
+            "dtype": "float32" if self.is_baseline else str(self.model.dtype).removeprefix("torch."),
             "panoptic_threshold": options.panoptic_threshold,
             "templates": self.templates or "checkpoint",
             "allow_missing_classes": options.allow_missing_classes,

@@ -156,7 +156,7 @@ def _segmenter(
 ) -> Any:
     from ita_segmentation.prediction.segmenter import Segmenter
 
-    model, processor = load_checkpoint(arguments.model, device)
+    model, processor = load_checkpoint(arguments.model, device, arguments.dtype)
     notice = domain_notice(model.config)
     if notice is not None:
         print(f"note: {notice}", file=sys.stderr)

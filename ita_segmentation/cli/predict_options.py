@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ita_segmentation.checkpoints import MODEL_HELP
+from ita_segmentation.checkpoints import DTYPE_HELP, DTYPES, MODEL_HELP
 from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser, fraction, positive_int
 from ita_segmentation.errors import UsageError, one_line
@@ -92,6 +92,7 @@ def build_parser() -> ConfigArgumentParser:
         help="that neighboring tiles share, at least as large as most objects (default: a quarter of --tiles)",
     )
     how.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
     how.add_argument(
         "--every", type=positive_int, help="segment only every N-th frame of a video (default: 1)"
     )

@@ -26,7 +26,7 @@ def loaded(checkpoint: Path) -> tuple[Any, Any]:
 @pytest.fixture
 def predict(checkpoint: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`ita predict --model CHECKPOINT` with further arguments; as process `rank` of `world_size`."""
-    monkeypatch.setattr("ita_segmentation.cli.predict.load_checkpoint", lambda path, device: loaded)
+    monkeypatch.setattr("ita_segmentation.cli.predict.load_checkpoint", lambda path, device, dtype: loaded)
 
     def run(*arguments: object, rank: int = 0, world_size: int = 1) -> int:
         monkeypatch.setenv("RANK", str(rank))

@@ -25,7 +25,11 @@ def command(loaded, checkpoint, monkeypatch, capsys):
     load = checkpoints.load_checkpoint
     monkeypatch.setattr(
         "ita_segmentation.cli.predict.load_checkpoint",
-        lambda path, device: loaded if (str(path), device) == (str(checkpoint), None) else load(path, device),
+        lambda path, device, dtype: (
+            loaded
+            if (str(path), device, dtype) == (str(checkpoint), None, "float32")
+            else load(path, device, dtype)
+        ),
     )
 
     def run(*arguments, model=checkpoint) -> tuple[int, str, list[str]]:
@@ -318,3 +322,13 @@ def test_tiles_are_in_what_is_written_and_bad_ones_are_refused_in_a_line(command
     for options in (("--tiles", 8), ("--tiles", 64, "--tile_overlap", 64), ("--tile_overlap", 8)):
         status, _, errors = command(*arguments, "semantic", *options)
         assert (status, len(errors)) == (2, 1)
+
+
+def test_bfloat16_weights_give_nearly_the_labels_of_float32(tmp_path, command):
+    root, labels = Path(__file__).parents[2], []
+    for dtype in ("float32", "bfloat16"):
+        arguments = ["--images", root / "examples" / "scene_1.png", "--format", "labels", "--dtype", dtype]
+        output = tmp_path / dtype
+        assert command(*arguments, "--output", output, model=root / "models" / "ita-tiny")[0] == 0
+        labels.append(np.array(Image.open(next(output.glob("*.png")))))
+    assert 0.98 < (labels[0] == labels[1]).mean() < 1
