@@ -83,7 +83,9 @@ class DeformableAttention(nn.Module):
             attended = sample_by_triton(value, offsets, weights, sampling_grid)
         else:
             sample = (
-                sample_by_embedding_bag if sampling_grid.fits_embedding_bag(value) else sample_by_grid_sample
+                sample_by_embedding_bag
+                if sampling_grid.fits_embedding_bag(value, heads)
+                else sample_by_grid_sample
             )
             attended = sample(value.float(), offsets.float(), weights.float(), sampling_grid)
         return self.output_proj(attended.to(query.dtype))
@@ -130,9 +132,15 @@ class SamplingGrid:
             rows=starts[-1] + 1,  # below the last border there is one row more to read zeros from
         )
 
-    def fits_embedding_bag(self, value: Tensor) -> bool:
-        """Say whether `sample_by_embedding_bag` can be used: on a CPU, with positions in the table exact in float32."""
+    def fits_embedding_bag(self, value: Tensor, heads: int) -> bool:
+        """Say whether `sample_by_embedding_bag` is the faster one: on a CPU, if not in training with narrow heads.
+
+        Its gradient with respect to `value` sorts all sampled cells, which pays from 32 channels per head on.
+        Positions in the table have to be exact in float32.
+        """
         if value.device.type != "cpu" or torch.compiler.is_exporting():
+            return False
+        if value.requires_grad and value.shape[-1] < 32 * heads:
             return False
         return self.rows * self.row_stride < 2**24 and value.numel() < 2**31
 

@@ -69,6 +69,14 @@ def test_it_has_the_gradients_of_grid_sample(sample):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("channels", "training", "fits"), [(64, True, True), (32, True, False), (32, False, True)]
+)
+def test_training_with_narrow_heads_leaves_the_table_of_cells_to_inference(channels, training, fits):
+    value, _, _, sampling_grid = inputs(channels=channels)
+    assert sampling_grid.fits_embedding_bag(value.requires_grad_(training), heads=2) == fits
+
+
 @pytest.mark.parametrize("sample", SAMPLERS)
 def test_a_position_that_is_nan_gives_nan_there_and_nowhere_else(sample):
     value, offsets, weights, sampling_grid = inputs()
