@@ -242,6 +242,13 @@ class ITAConfig(PreTrainedConfig):
             reason = " ".join(str(error).split())
             raise ValueError(f"a field of every configuration has a wrong value: {reason:.200}") from error
 
+    def ensemble_weights(self, alpha: float | None, beta: float | None) -> tuple[float, float]:
+        """Give the weights of CLIP's class logits for seen and unseen classes, of a call where it says, 0..1 each."""
+        return (
+            check_number("ensemble_alpha", self.ensemble_alpha if alpha is None else alpha, 0, 1),
+            check_number("ensemble_beta", self.ensemble_beta if beta is None else beta, 0, 1),
+        )
+
     def _check_fields(self) -> None:
         """Check types and ranges before anything is computed of them."""
         for name, (least, most) in INTEGER_RANGES.items():

@@ -8,7 +8,7 @@ Symbols in shapes: B images, Q queries, K classes, N names (a class has one or m
 embedding width, C the decoder's width, k text queries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,10 @@ from .batching import (
     valid_sizes,
 )
 from .checkpoint_code import RemoteCodeMixin, check_weights_index
+from .class_examples import ClassExamples, ExamplesMixin, check_examples
 from .classification import MaskClassifier, TextEmbeddings, class_logits, ensemble_log_probs
 from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
-from .configuration_ita import ITAConfig, check_number
+from .configuration_ita import ITAConfig
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
 from .dominant_categories import DominantCategories, TextQueries, classes_of_names
@@ -131,7 +132,7 @@ class ITAPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
         super().add_adapter(adapter_config, adapter_name)
 
 
-class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
+class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
     """Open-vocabulary segmentation by image-text aggregation.
 
     Example:
@@ -243,6 +244,8 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         train_vocabulary: Sequence[str | Sequence[str]] | None = None,
         ensemble_alpha: float | None = None,
         ensemble_beta: float | None = None,
+        examples: Mapping[str, Tensor] | None = None,
+        example_weight: float | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -264,12 +267,14 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             train_vocabulary: classes seen in training in the place of the configuration's.
             ensemble_alpha: weight of CLIP's class logits for seen classes in the place of the configuration's.
             ensemble_beta: weight of CLIP's class logits for unseen classes in the place of the configuration's.
+            examples: class name -> (n, D), of `encode_examples`, that join the class's names.
+            example_weight: of the examples beside the names, 0..1 (0.5); at 1 the names say nothing.
             output_hidden_states: whether to return hidden states.
             output_attentions: whether to return the decoder's attention weights.
             return_dict: False gives a tuple.
 
         Raises:
-            ValueError: no vocabulary or a malformed one, labels that do not fit, or inputs whose shapes do not fit.
+            ValueError: no vocabulary or a malformed one, or labels, examples or inputs that do not fit.
         """
         config, size, padded = self.config, pixel_values.shape[-2:], padded_size(pixel_values.shape[-2:])
         wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -278,14 +283,15 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
         classes = batch_vocabularies(vocabulary, vocabularies, config.own_classes, len(sizes))
         masks = check_labels(mask_labels, class_labels, sizes, size, [len(own) for own in classes])
         given = check_dominant_categories(dominant_categories, len(sizes), config.num_dominant_categories)
-        weights = self._ensemble_weights(ensemble_alpha, ensemble_beta)
+        weights = config.ensemble_weights(ensemble_alpha, ensemble_beta)
+        shown = check_examples(examples, example_weight, classes, self.clip_backbone.embed_dim)
 
         groups = group_images(pixel_values, pixel_mask, sizes, classes, given)
         segment = self.segment if self._compiled_segment is None else self._compiled_segment
         parts = [
             segment(
                 group.pixel_values,
-                self._encode(group.vocabulary, templates, train_vocabulary),
+                self._encode(group.vocabulary, templates, train_vocabulary, shown),
                 group.valid,
                 given_embeds=self._embed_given(group, templates),
                 given_classes=classes_of_names(
@@ -430,13 +436,17 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
     # --- parts of forward and segment ---
 
     def _encode(
-        self, vocabulary: VocabularyKey, templates: Sequence[str] | None, train_vocabulary: Classes | None
+        self,
+        vocabulary: VocabularyKey,
+        templates: Sequence[str] | None,
+        train_vocabulary: Classes | None,
+        examples: ClassExamples | None = None,
     ) -> TextEmbeddings:
-        return self.text_encoder.encode(
-            vocabulary,
-            self.config.templates if templates is None else templates,
-            self.config.train_vocabulary if train_vocabulary is None else train_vocabulary,
-        )
+        config = self.config
+        templates = config.templates if templates is None else templates
+        seen = config.train_vocabulary if train_vocabulary is None else train_vocabulary
+        text = self.text_encoder.encode(vocabulary, templates, seen)
+        return text if examples is None else examples.add_to(text, vocabulary, self.clip_backbone.logit_scale)
 
     def _embed_given(self, group: Group, templates: Sequence[str] | None) -> Tensor | None:
         """Embed dominant categories from outside, (B, k', D); None if there are none."""
@@ -461,13 +471,6 @@ class ITAForOpenVocabSegmentation(ITAPreTrainedModel):
             )
         images = [image[:, :h, :w] for image, (h, w) in zip(group.pixel_values, group.sizes, strict=True)]
         return torch.cat([self.clip_backbone.embed_thumbnail(image) for image in images])
-
-    def _ensemble_weights(self, alpha: float | None, beta: float | None) -> tuple[float, float]:
-        config = self.config
-        return (
-            check_number("ensemble_alpha", config.ensemble_alpha if alpha is None else alpha, 0, 1),
-            check_number("ensemble_beta", config.ensemble_beta if beta is None else beta, 0, 1),
-        )
 
     # --- checkpoints ---
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .class_examples import encode_class_examples
 from .image_io import read_image
 from .postprocessing import DEFAULT_THRESHOLDS
 from .tiled_segmentation import TiledResult, segment_tiles
@@ -75,6 +76,8 @@ def collate_images(items: Sequence[Any]) -> dict[str, Any]:
 
 INHERITED_PARAMETERS = {"subtask", "threshold", "mask_threshold", "overlap_mask_area_threshold", "timeout"}
 """Parameters of transformers' own image segmentation pipeline."""
+MODEL_OPTIONS = ("vocabulary", "examples", "example_weight")
+"""What `forward` adds to the inputs of the model."""
 
 
 class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -98,6 +101,9 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             they have no instances. By default the checkpoint's configuration says what is stuff.
         distractors: whether classes of the checkpoint compete with the candidate labels. Set it to False for names of
             whole groups, such as "animal", where the checkpoint knows dogs and cats.
+        examples: for names of classes a list of (image, mask or box) that show them, in the images' own pixels; see
+            `class_examples.region_of_image`. They are encoded once, at the call or at construction.
+        example_weight: of the examples beside the names of their class, 0 to 1 (0.5); at 1 the names say nothing.
         subtask: "panoptic" (default), "instance" or "semantic".
         threshold: lowest score of a segment, or of a pixel for "semantic", where the score is the probability of its
             class. By default 0.5 for "semantic", and 0.9, as in transformers, for the others.
@@ -127,6 +133,8 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         stuff_labels: str | Iterable[str] | None = None,
         distractors: bool | None = None,
         allow_private_addresses: bool | None = None,
+        examples: Mapping[str, Sequence[tuple[Any, Any]]] | None = None,
+        example_weight: float | None = None,
         tiles: int | None = None,
         tile_overlap: int | None = None,
         tiles_at_once: int | None = None,
@@ -143,6 +151,11 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             postprocess["stuff_labels"] = list(stuff_labels)
         if distractors is not None:
             forward["distractors"] = distractors
+        if examples is not None:
+            given = {"timeout": kwargs.get("timeout"), "allow_private_addresses": allow_private_addresses}
+            forward["examples"] = self._encode_examples(examples, given)
+        if example_weight is not None:
+            forward["example_weight"] = example_weight
         if allow_private_addresses is not None:
             preprocess["allow_private_addresses"] = allow_private_addresses
         tiling = tiling_of(tiles, tile_overlap)
@@ -201,9 +214,25 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         processor: Any = self.image_processor
         return processor(images=images, return_tensors="pt").to(self.dtype)
 
+    def _encode_examples(self, examples: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Encode examples, and fetch their images as the call says or else the construction."""
+        earlier = getattr(self, "_preprocess_params", {})
+        fetching = {name: earlier[name] for name in given if name in earlier}
+        fetching.update({name: value for name, value in given.items() if value is not None})
+        with self.device_placement(), torch.inference_mode():
+            try:
+                return encode_class_examples(self.model, self.image_processor, examples, **fetching)
+            except ValueError as error:
+                raise ValueError(f"examples: {error}") from error
+
     def _forward(  # type: ignore[override]
-        self, model_inputs: Any, classes: list[list[str]] | None = None, distractors: bool = True
+        self,
+        model_inputs: Any,
+        classes: list[list[str]] | None = None,
+        distractors: bool = True,
+        **options: Any,
     ) -> Any:
+        model_inputs.update(options)
         if classes is not None:
             model: Any = self.model
             own, trained = model.default_vocabulary, model.config.train_vocabulary
@@ -286,7 +315,7 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         self, inputs: Any, tiling: Tiling, task: str, tiles_at_once: int, options: dict[str, Any]
     ) -> tuple[list[dict[str, Any]], Iterable[Tensor]]:
         """Segment the image that `forward` left as it is; gives segments, and their masks one by one."""
-        call = {name: inputs[name] for name in ("vocabulary",) if name in inputs}
+        call = {name: inputs[name] for name in MODEL_OPTIONS if name in inputs}
 
         def run(tiles: list[Image.Image]) -> Any:
             return self.model(**self._inputs_of(tiles).to(self.device), **call)
@@ -338,10 +367,14 @@ class ITAZeroShotImageSegmentationPipeline(ITAImageSegmentationPipeline):
     """The same, with candidate labels only: a call without them, at it or at construction, raises ValueError."""
 
     def _forward(  # type: ignore[override]
-        self, model_inputs: Any, classes: list[list[str]] | None = None, distractors: bool = True
+        self,
+        model_inputs: Any,
+        classes: list[list[str]] | None = None,
+        distractors: bool = True,
+        **options: Any,
     ) -> Any:
         if classes is None:
             raise ValueError(
                 'zero-shot-image-segmentation needs candidate_labels, such as candidate_labels=["cat", "sofa|couch"]'
             )
-        return super()._forward(model_inputs, classes, distractors)
+        return super()._forward(model_inputs, classes, distractors, **options)

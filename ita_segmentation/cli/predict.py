@@ -176,6 +176,8 @@ def _segmenter(
         distractors=not arguments.no_distractors,
         tiling=arguments.tiling,
         tiles_at_once=arguments.batch_size,
+        examples=arguments.examples,
+        example_weight=arguments.example_weight,
     )
 
 

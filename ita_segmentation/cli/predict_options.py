@@ -75,6 +75,19 @@ def build_parser() -> ConfigArgumentParser:
         "it has kinds)",
     )
 
+    what.add_argument(
+        "--examples",
+        type=Path,
+        metavar="FILE",
+        help='JSON of images that show classes: {"cat": [{"image": PATH, "box": [LEFT, TOP, RIGHT, BOTTOM]}, '
+        '{"image": PATH, "mask": PATH}]}',
+    )
+    what.add_argument(
+        "--example_weight",
+        type=fraction,
+        help="of the examples beside the names of their class, 0 to 1 (default: 0.5; at 1 the names say nothing)",
+    )
+
     how = parser.add_argument_group("how it runs")
     how.add_argument("--size", type=positive_int, help="shortest side fed to the network, in pixels")
     how.add_argument("--batch_size", type=positive_int, default=1, help="images in one pass (default: 1)")
@@ -126,6 +139,8 @@ def read_options(
     elif any(one not in DATASET_FORMATS for one in formats):
         unknown = next(one for one in formats if one not in DATASET_FORMATS)
         raise UsageError(f"--dataset writes {', '.join(DATASET_FORMATS)}, not {unknown}")
+    if arguments.example_weight is not None and arguments.examples is None:
+        raise UsageError("--example_weight is for --examples")
     arguments.tiling = _tiling(arguments)
     vocabulary = None if arguments.classes is None else parse_names(arguments.classes, "--classes")
     if arguments.vocabulary is not None:
@@ -133,6 +148,10 @@ def read_options(
     stuff = None
     if arguments.stuff is not None:
         stuff = [name for names in parse_names(arguments.stuff, "--stuff") for name in names]
+    if arguments.examples is not None:
+        from ita_segmentation.prediction.examples import read_examples
+
+        arguments.examples = read_examples(arguments.examples)
     return arguments, vocabulary, stuff
 
 

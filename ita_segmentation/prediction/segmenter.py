@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ita_segmentation.errors import ITAError
+from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.prediction.segments import Segment, areas_and_boxes, as_array, iterate_segments
 from ita_segmentation.visualization import resize_labels
 from modeling_ita.postprocessing import DEFAULT_THRESHOLDS
@@ -90,9 +90,13 @@ class Segmenter:
         tiles_at_once: tiles in one pass.
         distractors: let the checkpoint's own classes compete with the given ones, without being reported, so that
             an image can show none of the given ones.
+        examples: for names of classes a list of (image, mask or box) that show them, see
+            `modeling_ita.class_examples.encode_class_examples`. They are encoded once.
+        example_weight: of the examples beside the names of their class, 0 to 1; None for the model's own (0.5).
 
     Raises:
-        ITAError: there is no vocabulary at all, or a name of `stuff` is not in it.
+        ITAError: there is no vocabulary at all, a name of `stuff` or `examples` is not in it, or an example cannot be
+            used.
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class Segmenter:
         distractors: bool = True,
         tiling: Tiling | None = None,
         tiles_at_once: int = 1,
+        examples: Mapping[str, Sequence[tuple[Any, Any]]] | None = None,
+        example_weight: float | None = None,
     ):
         if vocabulary is None and model.default_vocabulary is None:
             raise ITAError("the checkpoint has no classes of its own: name the classes")
@@ -120,6 +126,10 @@ class Segmenter:
         if distractors and self.vocabulary is not None:
             pools = model.default_vocabulary, model.config.train_vocabulary
             self._competing, _ = with_distractors(self.vocabulary, *pools)
+        self._example_options: dict[str, Any] = {}
+        if examples is not None:
+            rows = self._encode_examples(examples)
+            self._example_options = {"examples": rows, "example_weight": example_weight}
 
     @property
     def classes(self) -> list[list[str]]:
@@ -141,6 +151,7 @@ class Segmenter:
             else {"size": self.tiling.size, "stride": self.tiling.stride},
             "stuff_ids": None if self.stuff_ids is None else sorted(self.stuff_ids),
             "vocabulary": self.classes,
+            "examples": self._example_settings(),
         }
 
     @property
@@ -174,6 +185,29 @@ class Segmenter:
             if len(images) == 1:
                 return [error]
         return [result for image in images for result in self.segment([image])]
+
+    def _encode_examples(self, examples: Mapping[str, Sequence[tuple[Any, Any]]]) -> dict[str, Any]:
+        import torch
+
+        from modeling_ita.class_examples import check_example_names, encode_class_examples
+
+        try:
+            check_example_names(examples, [normalize_vocabulary(self.classes).key])
+            with torch.inference_mode():
+                return encode_class_examples(self.model, self.processor, examples)
+        except ValueError as error:
+            raise ITAError(one_line(error)) from error
+
+    def _example_settings(self) -> dict[str, Any] | None:
+        """Say which examples there are, by the digest of their embeddings."""
+        if not self._example_options:
+            return None
+        from modeling_ita.class_examples import EXAMPLE_WEIGHT
+        from modeling_ita.text_cache import digest_of
+
+        rows, weight = self._example_options["examples"], self._example_options["example_weight"]
+        digest = digest_of(list(rows), list(rows.values()))
+        return {"digest": digest, "weight": EXAMPLE_WEIGHT if weight is None else weight}
 
     def _ids_of(self, stuff: Sequence[str]) -> set[int]:
         names = {normal_form(name): index for index, names in enumerate(self.classes) for name in names}
@@ -218,7 +252,7 @@ class Segmenter:
 
     def _run(self, images: Sequence[Image.Image]) -> Any:
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
-        return self.model(**inputs, vocabulary=self._competing)
+        return self.model(**inputs, vocabulary=self._competing, **self._example_options)
 
     def _segment_tiles(self, image: Image.Image, tiling: Tiling) -> SegmentedImage:
         import torch

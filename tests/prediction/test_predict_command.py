@@ -17,6 +17,8 @@ from ita_segmentation.class_names import read_vocabulary
 from ita_segmentation.cli.main import run_by_name
 from ita_segmentation.errors import ITAError
 from ita_segmentation.files import write_files
+from ita_segmentation.prediction.segmenter import Segmenter
+from modeling_ita.class_examples import encode_class_examples
 
 
 @pytest.fixture
@@ -332,3 +334,64 @@ def test_bfloat16_weights_give_nearly_the_labels_of_float32(tmp_path, command):
         assert command(*arguments, "--output", output, model=root / "models" / "ita-tiny")[0] == 0
         labels.append(np.array(Image.open(next(output.glob("*.png")))))
     assert 0.98 < (labels[0] == labels[1]).mean() < 1
+
+
+def test_examples_of_a_file_are_what_the_model_takes_and_part_of_what_is_written(
+    command, noise, tmp_path, loaded
+):
+    image, output = noise(tmp_path / "noise.png", (90, 60)), tmp_path / "out"
+    Image.fromarray(np.pad(np.full((20, 30), 255, np.uint8), ((5, 35), (10, 50)))).save(tmp_path / "mask.png")
+    boxes = [{"image": "noise.png", "box": [10, 5, 40, 25]}]
+    arguments = ("--images", image, "--output", output, "--classes", "mug, wall", "--threshold", 0)
+    documents = []
+    for name, entries in (("box", boxes), ("mask", [{"image": "noise.png", "mask": "mask.png"}])):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"Mug": entries}))
+        status, _, errors = command(*arguments, "--examples", path, "--example_weight", 1)
+        assert (status, errors) == (0, [])
+        documents.append((output / "noise_segments.json").read_text())
+    assert documents[0] == documents[1]
+    assert json.loads(documents[0])["examples"]["weight"] == 1
+    rows = encode_class_examples(*loaded, {"mug": [(Image.open(image), (10, 5, 40, 25))]})
+    segmenter = Segmenter(*loaded, [["mug"], ["wall"]], threshold=0, example_weight=1)
+    segmenter._example_options = {"examples": rows, "example_weight": 1}
+    [result] = segmenter.segment([Image.open(image)])
+    assert np.array_equal(result.label_map, np.array(Image.open(output / "noise_labels.png")))
+    assert command(*arguments, "--resume", "--examples", path)[1].count("1 image segmented") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (
+            '{"dog": [{"image": "a.png", "box": [0, 0, 99, 9]}]}',
+            1,
+            "is not inside the image of 48 x 40 pixels",
+        ),
+        ('{"dog": [{"image": "a.png", "box": [0, 0, 9]}]}', 1, "a box is (left, top, right, bottom)"),
+        ('{"dog": [{"image": "a.png", "mask": "small.png"}]}', 1, "the mask is 20 x 20 pixels"),
+        ('{"dog": [{"image": "a.png", "mask": "none.png"}]}', 1, "example 1 of 'dog': the segmentation map"),
+        ('{"dog": [{"image": "none.png", "box": [0, 0, 9, 9]}]}', 1, "example 1 of 'dog': no such image"),
+        ('{"dog": [{"image": "a.png"}]}', 1, "example 1 of 'dog' is {"),
+        ('{"dog": []}', 1, "'dog' needs a list of examples"),
+        (
+            '{"elephant": [{"image": "a.png", "box": [0, 0, 9, 9]}]}',
+            1,
+            "'elephant', which is not among the classes",
+        ),
+        ("{}", 1, "is empty"),
+        ("[1]", 1, "must be a mapping"),
+        (None, 2, "--example_weight is for --examples"),
+    ],
+)
+def test_bad_examples_are_one_line_and_leave_nothing(content, status, message, tmp_path, command, noise):
+    Image.new("L", (20, 20), 255).save(tmp_path / "small.png")
+    options = ["--example_weight", 0.5]
+    if content is not None:
+        (tmp_path / "examples.json").write_text(content)
+        options = ["--examples", tmp_path / "examples.json"]
+    output = tmp_path / "out"
+    found, _, errors = command("--images", noise(tmp_path / "a.png"), "--output", output, *options)
+    assert (found, len(errors)) == (status, 1), errors
+    assert message in errors[0]
+    assert not output.exists()
