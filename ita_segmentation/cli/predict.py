@@ -3,6 +3,7 @@
     ita predict --model models/ita-tiny --images examples --classes "cat, sofa|couch, wall" --output out
     ita predict --model models/ita-tiny --images "photos/**/*.jpg" clip.mp4 --batch_size 4 --output out
     accelerate launch run_predict.py --model models/ita-tiny --dataset photos --output shards
+    ita predict --model models/ita-tiny --dataset photos --engine ray --address auto --output shards
 
 For an image NAME.jpg the output folder gets
 - NAME_overlay.png: the image with its segments in color, and a legend;
@@ -20,7 +21,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,50 +101,85 @@ def _predict_files(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -
 def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -> int:
     from tqdm import tqdm
 
+    from ita_segmentation.prediction import ray_engine, rows, shards
+
+    on_ray = arguments.engine == "ray"
+    output_folder(arguments.output)
+    rank, world_size, local_rank = shards.process_of()
+    if on_ray:
+        ray_engine.import_ray()
+    folder = shards.ShardFolder(arguments.output)
+    device = "cpu" if on_ray else arguments.device or _device_of(local_rank)
+    given = arguments, vocabulary, stuff
+    opened, worker, plan = open_dataset(*given, device, folder.note_length, folder.part_length)
+    with tqdm(unit="image", desc=f"process {rank}" if world_size > 1 else None, disable=rank != 0) as bar:
+        if on_ray:
+            del worker
+            options = ray_engine.RayOptions(
+                arguments.address, arguments.actors, arguments.cpus_per_actor or 1
+            )
+            open_work = partial(_open_in_actor, *given, rows.UNIT_SIZE)
+            counts = ray_engine.segment_on_ray(open_work, opened, folder, plan, options, bar.update)
+        else:
+            counts = shards.segment_dataset(worker, opened, folder, plan, bar.update)
+    share = f"process {rank} of {world_size}: " if world_size > 1 else ""
+    errors = f", {counts.errors} of them with an error" if counts.errors else ""
+    print(f"{share}{_count(counts.images, 'image')} segmented{errors}: see {arguments.output}/*.parquet")
+    return 0
+
+
+def open_dataset(
+    arguments: argparse.Namespace,
+    vocabulary: Any,
+    stuff: Any,
+    device: str | None,
+    note_length: Callable[[int, int], None],
+    part_length: Callable[[int], int | None] = lambda part: None,
+    unit_size: int | None = None,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Open the dataset and load the model.
+
+    Returns:
+        The rows, what segments their units, and the plan: what decides the results.
+    """
     from ita_segmentation.integrations.formats import run_length_entries
     from ita_segmentation.prediction import shards
     from ita_segmentation.prediction.rows import open_rows
 
-    output_folder(arguments.output)
-    rank, world_size, local_rank = shards.process_of()
     formats = tuple(dict.fromkeys(arguments.format or shards.DEFAULT_DATASET_FORMATS))
-    folder = shards.ShardFolder(arguments.output)
-    image_column = arguments.image_column or "image"
+    columns = {"image_column": arguments.image_column or "image", "id_column": arguments.id_column}
     rows = open_rows(
         arguments.dataset,
         arguments.split,
-        image_column,
-        arguments.id_column,
-        part_length=folder.part_length,
-        note_length=folder.note_length,
+        **columns,
+        part_length=part_length,
+        note_length=note_length,
+        unit_size=unit_size,
     )
-    device = arguments.device or _device_of(local_rank)
     segmenter = _segmenter(arguments, vocabulary, stuff, device, keep_overlaps="coco" in formats)
     plan = {
         "dataset": arguments.dataset,
         "split": arguments.split,
-        "image_column": image_column,
-        "id_column": arguments.id_column,
+        **columns,
         "formats": sorted(formats),
         "model": arguments.model,
         **shards.checkpoint_digest(resolve_checkpoint(arguments.model)),
         **segmenter.settings,
     }
-    with tqdm(unit="image", desc=f"process {rank}" if world_size > 1 else None, disable=rank != 0) as bar:
-        counts = shards.segment_dataset(
-            segmenter,
-            rows,
-            folder,
-            plan,
-            formats,
-            batch_size=1 if arguments.tiling else arguments.batch_size,
-            progress=bar.update,
-            run_lengths=run_length_entries if "coco" in formats else None,
-        )
-    share = f"process {rank} of {world_size}: " if world_size > 1 else ""
-    errors = f", {counts.errors} of them with an error" if counts.errors else ""
-    print(f"{share}{_count(counts.images, 'image')} segmented{errors}: see {arguments.output}/*.parquet")
-    return 0
+    batch_size = 1 if arguments.tiling else arguments.batch_size
+    run_lengths = run_length_entries if "coco" in formats else None
+    return rows, shards.UnitSegmenter(segmenter, formats, batch_size, run_lengths), plan
+
+
+def _open_in_actor(
+    arguments: argparse.Namespace,
+    vocabulary: Any,
+    stuff: Any,
+    unit_size: int,
+    note_length: Callable[[int, int], None],
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Open the dataset in an actor of Ray, which shows a process no GPUs but its own."""
+    return open_dataset(arguments, vocabulary, stuff, _device_of(0), note_length, unit_size=unit_size)
 
 
 def _device_of(local_rank: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from ita_segmentation.errors import UsageError, one_line
 TASKS = ("semantic", "panoptic", "instance")
 FORMATS = ("overlay", "labels", "segments", "coco", "coco-polygons", "label-studio", "label-studio-polygons")
 DATASET_FORMATS = ("labels", "segments", "coco")
-DATASET_OPTIONS = ("split", "image_column", "id_column")
+DATASET_OPTIONS = ("split", "image_column", "id_column", "engine")
+ENGINES = ("processes", "ray")
+RAY_OPTIONS = ("address", "actors", "cpus_per_actor")
 
 
 def build_parser() -> ConfigArgumentParser:
@@ -114,6 +117,23 @@ def build_parser() -> ConfigArgumentParser:
     dataset.add_argument("--split", help="may be left out where there is only one")
     dataset.add_argument("--image_column", help="(default: image)")
     dataset.add_argument("--id_column", help="names the rows of the results (default: the image's path)")
+
+    engine = parser.add_argument_group("what runs --dataset")
+    engine.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="processes, one or those of accelerate or torchrun, or a Ray cluster (default: processes)",
+    )
+    engine.add_argument(
+        "--address", help="of the Ray cluster, such as auto (default: Ray is started on this machine)"
+    )
+    engine.add_argument(
+        "--actors",
+        type=positive_int,
+        metavar="N",
+        help="processes with a model on the cluster (default: one for each GPU, or CPU where there is none)",
+    )
+    engine.add_argument("--cpus_per_actor", type=positive_int, metavar="N", help="(default: 1)")
     return parser
 
 
@@ -141,6 +161,7 @@ def read_options(
         raise UsageError(f"--dataset writes {', '.join(DATASET_FORMATS)}, not {unknown}")
     if arguments.example_weight is not None and arguments.examples is None:
         raise UsageError("--example_weight is for --examples")
+    _check_engine(arguments)
     arguments.tiling = _tiling(arguments)
     vocabulary = None if arguments.classes is None else parse_names(arguments.classes, "--classes")
     if arguments.vocabulary is not None:
@@ -153,6 +174,17 @@ def read_options(
 
         arguments.examples = read_examples(arguments.examples)
     return arguments, vocabulary, stuff
+
+
+def _check_engine(arguments: argparse.Namespace) -> None:
+    if arguments.engine != "ray":
+        for name in RAY_OPTIONS:
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--{name} is for --engine ray")
+    elif arguments.device is not None:
+        raise UsageError("--engine ray chooses the devices: leave out --device")
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--engine ray starts its own processes: run it as one")
 
 
 def _tiling(arguments: argparse.Namespace) -> Any:

@@ -6,7 +6,7 @@ from ita_segmentation.prediction.rows import open_rows
 from ita_segmentation.prediction.runs import FileRun, RunOutcome
 from ita_segmentation.prediction.segmenter import DEFAULT_THRESHOLDS, TASKS, SegmentedImage, Segmenter
 from ita_segmentation.prediction.segments import Segment, segments_of
-from ita_segmentation.prediction.shards import ShardFolder, segment_dataset
+from ita_segmentation.prediction.shards import ShardFolder, UnitSegmenter, segment_dataset
 from ita_segmentation.prediction.sources import find_sources
 from ita_segmentation.prediction.tracks import Tracks
 from ita_segmentation.prediction.video import segment_video
@@ -25,6 +25,7 @@ __all__ = [
     "ShardFolder",
     "Source",
     "Tracks",
+    "UnitSegmenter",
     "find_sources",
     "open_rows",
     "segment_dataset",

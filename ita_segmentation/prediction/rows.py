@@ -58,6 +58,8 @@ class Unit:
 
 
 IsDone = Callable[[int, int], bool]
+Place = tuple[int, int]
+"""The part of a unit and its number there."""
 
 
 class ListedRows:
@@ -67,18 +69,33 @@ class ListedRows:
         length: how many there are.
         row: gives one by its number.
         digest: stands for what they are and their order.
+        unit_size: images in a unit.
     """
 
-    def __init__(self, length: int, row: Callable[[int], Row], digest: str):
-        self._length, self._row = length, row
-        self.description = {"unit_size": UNIT_SIZE, "images": length, "digest": digest}
+    def __init__(self, length: int, row: Callable[[int], Row], digest: str, unit_size: int):
+        self._length, self._row, self._unit_size = length, row, unit_size
+        self.description = {"unit_size": unit_size, "images": length, "digest": digest}
 
     def units(self, rank: int, world_size: int, is_done: IsDone) -> Iterator[Unit]:
         """Yield the units of process `rank` of `world_size` that `is_done(part, number)` does not have yet."""
-        for number in range(rank, -(-self._length // UNIT_SIZE), world_size):
+        for number in range(rank, -(-self._length // self._unit_size), world_size):
             if not is_done(0, number):
-                stop = min(self._length, (number + 1) * UNIT_SIZE)
-                yield Unit(0, number, map(self._row, range(number * UNIT_SIZE, stop)))
+                yield self.unit(0, number)
+
+    def places(self, is_done: IsDone) -> Iterator[Place]:
+        """Yield the places of all units that are not done yet."""
+        return (
+            (0, number) for number in range(-(-self._length // self._unit_size)) if not is_done(0, number)
+        )
+
+    def place_after(self, place: Place, is_done: IsDone) -> Place | None:
+        """Return None: no unit waits for another."""
+        return None
+
+    def unit(self, part: int, number: int) -> Unit:
+        """Return a unit."""
+        start = number * self._unit_size
+        return Unit(part, number, map(self._row, range(start, min(self._length, start + self._unit_size))))
 
 
 class ParquetRows:
@@ -90,6 +107,7 @@ class ParquetRows:
         columns: the columns that are read.
         part_length: gives the number of rows of a part, None where it is not known.
         note_length: is told the number of rows of a part.
+        unit_size: images in a unit.
     """
 
     def __init__(
@@ -99,11 +117,12 @@ class ParquetRows:
         columns: Sequence[str],
         part_length: Callable[[int], int | None],
         note_length: Callable[[int, int], None],
+        unit_size: int,
     ):
-        self._parts, self._row, self._columns = parts, row, columns
+        self._parts, self._row, self._columns, self._unit_size = parts, row, columns, unit_size
         self._part_length, self._note_length = part_length, note_length
         self._open: tuple[int, ParquetPart] | None = None
-        self.description = {"unit_size": UNIT_SIZE, "parts": len(parts)}
+        self.description = {"unit_size": unit_size, "parts": len(parts)}
 
     def units(self, rank: int, world_size: int, is_done: IsDone) -> Iterator[Unit]:
         """Yield the units of process `rank` of `world_size` that are not done yet.
@@ -119,15 +138,27 @@ class ParquetRows:
             share = iter(units[first:last])
         for part, number in share:
             if not is_done(part, number):
-                yield Unit(part, number, self._rows(part, number))
+                yield self.unit(part, number)
 
-    def _units_of(self, parts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    def places(self, is_done: IsDone) -> Iterator[Place]:
+        """Yield the places of all units that are not done yet."""
+        return (place for place in self._units_of(range(len(self._parts))) if not is_done(*place))
+
+    def place_after(self, place: Place, is_done: IsDone) -> Place | None:
+        """Return None: no unit waits for another."""
+        return None
+
+    def unit(self, part: int, number: int) -> Unit:
+        """Return a unit."""
+        return Unit(part, number, self._rows(part, number))
+
+    def _units_of(self, parts: Iterable[int]) -> Iterator[Place]:
         for part in parts:
             length = self._part_length(part)
             if length is None:
                 length = self._opened(part).num_rows
                 self._note_length(part, length)
-            yield from ((part, number) for number in range(-(-length // UNIT_SIZE)))
+            yield from ((part, number) for number in range(-(-length // self._unit_size)))
 
     def _opened(self, part: int) -> ParquetPart:
         if self._open is None or self._open[0] != part:
@@ -135,8 +166,8 @@ class ParquetRows:
         return self._open[1]
 
     def _rows(self, part: int, number: int) -> Iterator[Row]:
-        start = number * UNIT_SIZE
-        examples = self._opened(part).rows(start, start + UNIT_SIZE)
+        start = number * self._unit_size
+        examples = self._opened(part).rows(start, start + self._unit_size)
         return (self._row(example, start + index) for index, example in enumerate(examples))
 
 
@@ -148,6 +179,7 @@ class StreamedRows:
         part: opens one.
         part_length: gives the number of rows of a part, None where it was never read to its end.
         note_length: is told the number of rows of a part that was read to its end.
+        unit_size: images in a unit.
     """
 
     def __init__(
@@ -156,10 +188,12 @@ class StreamedRows:
         part: Callable[[int], Iterable[Row]],
         part_length: Callable[[int], int | None],
         note_length: Callable[[int, int], None],
+        unit_size: int,
     ):
         self._num_parts, self._part = num_parts, part
-        self._part_length, self._note_length = part_length, note_length
-        self.description = {"unit_size": UNIT_SIZE, "parts": num_parts}
+        self._part_length, self._note_length, self._unit_size = part_length, note_length, unit_size
+        self._open: tuple[int, int, Iterator[Row]] | None = None
+        self.description = {"unit_size": unit_size, "parts": num_parts}
 
     def units(self, rank: int, world_size: int, is_done: IsDone) -> Iterator[Unit]:
         """Yield the units of process `rank` of `world_size` that are not done yet.
@@ -170,11 +204,11 @@ class StreamedRows:
         by_part = self._num_parts >= world_size
         for part in range(rank if by_part else 0, self._num_parts, world_size if by_part else 1):
             length = self._part_length(part)
-            if length is not None and all(is_done(part, one) for one in range(-(-length // UNIT_SIZE))):
+            if length is not None and all(is_done(part, one) for one in range(-(-length // self._unit_size))):
                 continue
             rows, count = iter(self._part(part)), 0
             for number in itertools.count():
-                counted = _Counted(itertools.islice(rows, UNIT_SIZE))
+                counted = _Counted(itertools.islice(rows, self._unit_size))
                 first = next(counted, None)
                 if first is None:
                     break
@@ -183,6 +217,35 @@ class StreamedRows:
                 deque(counted, maxlen=0)
                 count += counted.count
             self._note_length(part, count)
+
+    def places(self, is_done: IsDone) -> Iterator[Place]:
+        """Yield the place of the first unit of each part that is not done yet."""
+        return (place for part in range(self._num_parts) if (place := self.place_after((part, -1), is_done)))
+
+    def place_after(self, place: Place, is_done: IsDone) -> Place | None:
+        """Return the next unit of the part that is not done yet; there may turn out to be no such unit."""
+        part, number = place
+        length = self._part_length(part)
+        for one in itertools.count(number + 1):
+            if length is not None and one * self._unit_size >= length:
+                return None
+            if not is_done(part, one):
+                return part, one
+        return None
+
+    def unit(self, part: int, number: int) -> Unit | None:
+        """Return a unit, None where its part ends before. What was read last is read on from there."""
+        start = number * self._unit_size
+        if self._open is None or self._open[0] != part or self._open[1] > start:
+            self._open = (part, 0, iter(self._part(part)))
+        skipped = _Counted(itertools.islice(self._open[2], start - self._open[1]))
+        deque(skipped, maxlen=0)
+        read = list(itertools.islice(self._open[2], self._unit_size))
+        position = self._open[1] + skipped.count + len(read)
+        self._open = (part, position, self._open[2])
+        if len(read) < self._unit_size:
+            self._note_length(part, position)
+        return Unit(part, number, read) if read else None
 
 
 Rows = ListedRows | ParquetRows | StreamedRows
@@ -210,6 +273,7 @@ def open_rows(
     id_column: str | None,
     part_length: Callable[[int], int | None],
     note_length: Callable[[int, int], None],
+    unit_size: int | None = None,
 ) -> Rows:
     """Open a folder of images (at any depth), a dataset on disk, parquet files, or a dataset of the Hub.
 
@@ -222,13 +286,14 @@ def open_rows(
         id_column: the column that names the rows of the results; None for the image's path or the row's number.
         part_length: gives the number of rows of a part of a stream, None where it is not known.
         note_length: is told the number of rows of a part of a stream.
+        unit_size: images in a unit; None for `UNIT_SIZE`.
 
     Raises:
         ITAError: it cannot be found or read, has no such split or column, or holds no image.
     """
-    path = Path(dataset)
+    path, unit_size = Path(dataset), unit_size or UNIT_SIZE
     if path.is_dir() and not _is_dataset(path):
-        return _folder_rows(path)
+        return _folder_rows(path, unit_size)
     loaded, files = _load(dataset, split)
     columns = loaded.column_names
     for column in (image_column, id_column):
@@ -241,6 +306,7 @@ def open_rows(
             len(loaded),
             lambda number: _row_of(loaded[number], number, image_column, id_column),
             str(loaded._fingerprint),
+            unit_size,
         )
     num_parts = min(loaded.num_shards, MAX_PARTS)
     if files is not None and len(files) == loaded.num_shards:
@@ -250,13 +316,14 @@ def open_rows(
             [image_column] if id_column is None else [image_column, id_column],
             part_length,
             note_length,
+            unit_size,
         )
 
     def part(index: int) -> Iterator[Row]:
         for number, example in enumerate(loaded.shard(num_shards=num_parts, index=index)):
             yield _row_of(example, number, image_column, id_column)
 
-    return StreamedRows(num_parts, part, part_length, note_length)
+    return StreamedRows(num_parts, part, part_length, note_length, unit_size)
 
 
 def _is_dataset(path: Path) -> bool:
@@ -264,14 +331,16 @@ def _is_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in known) or next(path.rglob("*.parquet"), None) is not None
 
 
-def _folder_rows(folder: Path) -> ListedRows:
+def _folder_rows(folder: Path, unit_size: int) -> ListedRows:
     names = sorted(os.path.relpath(path, folder) for path in _images_below(folder))
     if not names:
         raise ITAError(f"no images in the folder {folder}")
     digest = hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()[:16]
-    return ListedRows(
-        len(names), lambda number: Row(number, path_text(names[number]), folder / names[number]), digest
-    )
+
+    def row(number: int) -> Row:
+        return Row(number, path_text(names[number]), folder / names[number])
+
+    return ListedRows(len(names), row, digest, unit_size)
 
 
 def _images_below(folder: Path) -> Iterator[str]:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,12 @@ DATASET_FORMATS = ("labels", "segments", "coco")
 DEFAULT_DATASET_FORMATS = ("labels", "segments")
 READING_ERRORS = (*DECODING_ERRORS, http.client.HTTPException)
 """What is wrong with one image, and not with the dataset."""
+MAX_DECODERS = 4
 
 
 @dataclass
 class DatasetCounts:
-    """What one process did.
+    """What was done.
 
     Attributes:
         images: number of images done.
@@ -43,6 +46,9 @@ class DatasetCounts:
 
     images: int = 0
     errors: int = 0
+
+    def __add__(self, other: DatasetCounts) -> DatasetCounts:
+        return DatasetCounts(self.images + other.images, self.errors + other.errors)
 
 
 class ShardFolder:
@@ -78,7 +84,7 @@ class ShardFolder:
 
     def path(self, part: int, number: int) -> Path:
         """Return the file of a unit."""
-        return self.folder / f"{part:05d}-{number:06d}.parquet"
+        return self.folder / f"{unit_name(part, number)}.parquet"
 
     def is_done(self, part: int, number: int) -> bool:
         """Tell whether a unit's file is there and can be read."""
@@ -100,22 +106,23 @@ class ShardFolder:
         """Keep the number of rows of a part that was read to its end."""
         write_files({self.folder / "parts" / f"{part:05d}": f"{length}\n".encode()})
 
-    def write(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, part: int, number: int, content: bytes) -> None:
         """Write a unit's file.
 
         Raises:
             ITAError: it cannot be written.
         """
-        import pyarrow
-        from pyarrow import parquet
-
-        path = self.path(unit.part, unit.number)
-        table = pyarrow.Table.from_pylist(list(rows), schema=_schema())
+        path = self.path(part, number)
         with atomic_path(path, one_writer=True) as temporary:
             try:
-                parquet.write_table(table, temporary, compression="zstd")
+                temporary.write_bytes(content)
             except OSError as error:
                 raise ITAError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def unit_name(part: int, number: int) -> str:
+    """Return what a unit is called."""
+    return f"{part:05d}-{number:06d}"
 
 
 def process_of() -> tuple[int, int, int]:
@@ -129,47 +136,106 @@ def process_of() -> tuple[int, int, int]:
 _LAUNCH_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
+class UnitSegmenter:
+    """Segments units into the contents of their files. Images of a batch are decoded while the one before is segmented.
+
+    Args:
+        segmenter: what segments the images.
+        formats: the columns that are written, of `DATASET_FORMATS`.
+        batch_size: images in one pass.
+        run_lengths: gives the entries of the column of the format "coco".
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        formats: Sequence[str],
+        batch_size: int = 1,
+        run_lengths: Callable[[SegmentedImage], list[dict[str, Any]]] | None = None,
+    ):
+        self.segmenter, self.batch_size = segmenter, batch_size
+        self._formats, self._run_lengths = formats, run_lengths
+
+    def segment(
+        self, unit: Unit, progress: Callable[[int], object] = lambda images: None
+    ) -> tuple[bytes, DatasetCounts]:
+        """Segment a unit.
+
+        Args:
+            unit: its rows.
+            progress: called with the number of images done since it was called last.
+
+        Returns:
+            The parquet file's bytes, and how many images it has.
+
+        Raises:
+            ITAError: the dataset cannot be read.
+        """
+        records: list[dict[str, Any]] = []
+        try:
+            for batch in decoded_batches(unit.rows, self.batch_size):
+                records += self._segment_batch(unit.part, batch)
+                progress(len(batch))
+        except (OSError, ValueError) as error:  # a file of the dataset, not an image of it
+            name = unit_name(unit.part, unit.number)
+            raise ITAError(f"the dataset cannot be read in unit {name}: {one_line(error, 200)}") from error
+        return _parquet_bytes(records), DatasetCounts(len(records), sum("error" in one for one in records))
+
+    def _segment_batch(self, part: int, batch: Sequence[tuple[Row, Any]]) -> list[dict[str, Any]]:
+        """A record for each row; one that cannot be read or segmented has its `error` and nothing else."""
+        images = [image for _, image in batch if not isinstance(image, str)]
+        results: Iterator[Any] = iter(self.segmenter.segment(images))
+        return [
+            {
+                "image_id": row.image_id,
+                "part": part,
+                "row": row.number,
+                **self._record(image if isinstance(image, str) else next(results)),
+            }
+            for row, image in batch
+        ]
+
+    def _record(self, result: SegmentedImage | ITAError | str) -> dict[str, Any]:
+        if isinstance(result, ITAError | str):
+            return {"error": one_line(result)}
+        record: dict[str, Any] = {"width": result.width, "height": result.height}
+        record["dominant_categories"] = result.dominant_categories
+        if "labels" in self._formats:
+            record["label_map"] = label_png(result.label_map)
+        if "segments" in self._formats:
+            record["segments"] = result.segments
+        if self._run_lengths is not None:
+            record["run_lengths"] = self._run_lengths(result)
+        return record
+
+
 def segment_dataset(
-    segmenter: Segmenter,
+    worker: UnitSegmenter,
     rows: Rows,
     folder: ShardFolder,
     plan: Mapping[str, Any],
-    formats: Sequence[str],
-    batch_size: int = 1,
     progress: Callable[[int], object] = lambda images: None,
-    run_lengths: Callable[[SegmentedImage], list[dict[str, Any]]] | None = None,
 ) -> DatasetCounts:
     """Segment this process's share of a dataset.
 
     Args:
-        segmenter: what segments the images.
+        worker: what segments the units.
         rows: the images, see `open_rows`.
         folder: where results go.
         plan: what decides the results; the same in every process and in every later run.
-        formats: the columns that are written, of `DATASET_FORMATS`.
-        batch_size: images in one pass.
         progress: called with the number of images done since it was called last.
-        run_lengths: gives the entries of the column of the format "coco".
 
     Raises:
         ITAError: what stops everything; files that are done stay.
     """
     rank, world_size, _ = process_of()
     folder.begin({**rows.description, **plan})
-    counts = DatasetCounts()
+    total = DatasetCounts()
     for unit in rows.units(rank, world_size, folder.is_done):
-        records: list[dict[str, Any]] = []
-        try:
-            for batch in batches(unit.rows, batch_size):
-                records += _segment_batch(segmenter, unit.part, batch, formats, run_lengths)
-                progress(len(batch))
-        except (OSError, ValueError) as error:  # a file of the dataset, not an image of it
-            name = folder.path(unit.part, unit.number).stem
-            raise ITAError(f"the dataset cannot be read in unit {name}: {one_line(error, 200)}") from error
-        folder.write(unit, records)
-        counts.images += len(records)
-        counts.errors += sum("error" in one for one in records)
-    return counts
+        content, counts = worker.segment(unit, progress)
+        folder.write(unit.part, unit.number, content)
+        total += counts
+    return total
 
 
 def checkpoint_digest(checkpoint: Path) -> dict[str, Any]:
@@ -180,41 +246,40 @@ def checkpoint_digest(checkpoint: Path) -> dict[str, Any]:
     return {"model_config": digest, "model_bytes": sum(path.stat().st_size for path in weights)}
 
 
-def _segment_batch(
-    segmenter: Segmenter,
-    part: int,
-    batch: Sequence[Row],
-    formats: Sequence[str],
-    run_lengths: Callable[[SegmentedImage], list[dict[str, Any]]] | None,
-) -> list[dict[str, Any]]:
-    """A record for each row; that of an image that cannot be read or segmented has its `error` and nothing else."""
+def decoded_batches(rows: Iterable[Row], size: int) -> Iterator[list[tuple[Row, Any]]]:
+    """Yield lists of `size` rows with their images, or with what is wrong with them in a line.
+
+    Threads decode the images of the next list while the caller works on this one.
+    """
+    with ThreadPoolExecutor(min(size, MAX_DECODERS)) as pool:
+        ahead: list[tuple[Row, Future[Any]]] = []
+        for batch in batches(rows, size):
+            current, ahead = ahead, [(row, pool.submit(_decoded, row)) for row in batch]
+            if current:
+                yield [(row, image.result()) for row, image in current]
+        if ahead:
+            yield [(row, image.result()) for row, image in ahead]
+
+
+def _decoded(row: Row) -> Any:
     from modeling_ita.image_io import read_image
 
-    images: dict[int, Any] = {}
-    records: dict[int, dict[str, Any]] = {}
-    for index, row in enumerate(batch):
-        try:
-            if row.image is None:
-                raise ValueError("there is no image in this row")
-            images[index] = read_image(row.image)
-        except READING_ERRORS as error:
-            records[index] = {"error": one_line(error)}
-    for index, result in zip(images, segmenter.segment(list(images.values())), strict=True):
-        if isinstance(result, ITAError):
-            records[index] = {"error": one_line(result)}
-            continue
-        record = {"width": result.width, "height": result.height}
-        records[index] = {**record, "dominant_categories": result.dominant_categories}
-        if "labels" in formats:
-            records[index]["label_map"] = label_png(result.label_map)
-        if "segments" in formats:
-            records[index]["segments"] = result.segments
-        if run_lengths is not None:
-            records[index]["run_lengths"] = run_lengths(result)
-    return [
-        {"image_id": row.image_id, "part": part, "row": row.number, **records[index]}
-        for index, row in enumerate(batch)
-    ]
+    if row.image is None:
+        return "there is no image in this row"
+    try:
+        return read_image(row.image)
+    except READING_ERRORS as error:
+        return one_line(error)
+
+
+def _parquet_bytes(records: Sequence[Mapping[str, Any]]) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist(list(records), schema=_schema())
+    stream = io.BytesIO()
+    parquet.write_table(table, stream, compression="zstd")
+    return stream.getvalue()
 
 
 def _schema() -> Any:
