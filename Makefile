@@ -1,9 +1,9 @@
 # make setup        the virtual environment .venv with everything below
-# make demo         segment the images of examples/ with the model that ships, and score it on Scenes
+# make demo         segment photographs and images of Scenes with the models that ship, and score one on Scenes
 # make test         the tests, without those that take minutes
 # make check        lint, formatting, types, layers of imports
 # make benchmark    time and memory of the network and post-processing, beside the frozen backbone (an hour on two cores)
-# make app          the web page, with the model that ships
+# make app          the web page, with the model for photographs that ships
 # make docs         the documentation as a site, in outputs/site
 # make test-slow    kill tests, load tests and whatever else takes minutes
 # make test-perf    assertions on ratios of times; run it alone on the machine
@@ -42,9 +42,10 @@ $(DEMO): pyproject.toml
 	touch $(DEMO)
 
 demo: $(DEMO)
+	@$(BIN)/ita predict --model models/ita-photo --images models/ita-photo/examples --output $(DEMO_OUTPUT)/photographs
 	@$(BIN)/ita predict --model models/ita-tiny --images examples --output $(DEMO_OUTPUT)/overlays
 	@$(BIN)/ita eval --model models/ita-tiny --benchmarks scenes --limit $(DEMO_LIMIT) --output $(DEMO_OUTPUT)/scores
-	@echo "Overlays: $(DEMO_OUTPUT)/overlays    Scores: $(DEMO_OUTPUT)/scores/results.md"
+	@echo "Overlays: $(DEMO_OUTPUT)/photographs and $(DEMO_OUTPUT)/overlays    Scores: $(DEMO_OUTPUT)/scores/results.md"
 
 test: $(ALL)
 	$(PYTEST) --durations=15 -n $(TEST_PROCESSES) --dist loadfile
@@ -59,7 +60,7 @@ benchmark: $(ALL)
 	$(BIN)/python benchmarks/speed.py --output $(BENCHMARK_OUTPUT)
 
 app: $(ALL)
-	$(BIN)/ita app --model models/ita-tiny
+	$(BIN)/ita app --model models/ita-photo
 
 docs: $(ALL)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
