@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from modeling_ita.tiling import Tiling
 
@@ -14,7 +15,7 @@ segments = segmenter(
     {image!r},  # a path
     candidate_labels={labels},
     subtask={task!r},
-    threshold={threshold!r},{tiles}
+    threshold={threshold!r},{tiles}{examples}
 )
 for number, segment in enumerate(segments):
     print(number, segment["label"], segment["score"])
@@ -29,6 +30,7 @@ def python_lines(
     task: str,
     threshold: float | None,
     tiling: Tiling | None = None,
+    examples: Mapping[str, Sequence[tuple[str, Any]]] | None = None,
 ) -> str:
     """Write a program that finds the same segments as the page.
 
@@ -39,6 +41,7 @@ def python_lines(
         task: "semantic", "panoptic" or "instance".
         threshold: minimum score of a segment.
         tiling: how the image is cut into tiles; None for the whole image.
+        examples: class name -> names of images with a box each.
     """
     labels = None if vocabulary is None else ["|".join(names) for names in vocabulary]
     return LINES.format(
@@ -48,4 +51,7 @@ def python_lines(
         task=task,
         threshold=threshold,
         tiles="" if tiling is None else f"\n    tiles={tiling.size},",
+        examples=""
+        if examples is None
+        else f"\n    examples={examples!r},  # a path, and a box in its pixels",
     )

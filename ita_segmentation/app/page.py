@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from ita_segmentation.app.segmenter import GradioSegmenter
+from ita_segmentation.app.segmenter import ClassExample, GradioSegmenter
 from ita_segmentation.prediction.segmenter import DEFAULT_THRESHOLDS
 
 WEB = Path(__file__).parent / "web"
@@ -25,6 +25,8 @@ TASK_HELP = "Classes of pixels; things one by one, and stuff; or things alone."
 TILES_HELP = (
     "Side in pixels; each tile goes through the network by itself, so small objects are found. 0: one image."
 )
+EXAMPLE_HELP = "Which of the class names it shows. The example joins the name."
+BOX_HELP = "Left, top, right, bottom in pixels of that image. Empty: all of it."
 HEAD = """\
 <div class="ita-head"><h1>Segment anything you can name</h1>
 <p>Drop an image, name the classes to look for, and see where they are. Uploads are deleted within the hour.</p>
@@ -110,6 +112,10 @@ def build_page(
                     info=TILES_HELP,
                     elem_id="ita-tiles",
                 )
+                with gr.Accordion("A class by example", open=False, elem_id="ita-by-example"):
+                    shown = _image_input("Image that shows the class", "ita-example")
+                    shown_class = gr.Textbox(label="Class", info=EXAMPLE_HELP, elem_id="ita-example-class")
+                    shown_box = gr.Textbox(label="Box", info=BOX_HELP, elem_id="ita-example-box")
             with gr.Column(scale=6, min_width=320):
                 result = _result_view()
         if examples:
@@ -129,20 +135,28 @@ def build_page(
             show_progress="hidden",
             api_visibility="private",
         )
-        for one in (image, names, task, threshold, tiles):
+        for one in (image, names, task, threshold, tiles, shown, shown_class, shown_box):
             one.change(None, js=MARK_OUTDATED, queue=False, api_visibility="private")
 
         def segment(
-            image: Upload | None, names: Any, task: Any, threshold: Any, tiles: Any = 0
+            image: Upload | None,
+            names: Any,
+            task: Any,
+            threshold: Any,
+            tiles: Any = 0,
+            example: Upload | None = None,
+            example_class: Any = None,
+            example_box: Any = None,
         ) -> Iterator[Any]:
             path, name = (image.path, image.name) if image else (None, None)
+            given = ClassExample(example.path, example.name, example_class, example_box) if example else None
             # Between two steps Gradio looks whether the user is still there.
-            for step in segmenter.answer(path, names, task, threshold, name, tiles):
+            for step in segmenter.answer(path, names, task, threshold, name, tiles, given):
                 yield gr.skip() if step is None else step
 
         run.click(
             segment,
-            [image, names, task, threshold, tiles],
+            [image, names, task, threshold, tiles, shown, shown_class, shown_box],
             result,
             js=MARK_ASKED,
             api_name="segment",
@@ -153,16 +167,16 @@ def build_page(
     return page
 
 
-def _image_input() -> gr.Image:
+def _image_input(label: str = "Image", elem_id: str = "ita-upload") -> gr.Image:
     """An upload that is handed on unread: limits come before decoding, and errors are sentences."""
     image = gr.Image(
-        label="Image",
+        label=label,
         type="filepath",
         image_mode=None,
         sources=["upload", "clipboard"],
         buttons=[],
         height=170,
-        elem_id="ita-upload",
+        elem_id=elem_id,
         alt_text="The image to segment",
         placeholder="Drop an image here, or click to choose one",
     )

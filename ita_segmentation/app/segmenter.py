@@ -8,6 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,40 @@ class Limits:
     tiles: int = 100
 
 
+@dataclass(frozen=True)
+class ClassExample:
+    """An example of a class, as the page's fields give it.
+
+    Attributes:
+        path: the image's file.
+        image_name: what the user calls it.
+        class_name: the class that it shows.
+        box: "left, top, right, bottom" in pixels of the image; empty for the whole image.
+    """
+
+    path: str
+    image_name: str
+    class_name: Any
+    box: Any = ""
+
+    def pixels(self) -> tuple[float, ...] | None:
+        """Read the box; None for the whole image.
+
+        Raises:
+            ITAError: it is not four numbers.
+        """
+        text = str(self.box or "").strip()
+        try:
+            numbers = tuple(map(float, text.replace(",", " ").split()))
+        except ValueError:
+            numbers = (0.0,)
+        if text and len(numbers) != 4:
+            raise ITAError(
+                f"The box of the example is four numbers, left, top, right, bottom; got “{one_line(text, 40)}”."
+            )
+        return tuple(int(one) if one.is_integer() else one for one in numbers) or None
+
+
 class GradioSegmenter:
     """A model that several people use at once: one call runs through the network at a time.
 
@@ -68,7 +103,14 @@ class GradioSegmenter:
         self._turn = threading.Lock()
 
     def answer(
-        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None = None, tiles: Any = None
+        self,
+        path: Any,
+        tags: Any,
+        task: Any,
+        threshold: Any,
+        name: str | None = None,
+        tiles: Any = None,
+        example: ClassExample | None = None,
     ) -> Iterator[dict[str, Any] | None]:
         """Answer in steps, so that a caller who has left can be noticed between them.
 
@@ -79,12 +121,19 @@ class GradioSegmenter:
             sentence}.
         """
         try:
-            yield from self._steps(path, tags, task, threshold, name, tiles)
+            yield from self._steps(path, tags, task, threshold, name, tiles, example)
         except ITAError as error:
             yield {"error": str(error), "run": secrets.token_hex(4)}
 
     def segment(
-        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None = None, tiles: Any = None
+        self,
+        path: Any,
+        tags: Any,
+        task: Any,
+        threshold: Any,
+        name: str | None = None,
+        tiles: Any = None,
+        example: ClassExample | None = None,
     ) -> dict[str, Any]:
         """Segment one image.
 
@@ -95,6 +144,7 @@ class GradioSegmenter:
             threshold: minimum score of a segment, 0 to 1; None for the task's own.
             name: what the user calls the image (default: the file's name).
             tiles: side in pixels of the tiles that a larger image is cut into; None or 0 to leave it whole.
+            example: a region that shows one of the classes.
 
         Returns:
             what JSON can hold: see `view_of_result`.
@@ -102,11 +152,18 @@ class GradioSegmenter:
         Raises:
             ITAError: what the user can put right, in a sentence.
         """
-        steps = self._steps(path, tags, task, threshold, name, tiles)
+        steps = self._steps(path, tags, task, threshold, name, tiles, example)
         return [step for step in steps if step is not None][-1]
 
     def _steps(
-        self, path: Any, tags: Any, task: Any, threshold: Any, name: str | None, tiles: Any
+        self,
+        path: Any,
+        tags: Any,
+        task: Any,
+        threshold: Any,
+        name: str | None,
+        tiles: Any,
+        example: ClassExample | None,
     ) -> Iterator[dict[str, Any] | None]:
         started = time.perf_counter()
         if not path:
@@ -120,15 +177,18 @@ class GradioSegmenter:
             raise ITAError("This model has no classes of its own: please type at least one class name.")
         name = Path(name or path).name
         image = read_limited_image(Path(path), name, self.limits.max_pixels)
-        segmenter = Segmenter(
-            self.model,
-            self.processor,
-            vocabulary,
-            task,
-            threshold=threshold,
-            keep_overlaps=True,
-            tiling=tiling,
-        )
+        shown = None if example is None else self._read_example(example)
+        with self._turn if shown else nullcontext():
+            segmenter = Segmenter(
+                self.model,
+                self.processor,
+                vocabulary,
+                task,
+                threshold=threshold,
+                keep_overlaps=True,
+                tiling=tiling,
+                examples=shown,
+            )
         self._check_tiles(segmenter, image)
         classes = segmenter.encoded_classes
         for start in range(0, len(classes), CLASSES_PER_STEP):
@@ -145,9 +205,20 @@ class GradioSegmenter:
         if not result.segments:
             remarks = [*remarks, f"{empty_line(result, segmenter).capitalize()}."]
         view["remarks"] = [*remarks, *([f"Note: {self.notice}."] if self.notice else [])]
-        view["python"] = python_lines(self.checkpoint, name, vocabulary, task, threshold, tiling)
+        view["python"] = python_lines(
+            self.checkpoint, name, vocabulary, task, threshold, tiling, _named(example, shown)
+        )
         view["seconds"] = round(time.perf_counter() - started, 3)
         yield view
+
+    def _read_example(self, example: ClassExample) -> dict[str, list[tuple[Any, Any]]]:
+        name, limit = str(example.class_name or "").strip(), self.limits.names.characters
+        if not name:
+            raise ITAError("Please say which of the classes the example shows.")
+        if len(name) > limit:
+            raise ITAError(f"A class name is longer than {limit} characters: “{one_line(name, 40)}”.")
+        image = read_limited_image(Path(example.path), example.image_name, self.limits.max_pixels)
+        return {name: [(image, example.pixels() or (0, 0, *image.size))]}
 
     def _check_tiles(self, segmenter: Segmenter, image: Image.Image) -> None:
         if segmenter.tiling is None:
@@ -157,6 +228,13 @@ class GradioSegmenter:
             raise ITAError(
                 f"These are {count:,} tiles; this page takes up to {self.limits.tiles:,}. Please make them larger."
             )
+
+
+def _named(example: ClassExample | None, shown: Any) -> dict[str, list[tuple[str, Any]]] | None:
+    """Give the example with its image's name in the place of the image."""
+    if example is None:
+        return None
+    return {name: [(example.image_name, region)] for name, [(_, region)] in shown.items()}
 
 
 def _checked_tiling(tiles: Any) -> Tiling | None:

@@ -82,3 +82,26 @@ def test_more_names_than_allowed_are_refused_in_a_sentence(client):
     tag = "|".join(f"name {number}" for number in range(1001))
     error = ask(client, ROOT / "examples" / "scene_1.png", [tag])["error"]
     assert error == "These are 1,001 class names; this page takes up to 1,000."
+
+
+def test_an_example_of_a_class_joins_its_name_and_a_bad_one_is_refused_in_a_sentence(client):
+    path = ROOT / "examples" / "scene_1.png"
+    image = gradio_client.handle_file(str(path))
+
+    def by_example(*fields) -> dict:
+        request = (image, ["teddy bear", "water"], "semantic", 0.3, 0, *fields)
+        return client.predict(*request, api_name="/segment")
+
+    plain, view = by_example(), by_example(image, "teddy bear", "20, 30, 90 100")
+    assert plain["classes"] != view["classes"]
+    assert "examples={'teddy bear': [('scene_1.png', (20, 30, 90, 100))]}" in view["python"]
+    assert "examples" not in plain["python"]
+    assert "error" not in by_example(image, "teddy bear", "")
+    for fields, sentence in (
+        ((image, "", ""), "which of the classes the example shows"),
+        ((image, "elephant", ""), "'elephant', which is not among the classes"),
+        ((image, "teddy bear", "left"), "four numbers, left, top, right, bottom; got “left”"),
+        ((image, "teddy bear", "0 0 9000 9"), "is not inside the image"),
+    ):
+        error = by_example(*fields)["error"]
+        assert sentence in error and "/" not in error, error
