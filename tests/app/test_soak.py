@@ -74,7 +74,8 @@ def leave(address: str, request: tuple[str, list[str], str]) -> None:
     [path] = json.load(
         urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/upload", body, form))
     )
-    data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, names, task, 0.5]}
+    fields = [names, task, 0.5, 0, None, None, None]
+    data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, *fields]}
     call = f"{address}/gradio_api/call/segment"
     headers = {"Content-Type": "application/json"}
     event = json.load(
