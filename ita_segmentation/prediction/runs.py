@@ -142,4 +142,6 @@ def empty_line(result: SegmentedImage, segmenter: Segmenter) -> str:
     """Return what is said of an image without a segment, with the best guesses."""
     guesses = ", ".join(f"{name} {score:.2f}" for name, score in result.best_guesses)
     above = "" if segmenter.threshold is None else f" above {segmenter.threshold:g}"
-    return f"0 segments{above}; best guesses: {guesses}"
+    lost = any(score >= (segmenter.threshold or 1.1) for _, score in result.best_guesses)
+    why = "; those above it won too few pixels" if lost else ""
+    return f"0 segments{above}; best guesses: {guesses}{why}"

@@ -29,7 +29,7 @@ from helpers.docs_blocks import (
 
 DOCS = ROOT / "docs"
 NOTEBOOK = DOCS / "notebooks" / "five_minutes.ipynb"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("models/*/README.md")), *sorted(DOCS.glob("*.md"))]
 SEEN = (
     "models",
     "examples",
@@ -68,7 +68,7 @@ def try_commands(block, name):
             assert not end.value.code, f"{name}: {words} ended with {end.value.code}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).with_suffix("").as_posix())
 def test_every_code_block_of_a_page_works(page, reader_folder):
     namespace = {"__name__": "__main__"}
     printed = ""

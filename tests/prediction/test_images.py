@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.errors import ITAError
 from ita_segmentation.images import read_image
 from ita_segmentation.prediction import Segmenter, Tracks, find_sources
+from ita_segmentation.prediction.runs import empty_line
+from ita_segmentation.prediction.segmenter import SegmentedImage
 from ita_segmentation.prediction.sources import output_names
 from ita_segmentation.prediction.tracks import MEMORY
 
@@ -259,3 +262,14 @@ def test_another_class_or_another_place_is_a_new_segment():
     _, segments = tracks.follow(second, [entry(1, 5), entry(2, 0)])
     assert [segment["id"] for segment in segments] == [2, 3]
     assert tracks.follow(np.zeros((3, 3), np.uint8), [])[1] == []
+
+
+@pytest.mark.parametrize(
+    ("score", "end"), [(0.4, "cat 0.40"), (0.6, "cat 0.60; those above it won too few pixels")]
+)
+def test_a_guess_above_the_threshold_that_is_no_segment_is_explained(score, end):
+    result = SegmentedImage(
+        np.zeros((2, 2), np.uint8), "panoptic", [["cat"]], [], best_guesses=[("cat", score)]
+    )
+    line = empty_line(result, SimpleNamespace(threshold=0.5))
+    assert line == f"0 segments above 0.5; best guesses: {end}"
