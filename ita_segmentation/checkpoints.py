@@ -11,10 +11,7 @@ from ita_segmentation.files import read_text
 
 MODEL_HELP = "checkpoint folder or Hub id (OWNER/NAME, or OWNER/NAME@REVISION)"
 DTYPES = ("float32", "bfloat16", "auto")
-DTYPE_HELP = (
-    "of weights and activations; auto is bfloat16 where the hardware computes in it, float32 else "
-    "(default: %(default)s)"
-)
+DTYPE_HELP = "float32, bfloat16, or auto: bfloat16 where the hardware computes in it (default: %(default)s)"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX)
 HUB_FILES = ("*.json", "*.safetensors", "README.md", "examples/*")

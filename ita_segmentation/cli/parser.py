@@ -65,7 +65,8 @@ def run_command(
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        extra = f"pip install 'ita-segmentation[{EXTRAS[package]}]'"
+        extra = "train" if "train" in program and EXTRAS[package] == "eval" else EXTRAS[package]
+        extra = f"pip install 'ita-segmentation[{extra}]'"
         sys.stderr.write(f"{program}: error: this needs the package {package}: {extra}\n")
         sys.exit(1)
     except KeyboardInterrupt:

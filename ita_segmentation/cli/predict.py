@@ -78,7 +78,8 @@ def _predict_files(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -
     )
     if outcome.images:
         shown = "*_overlay.png" if "overlay" in run.formats else "*"
-        print(f"{_count(outcome.images, 'image')} segmented: see {arguments.output}/{shown}")
+        empty = f", {len(outcome.empty)} of them without a segment" if outcome.empty else ""
+        print(f"{_count(outcome.images, 'image')} segmented{empty}: see {arguments.output}/{shown}")
     if outcome.videos:
         done = f"{_count(outcome.videos, 'video')} ({_count(outcome.frames, 'frame')})"
         print(f"{done} segmented: see {arguments.output}")

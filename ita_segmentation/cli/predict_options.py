@@ -108,7 +108,7 @@ def build_parser() -> ConfigArgumentParser:
         help="that neighboring tiles share, at least as large as most objects (default: a quarter of --tiles)",
     )
     how.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
+    how.add_argument("--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=DTYPE_HELP)
     how.add_argument(
         "--every", type=positive_int, help="segment only every N-th frame of a video (default: 1)"
     )

@@ -192,7 +192,8 @@ def test_an_image_without_a_segment_is_said_with_the_best_guesses(task, predict,
     path = noise(tmp_path / "a.png")
     given = ["--task", task, "--threshold", 1, "--format", "segments"]
     assert predict("--images", path, "--output", tmp_path / "out", *given) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    first, last = capsys.readouterr().out.splitlines()[-2:]
+    assert first.startswith("1 image segmented, 1 of them without a segment: see ")
     assert last.startswith(f"{path}: 0 segments above 1; best guesses: ")
     if task == "instance":
         assert "sky" not in last, "stuff cannot be found as an instance"
