@@ -27,7 +27,7 @@ from transformers.utils import logging
 from ita_segmentation.data.training import INFINITE_LENGTH, EvaluationCollator, TrainingClasses
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.evaluation.metrics.confusion_matrix import ConfusionMatrix
-from ita_segmentation.training import checkpoints
+from ita_segmentation.training import checkpoints, fsdp
 from ita_segmentation.training.arguments import ITATrainingArguments
 from ita_segmentation.training.callbacks import (
     NON_FINITE_BATCH,
@@ -133,6 +133,8 @@ class ITATrainer(Trainer):
         self.guard = NonFiniteGuard(self.args.device, self.args.gradient_accumulation_steps, every)
         if self.is_fsdp_enabled and (self.args.ema_decay or keep_vocabulary):
             raise UsageError("ema_decay and keep_vocabulary do not work with FSDP's sharded weights: use DDP")
+        if self.is_fsdp_enabled:
+            fsdp.prepare_for_fsdp(model, self.accelerator.state.fsdp_plugin, self.args.device)
         self.pseudo_labeler: PseudoLabeler | None = None
         if keep_vocabulary:
             self.pseudo_labeler = PseudoLabeler(
@@ -364,12 +366,13 @@ class ITATrainer(Trainer):
         """Write this process's files of a checkpoint."""
         self.store_flos()
         if self.is_fsdp_enabled:
-            super().save_model(str(folder), _internal_call=True)
+            self.save_model(str(folder))
         elif self.is_world_process_zero():
             checkpoints.save_weights(self.network, self.average, folder, self.last_checkpoint)
             self.processor.save_pretrained(folder)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
+            (folder / fsdp.SHARDED_WEIGHTS).unlink(missing_ok=True)
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
             state = {"metrics": self.metrics.state(), "minutes": self.budget.minutes}
@@ -387,7 +390,7 @@ class ITATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            fsdp.load_full_weights(self.network, Path(resume_from_checkpoint))
         else:
             checkpoints.load_weights(self.network, Path(resume_from_checkpoint))
 
@@ -401,15 +404,13 @@ class ITATrainer(Trainer):
         Raises:
             ITAError: It cannot be written.
         """
-        if self.is_fsdp_enabled:
-            weights = self.accelerator.get_state_dict(self.model)
-        else:
-            weights = self.network.state_dict()
+        weights = fsdp.full_weights(self.network)
         if not self.is_world_process_zero():
             return
         if self.args.half_weights:
             weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
-        checkpoints.write_model(self.network, self.processor, weights, Path(output_dir or self.output))
+        with fsdp.class_before_sharding(self.network):
+            checkpoints.write_model(self.network, self.processor, weights, Path(output_dir or self.output))
 
     # ---------------------------------------------------------------------------------------- evaluation
 

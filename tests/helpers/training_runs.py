@@ -18,6 +18,7 @@ from open_clip.model import CustomTextCLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from helpers import fsdp_cpu
 from helpers.tiny_checkpoint import tiny_config
 from ita_segmentation.cli.parser import run_command
 from ita_segmentation.cli.train import parse_arguments, train
@@ -144,11 +145,17 @@ def run_process(arguments: list[str], environment: dict[str, str], log: str, fil
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    if "ACCELERATE_USE_FSDP" in environment:
+        fsdp_cpu.allow_fsdp_on_cpus()
     run_command(train, arguments)
 
 
 def start(
-    arguments: list[str], log: Path, num_processes: int = 1, file_bytes: int | None = None
+    arguments: list[str],
+    log: Path,
+    num_processes: int = 1,
+    file_bytes: int | None = None,
+    more_environment: dict[str, str] | None = None,
 ) -> list[Any]:
     """Start a run of one or more processes, which can be forbidden to write files beyond a size."""
     with socket.socket() as free:
@@ -159,7 +166,7 @@ def start(
     for rank in range(num_processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment = common | (ranks | place if num_processes > 1 else {})
+        environment = common | (more_environment or {}) | (ranks | place if num_processes > 1 else {})
         process = FORKS.Process(target=run_process, args=(arguments, environment, str(log), file_bytes))
         process.start()
         processes.append(process)
