@@ -33,8 +33,8 @@ from .image_io import printable, read_image, read_label_map
 from .ops import channels_last
 from .vocabulary import Vocabulary, VocabularyKey, normal_form
 
-EXAMPLE_WEIGHT = 0.5
-"""Weight of a class's examples beside its names, unless a call says otherwise."""
+NAME_WORTH = 4
+"""Names count as much as so many examples: n examples have the weight n / (n + 4), unless a call says otherwise."""
 EXAMPLE_LOGIT = 13.0
 """Logit of an embedding that points where the examples do, above the mean of the vocabulary's. Found on Scenes."""
 
@@ -45,11 +45,11 @@ class ClassExamples:
 
     Attributes:
         rows: class name in normal form -> (D,), the unit mean of its examples.
-        weight: of the examples beside the names, 0..1.
+        weights: of the examples beside the names, 0..1, in the same order.
     """
 
     rows: dict[str, Tensor]
-    weight: float
+    weights: dict[str, float]
 
     def add_to(self, text: TextEmbeddings, vocabulary: VocabularyKey, scale: Tensor) -> TextEmbeddings:
         """Mix examples into the embeddings of a vocabulary; their classes count as unseen.
@@ -59,10 +59,11 @@ class ClassExamples:
             vocabulary: K classes. Examples of other classes are passed over.
             scale: CLIP's logit scale, a scalar.
         """
-        if not self.weight:
-            return text
         class_of = _classes_by_name(vocabulary)
-        rows = {class_of[name]: row for name, row in self.rows.items() if name in class_of}
+        own_rows = {name: row for name, row in self.rows.items() if name in class_of and self.weights[name]}
+        if not own_rows:
+            return text
+        rows = {class_of[name]: (row, self.weights[name]) for name, row in own_rows.items()}
         given = {normal_form(name) for index in rows for name in vocabulary[index]}
         candidates = list(map(normal_form, Vocabulary(vocabulary).candidate_names))
         device, is_seen = text.is_seen.device, text.is_seen.clone()
@@ -70,18 +71,18 @@ class ClassExamples:
         has_example = torch.isin(text.class_of_name, torch.tensor(list(rows), device=device))
         prompt_mean = _mean_of_others(prompts, has_example)
         name_mean = _mean_of_others(names, torch.tensor([one in given for one in candidates], device=device))
-        for index, row in rows.items():
+        for index, (row, weight) in rows.items():
             offset = EXAMPLE_LOGIT / scale * row.to(prompts)
-            self._mix(prompts, text.class_of_name == index, prompt_mean + offset)
+            _mix(prompts, text.class_of_name == index, prompt_mean + offset, weight)
             own = set(map(normal_form, vocabulary[index]))
-            self._mix(
-                names, torch.tensor([one in own for one in candidates], device=device), name_mean + offset
-            )
+            is_own = torch.tensor([one in own for one in candidates], device=device)
+            _mix(names, is_own, name_mean + offset, weight)
             is_seen[index] = False
         return replace(text, prompt_embeds=prompts, name_embeds=names, is_seen=is_seen)
 
-    def _mix(self, embeds: Tensor, is_own: Tensor, example: Tensor) -> None:
-        embeds[is_own] = self.weight * example + (1 - self.weight) * embeds[is_own]
+
+def _mix(embeds: Tensor, is_own: Tensor, example: Tensor, weight: float) -> None:
+    embeds[is_own] = weight * example + (1 - weight) * embeds[is_own]
 
 
 def _mean_of_others(embeds: Tensor, has_example: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def check_examples(
 
     Args:
         examples: class name -> (n, D), as `encode_examples` gives them; None for none.
-        weight: of the examples beside the names, 0..1; None for `EXAMPLE_WEIGHT`.
+        weight: of the examples beside the names, 0..1; None for n / (n + 4) with n examples.
         vocabularies: of the images. A name has to be in one of them.
         embed_dim: D.
 
@@ -115,7 +116,8 @@ def check_examples(
         ValueError: not such a mapping, a name that is in no vocabulary, a class with examples under two of its names,
             embeddings of another shape, or a weight that is not from 0 to 1.
     """
-    weight = check_number("example_weight", EXAMPLE_WEIGHT if weight is None else weight, 0, 1)
+    if weight is not None:
+        check_number("example_weight", weight, 0, 1)
     if examples is None:
         return None
     if not isinstance(examples, Mapping):
@@ -135,7 +137,11 @@ def check_examples(
     rows = {
         normal_form(name): F.normalize(rows.float().mean(dim=0), dim=-1) for name, rows in examples.items()
     }
-    return ClassExamples(rows, weight)
+    weights = {
+        normal_form(name): len(rows) / (len(rows) + NAME_WORTH) if weight is None else weight
+        for name, rows in examples.items()
+    }
+    return ClassExamples(rows, weights)
 
 
 def check_example_names(

@@ -268,7 +268,7 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
             ensemble_alpha: weight of CLIP's class logits for seen classes in the place of the configuration's.
             ensemble_beta: weight of CLIP's class logits for unseen classes in the place of the configuration's.
             examples: class name -> (n, D), of `encode_examples`, that join the class's names.
-            example_weight: of the examples beside the names, 0..1 (0.5); at 1 the names say nothing.
+            example_weight: of n examples beside the names, 0..1 (n / (n + 4)); at 1 the names say nothing.
             output_hidden_states: whether to return hidden states.
             output_attentions: whether to return the decoder's attention weights.
             return_dict: False gives a tuple.

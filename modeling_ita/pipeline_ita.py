@@ -103,7 +103,7 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
             whole groups, such as "animal", where the checkpoint knows dogs and cats.
         examples: for names of classes a list of (image, mask or box) that show them, in the images' own pixels; see
             `class_examples.region_of_image`. They are encoded once, at the call or at construction.
-        example_weight: of the examples beside the names of their class, 0 to 1 (0.5); at 1 the names say nothing.
+        example_weight: of a class's n examples beside its names, 0 to 1 (n / (n + 4)); at 1 the names say nothing.
         subtask: "panoptic" (default), "instance" or "semantic".
         threshold: lowest score of a segment, or of a pixel for "semantic", where the score is the probability of its
             class. By default 0.5 for "semantic", and 0.9, as in transformers, for the others.

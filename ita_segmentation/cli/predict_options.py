@@ -88,7 +88,7 @@ def build_parser() -> ConfigArgumentParser:
     what.add_argument(
         "--example_weight",
         type=fraction,
-        help="of the examples beside the names of their class, 0 to 1 (default: 0.5; at 1 the names say nothing)",
+        help="of a class's N examples beside its names, 0 to 1 (default: N / (N + 4); at 1 the names say nothing)",
     )
 
     how = parser.add_argument_group("how it runs")

@@ -92,7 +92,7 @@ class Segmenter:
             an image can show none of the given ones.
         examples: for names of classes a list of (image, mask or box) that show them, see
             `modeling_ita.class_examples.encode_class_examples`. They are encoded once.
-        example_weight: of the examples beside the names of their class, 0 to 1; None for the model's own (0.5).
+        example_weight: of a class's n examples beside its names, 0 to 1; None for n / (n + 4).
 
     Raises:
         ITAError: there is no vocabulary at all, a name of `stuff` or `examples` is not in it, or an example cannot be
@@ -202,12 +202,11 @@ class Segmenter:
         """Say which examples there are, by the digest of their embeddings."""
         if not self._example_options:
             return None
-        from modeling_ita.class_examples import EXAMPLE_WEIGHT
         from modeling_ita.text_cache import digest_of
 
         rows, weight = self._example_options["examples"], self._example_options["example_weight"]
         digest = digest_of(list(rows), list(rows.values()))
-        return {"digest": digest, "weight": EXAMPLE_WEIGHT if weight is None else weight}
+        return {"digest": digest, "weight": weight}
 
     def _ids_of(self, stuff: Sequence[str]) -> set[int]:
         names = {normal_form(name): index for index, names in enumerate(self.classes) for name in names}

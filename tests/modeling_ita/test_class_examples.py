@@ -55,10 +55,11 @@ def test_padding_and_company_change_no_row(tower_model):
 
 
 def test_a_region_smaller_than_a_cell_and_one_of_the_whole_image_have_rows(model):
-    small, whole = torch.zeros(64, 96), torch.ones(64, 96)
-    small[5, 7] = 1
-    [found] = model.encode_examples(pixels(1, 3, 64, 96), [torch.stack([small, whole])])
-    assert_same(found.norm(dim=-1), torch.ones(2))
+    regions = torch.zeros(3, 64, 96)
+    regions[0, 5, 7] = regions[1, 60, 90] = regions[2] = 1
+    [found] = model.encode_examples(pixels(1, 3, 64, 96), [regions])
+    assert_same(found.norm(dim=-1), torch.ones(3))
+    assert float(found[0] @ found[1]) < 0.99  # each sees its own cell
 
 
 def test_a_learned_pooling_embeds_examples_too():
@@ -90,6 +91,13 @@ def test_a_class_given_by_examples_alone_has_no_use_for_its_name(model, rows):
     assert (plain.class_queries_logits - found[0].class_queries_logits).abs().max() > 1e-3
 
 
+def test_more_examples_weigh_more_beside_a_name(model):
+    def weight(count: int) -> float:
+        return checked(model, {"wall": torch.ones(count, 32)}).weights["wall"]
+
+    assert [weight(count) for count in (1, 4, 12)] == [0.2, 0.5, 0.75]
+
+
 def test_several_examples_count_by_their_mean_direction(model):
     rows = torch.nn.functional.normalize(pixels(3, model.clip_backbone.embed_dim), dim=-1)
     mean = checked(model, {"wall": rows}, 1.0).rows["wall"]
@@ -101,7 +109,7 @@ def test_a_class_seen_in_training_counts_as_unseen_with_examples(model, rows):
     model_seen = {"train_vocabulary": ["wall"], "ensemble_alpha": 0.0, "ensemble_beta": 1.0}
     unseen = model_seen | {"train_vocabulary": ["nothing"]}
     given = {"examples": {"wall": rows}}
-    found = [segment(model, images, ["wall"], **call, **given) for call in (model_seen, unseen)]
+    found = [segment(model, images, ["wall", "cat"], **call, **given) for call in (model_seen, unseen)]
     assert torch.equal(*(one.class_queries_logits for one in found))
 
 
