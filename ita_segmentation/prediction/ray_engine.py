@@ -8,6 +8,7 @@ that has been running longest, and what is there first is written. Files are tho
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -204,7 +205,9 @@ def segment_on_ray(
     if next(rows.places(folder.is_done), None) is None:
         return DatasetCounts()
     try:
-        ray.init(address=options.address, log_to_driver=False, logging_level="ERROR")
+        # Without an address Ray would join any cluster that happens to run on this machine.
+        address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:
         raise ITAError(f"no Ray cluster can be reached or started: {one_line(error, 200)}") from error
     try:

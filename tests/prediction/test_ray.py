@@ -84,7 +84,7 @@ class StubRay:
         self.is_running = False
 
     def init(self, **options: Any) -> None:
-        self.is_running = True
+        self.is_running, self.address = True, options["address"]
 
     def shutdown(self) -> None:
         self.is_running = False
@@ -160,6 +160,20 @@ def test_actors_write_the_files_of_a_plain_run(work, stub, tmp_path):
     assert files_of(tmp_path / "out") == plain_run(work, tmp_path / "plain")
     assert len(files_of(tmp_path / "out")) == 12 and counts.images == 47
     assert not ray.is_running
+
+
+def test_without_an_address_a_cluster_that_happens_to_run_is_left_alone(work, stub, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for given, variable, used in (
+        (None, None, "local"),
+        (None, "host:1", "host:1"),
+        ("auto", "host:1", "auto"),
+    ):
+        if variable is not None:
+            monkeypatch.setenv("RAY_ADDRESS", variable)
+        ray = stub([1.0])
+        ray_run(work, tmp_path / used, address=given)
+        assert ray.address == used
 
 
 def test_a_unit_that_is_lost_with_its_actor_is_done_by_another(work, stub, tmp_path):
