@@ -83,7 +83,7 @@ def choose_dtype(name: str, device: Any) -> Any:
         return getattr(torch, name)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # an x86 CPU without these instructions emulates bfloat16, several times slower than float32
+    else:  # an x86 CPU without these instructions emulates bfloat16
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
     return torch.bfloat16 if native else torch.float32

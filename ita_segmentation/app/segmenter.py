@@ -102,16 +102,7 @@ class GradioSegmenter:
         self.notice = notice
         self._turn = threading.Lock()
 
-    def answer(
-        self,
-        path: Any,
-        tags: Any,
-        task: Any,
-        threshold: Any,
-        name: str | None = None,
-        tiles: Any = None,
-        example: ClassExample | None = None,
-    ) -> Iterator[dict[str, Any] | None]:
+    def answer(self, *request: Any) -> Iterator[dict[str, Any] | None]:
         """Answer in steps, so that a caller who has left can be noticed between them.
 
         Takes what `segment` takes.
@@ -121,7 +112,7 @@ class GradioSegmenter:
             sentence}.
         """
         try:
-            yield from self._steps(path, tags, task, threshold, name, tiles, example)
+            yield from self._steps(*request)
         except ITAError as error:
             yield {"error": str(error), "run": secrets.token_hex(4)}
 
@@ -161,9 +152,9 @@ class GradioSegmenter:
         tags: Any,
         task: Any,
         threshold: Any,
-        name: str | None,
-        tiles: Any,
-        example: ClassExample | None,
+        name: str | None = None,
+        tiles: Any = None,
+        example: ClassExample | None = None,
     ) -> Iterator[dict[str, Any] | None]:
         started = time.perf_counter()
         if not path:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,8 +67,7 @@ def run_command(
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        extra = "train" if "train" in program and EXTRAS[package] == "eval" else EXTRAS[package]
-        extra = f"pip install 'ita-segmentation[{extra}]'"
+        extra = f"pip install 'ita-segmentation[{_extra_of(package, program)}]'"
         sys.stderr.write(f"{program}: error: this needs the package {package}: {extra}\n")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -75,6 +76,17 @@ def run_command(
     except BrokenPipeError:  # the reader of stdout, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _extra_of(package: str, program: str) -> str:
+    """Name the extra that holds a package: the command's own, if there is one with this package."""
+    command = program.rpartition(" ")[2]
+    try:
+        requirements = metadata.requires("ita-segmentation") or []
+    except metadata.PackageNotFoundError:  # a clone that is not installed
+        requirements = []
+    own = re.compile(rf"{package.replace('_', '-')}\b.*extra == ['\"]{re.escape(command)}['\"]")
+    return command if any(map(own.match, requirements)) else EXTRAS[package]
 
 
 class CompactHelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -101,6 +101,20 @@ def test_a_mistake_of_ours_is_not_taken_for_the_users():
 
 
 @pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("train", "accelerate", "train"), ("eval", "accelerate", "eval"), ("train", "jinja2", "eval")],
+)
+def test_a_command_names_its_own_extra_if_that_has_the_package(command, package, extra, monkeypatch, capsys):
+    def fail(argv):
+        raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+
+    monkeypatch.setattr("sys.argv", [f"ita {command}"])
+    with pytest.raises(SystemExit):
+        run_command(fail)
+    assert f"pip install 'ita-segmentation[{extra}]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("module", "arguments", "extra"),
     [
         ("datasets", ["predict", "--dataset", "{data}", "--output", "{out}"], "eval"),

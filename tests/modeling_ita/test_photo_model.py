@@ -25,7 +25,7 @@ def test_the_folder_is_small_and_its_card_begins_with_its_limits(loaded):
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 64 * 2**20
     assert domain_notice(loaded[0].config) is None
     title, first = (FOLDER / "README.md").read_text().split("\n# ")[1].split("\n\n")[:2]
-    assert title.startswith("ITA photo") and "rooms" in first
+    assert title.startswith("ITA photo") and "indoor scenes" in first
 
 
 @pytest.mark.parametrize(
