@@ -113,6 +113,9 @@ def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any)
     device = "cpu" if on_ray else arguments.device or _device_of(local_rank)
     given = arguments, vocabulary, stuff
     opened, worker, plan = open_dataset(*given, device, folder.note_length, folder.part_length)
+    processes = arguments.actors or 1 if on_ray else world_size
+    if rank == 0 and isinstance(opened, rows.ParquetRows):
+        _print_note(opened.row_group_notice(processes))
     with tqdm(unit="image", desc=f"process {rank}" if world_size > 1 else None, disable=rank != 0) as bar:
         if on_ray:
             del worker
@@ -195,9 +198,7 @@ def _segmenter(
     from ita_segmentation.prediction.segmenter import Segmenter
 
     model, processor = load_checkpoint(arguments.model, device, arguments.dtype)
-    notice = domain_notice(model.config)
-    if notice is not None:
-        print(f"note: {notice}", file=sys.stderr)
+    _print_note(domain_notice(model.config))
     set_shortest_side(processor, arguments.size)
     if vocabulary is None and model.default_vocabulary is None:
         raise ITAError(
@@ -217,6 +218,11 @@ def _segmenter(
         examples=arguments.examples,
         example_weight=arguments.example_weight,
     )
+
+
+def _print_note(notice: str | None) -> None:
+    if notice is not None:
+        print(f"note: {notice}", file=sys.stderr)
 
 
 def _count(number: int, noun: str) -> str:

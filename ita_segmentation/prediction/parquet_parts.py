@@ -54,6 +54,11 @@ class ParquetPart:
         """
         return self._groups[2]
 
+    @property
+    def num_row_groups(self) -> int:
+        """The number of row groups that have rows. Raises as `num_rows`."""
+        return len(self._groups[0])
+
     def rows(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Yield the rows from `start` up to `stop`.
 

@@ -152,6 +152,23 @@ class ParquetRows:
         """Return a unit."""
         return Unit(part, number, self._rows(part, number))
 
+    def row_group_notice(self, processes: int) -> str | None:
+        """Say what it costs that processes share row groups, None where there are enough parts or row groups.
+
+        Raises:
+            ITAError: a file cannot be read.
+        """
+        if len(self._parts) >= processes:
+            return None
+        groups = sum(self._opened(part).num_row_groups for part in range(len(self._parts)))
+        if groups >= processes:
+            return None
+        return (
+            f"the dataset has {groups} row group{'' if groups == 1 else 's'} for {processes} processes, and within one "
+            "a process also decodes the rows before its own: "
+            f"write the parquet files with row_group_size={self._unit_size}"
+        )
+
     def _units_of(self, parts: Iterable[int]) -> Iterator[Place]:
         for part in parts:
             length = self._part_length(part)

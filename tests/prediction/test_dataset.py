@@ -190,6 +190,21 @@ def test_four_processes_read_each_row_of_one_file_once(group, decoded, tmp_path,
     assert sum(batches) <= decoded * 1024
 
 
+@pytest.mark.parametrize(("group", "world_size", "is_noted"), [(20, 2, True), (10, 2, False), (20, 1, False)])
+def test_fewer_row_groups_than_processes_are_noted_once(
+    group, world_size, is_noted, predict, tmp_path, capsys
+):
+    table_of(20).to_parquet(tmp_path / "data.parquet", batch_size=group)
+    given = ["--dataset", tmp_path / "data.parquet", "--image_column", "photo", "--output", tmp_path / "out"]
+    line = "note: the dataset has 1 row group for 2 processes"
+    for rank in range(world_size):
+        assert predict(*given, rank=rank, world_size=world_size) == 0
+        noted = capsys.readouterr().err
+        assert (line in noted) == (is_noted and rank == 0)
+        assert ("row_group_size=4\n" in noted) == (is_noted and rank == 0)
+    assert len(results(tmp_path / "out")) == 20
+
+
 def test_parquet_rows_are_read_from_any_row_on_across_files_of_any_scheme(tmp_path):
     files = []
     for index, (count, group) in enumerate([(7, 3), (0, 1), (50, 50), (2, 1)]):
