@@ -92,12 +92,15 @@ def segment_tiles(
     """
     size = (image.height, image.width)
     crops = tiling.crops(size)
-    semantic = SemanticMerger(crops, size, threshold, num_classes, ignore_index)
-    segments = SegmentMerger(crops, size, is_panoptic=task == "panoptic")
+    merger: SemanticMerger | SegmentMerger
+    if task == "semantic":
+        merger = SemanticMerger(crops, size, threshold, num_classes, ignore_index)
+    else:
+        merger = SegmentMerger(crops, size, is_panoptic=task == "panoptic")
     options: dict[str, Any] = {"mask_threshold": mask_threshold, "num_classes": num_classes}
     options |= {} if threshold is None else {"threshold": threshold}
     names: Counter[str] = Counter()
-    result = TiledResult(semantic.labels)
+    result = TiledResult(torch.zeros(0))
     labels: list[str] | None = None
     for start in range(0, len(crops), at_once):
         tiles = [crop.cut(image) for crop in crops[start : start + at_once]]
@@ -109,16 +112,16 @@ def segment_tiles(
             highest = class_probabilities(one.class_logits)[:, :-1].amax(0).cpu()
             so_far = result.class_probabilities
             result.class_probabilities = torch.maximum(highest, so_far) if len(so_far) else highest
-            if task == "semantic":
-                semantic.add(one.class_logits, one.mask_logits, one.image_size)
+            if isinstance(merger, SemanticMerger):
+                merger.add(one.class_logits, one.mask_logits, one.image_size)
             else:
                 stuff_ids = one.stuff_ids if label_ids_to_fuse is None else label_ids_to_fuse
-                segments.add(_segments_of_tile(one, task, stuff_ids, overlap_mask_area_threshold, options))
+                merger.add(_segments_of_tile(one, task, stuff_ids, overlap_mask_area_threshold, options))
     result.dominant_categories = [name for name, _ in names.most_common()]
-    if task == "semantic":
-        result.segmentation, result.scores = semantic.labels.cpu(), semantic.scores()
+    if isinstance(merger, SemanticMerger):
+        result.segmentation, result.scores = merger.labels.cpu(), merger.scores()
         return result
-    merged = segments.result()
+    merged = merger.result()
     result.segmentation, result.segments_info = (
         torch.from_numpy(merged["segmentation"]),
         merged["segments_info"],
@@ -185,6 +188,11 @@ class SegmentMerger:
 
     def __init__(self, crops: Sequence[Crop], size: tuple[int, int], is_panoptic: bool):
         self._regions = [crop.region for crop in crops]
+        self._corners = np.array(self._regions)
+        # The middles of tiles from top to bottom, and from left to right.
+        self._middles = [
+            np.unique(self._corners[:, axis] + self._corners[:, axis + 2]) / 2 for axis in (0, 1)
+        ]
         self._size, self._is_panoptic = size, is_panoptic
         self._pieces: list[list[Piece]] = []
         self._parents: list[int] = [0]  # of each piece's number, towards the first piece that it is one with
@@ -277,12 +285,10 @@ class SegmentMerger:
         return number
 
     def _overlapping(self, index: int) -> list[int]:
-        own = self._regions[index]
-        return [
-            other
-            for other, region in enumerate(self._regions)
-            if other != index and _intersection(own, region) is not None
-        ]
+        own = self._corners[index]
+        starts, stops = np.maximum(self._corners[:, :2], own[:2]), np.minimum(self._corners[:, 2:], own[2:])
+        overlapping = np.flatnonzero((starts < stops).all(axis=1)).tolist()
+        return [other for other in overlapping if other != index]
 
     def _is_whole(self, box: Box, index: int) -> bool:
         """Tell whether a box lies in a tile and ends at none of its borders within the image."""
@@ -328,8 +334,7 @@ class SegmentMerger:
         nearest = np.ones(painted.shape, dtype=bool)
         for axis, middle in ((0, (top + bottom) / 2), (1, (left + right) / 2)):
             pixels = np.arange(self._regions[index][axis], self._regions[index][axis + 2]) + 0.5
-            middles = {(region[axis] + region[axis + 2]) / 2 for region in self._regions}
-            others = np.min([np.abs(pixels - other) for other in middles], axis=0)
+            others = np.abs(pixels[:, None] - self._middles[axis]).min(axis=1)
             is_nearest = np.abs(pixels - middle) <= others
             nearest &= is_nearest[:, None] if axis == 0 else is_nearest
         is_new = (painted > 0) & (nearest | (place == 0))

@@ -118,7 +118,7 @@ def spans(length: int, window: int | None, stride: int | None = None) -> list[tu
     return [(start, start + window) for start in starts]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Cell:
     """A part of the image whose pixels are in the same crops: (start, stop) of its rows and columns, and the crops."""
 
@@ -185,6 +185,10 @@ class SemanticMerger:
         self._num_classes, self._rejects = num_classes or 0, False
         self._held: dict[int, _HeldCrop] = {}
         self._waiting = _cells(crops)
+        self._needed: dict[int, set[_Cell]] = {}
+        for cell in (cell for cells in self._waiting.values() for cell in cells):
+            for index in cell.crops:
+                self._needed.setdefault(index, set()).add(cell)
         self._count = 0
         self.labels = torch.zeros(0, dtype=torch.int32)
         self._sums = self._pixels = torch.zeros(0)
@@ -205,10 +209,15 @@ class SemanticMerger:
         if not self._count:
             self._start(class_logits)
         self._held[self._count] = _HeldCrop(crop, class_logits, mask_logits)
+        touched = {self._count}
         for cell in self._waiting.pop(self._count, ()):
             self._score(cell)
+            touched.update(cell.crops)
+            for index in cell.crops:
+                self._needed[index].discard(cell)
         self._count += 1
-        self._forget()
+        for index in touched:
+            self._forget(index)
 
     def _start(self, class_logits: Tensor) -> None:
         total, device = class_logits.shape[1] - 1, class_logits.device
@@ -245,22 +254,17 @@ class SemanticMerger:
                 best[best >= self._num_classes] = self._ignore_index
             place[rows] = best.unflatten(0, (-1, right - left)).to(place.dtype)
 
-    def _forget(self) -> None:
-        """Of the crops that are held, keep what the cells to come need."""
-        needed: dict[int, list[_Cell]] = {}
-        for cells in self._waiting.values():
-            for cell in cells:
-                for index in cell.crops:
-                    needed.setdefault(index, []).append(cell)
-        for index in list(self._held):
-            if index not in needed:
-                del self._held[index]
-                continue
-            rows, columns = (
-                (min(span[0] for span in of_axis), max(span[1] for span in of_axis))
-                for of_axis in ([one.rows for one in needed[index]], [one.columns for one in needed[index]])
-            )
-            self._held[index].keep(rows, columns)
+    def _forget(self, index: int) -> None:
+        """Of a crop that is held, keep what the cells to come need."""
+        cells = self._needed.get(index)
+        if not cells:
+            del self._held[index]
+            return
+        rows, columns = (
+            (min(span[0] for span in of_axis), max(span[1] for span in of_axis))
+            for of_axis in ([one.rows for one in cells], [one.columns for one in cells])
+        )
+        self._held[index].keep(rows, columns)
 
     def scores(self) -> dict[int, float]:
         """Return the mean probability of each class over its pixels; only with a threshold."""

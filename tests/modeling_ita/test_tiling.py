@@ -9,6 +9,7 @@ from helpers.peak_memory import needs_peak_memory, peak_bytes
 from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.data.scenes import scene, scenes_vocabulary
 from ita_segmentation.prediction import Segmenter
+from modeling_ita import tiling as tiling_module
 from modeling_ita.ops import MaskTiles
 from modeling_ita.pipeline_ita import ITAImageSegmentationPipeline
 from modeling_ita.postprocessing import semantic_scores
@@ -86,6 +87,22 @@ def test_scores_are_added_up_where_tiles_overlap():
     assert is_clear.float().mean() > 0.99
     assert torch.equal(merger.labels.long()[is_clear], order[0][is_clear])
     assert not merger._held, "no tile is kept when all is done"
+
+
+def test_a_tile_costs_the_same_however_many_there_are(monkeypatch):
+    """What is held is looked at only where the new tile completes a part of the image."""
+    kept = []
+    keep = tiling_module._HeldCrop.keep
+    monkeypatch.setattr(tiling_module._HeldCrop, "keep", lambda *arguments: kept.append(keep(*arguments)))
+    counts = []
+    for size in ((100, 200), (100, 2000)):
+        crops = Tiling(32, 8).crops(size)
+        merger = SemanticMerger(crops, size)
+        for _ in crops:
+            merger.add(torch.zeros(2, 4), torch.zeros(2, 8, 8))
+        counts.append(len(kept) / len(crops))
+        kept.clear()
+    assert counts[1] < 1.2 * counts[0]
 
 
 def tile_result(crop, mask, label=0, score=0.9, stuff=False):
