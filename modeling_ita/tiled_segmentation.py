@@ -28,6 +28,9 @@ from .tiling import Crop, SemanticMerger, Tiling
 
 SAME_SEGMENT = 0.5
 """From this IoU on in the pixels that two tiles share, their segments are one."""
+SHARED_PART = 0.5
+"""What two tiles share holds at least this times as much of their segments' pixels as of the tiles' own: agreement in a
+few stray pixels is none."""
 BORDER = 64
 """What comes nearer to a tile's border than its side divided by this is cut by it: masks end a few pixels early."""
 
@@ -232,9 +235,7 @@ class SegmentMerger:
             painted[within[0] : within[2], within[1] : within[3]][cut] = piece.number
         for other in neighbors:
             if other < index:
-                self._join(
-                    own, self._pieces[other], _intersection(self._regions[index], self._regions[other])
-                )
+                self._join(own, self._pieces[other], self._regions[index], self._regions[other])
         self._pieces.append(own)
         if self._is_panoptic:
             self._paint(painted, index)
@@ -307,19 +308,21 @@ class SegmentMerger:
             self._parents[number] = number = self._parents[self._parents[number]]
         return number
 
-    def _join(self, own: list[Piece], others: list[Piece], shared: Box | None) -> None:
+    def _join(self, own: list[Piece], others: list[Piece], region: Box, other_region: Box) -> None:
         """Join the segments of two tiles that agree in the pixels that both see: best agreement first.
 
         A network may find a thing twice in one tile, so several may be one with the same. Those of different classes
         are joined where a border cuts one of them and neither has its like.
         """
+        shared = _intersection(region, other_region)
         if shared is None:
             return
         pairs = []
+        least = SHARED_PART * _area(shared) / _area(region)
         for piece in own:
             for other in others:
                 if self._is_panoptic or piece.label == other.label or piece.is_cut or other.is_cut:
-                    agreement = _agreement(piece, other, shared)
+                    agreement = _agreement(piece, other, shared, least)
                     if agreement >= SAME_SEGMENT:
                         pairs.append((piece.label == other.label, agreement, piece.number, other.number))
         taken: set[int] = set()
@@ -347,13 +350,19 @@ def _intersection(first: Box, second: Box) -> Box | None:
     return (top, left, bottom, right) if top < bottom and left < right else None
 
 
-def _agreement(piece: Piece, other: Piece, shared: Box) -> float:
-    """Return the IoU of two masks within a box."""
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _agreement(piece: Piece, other: Piece, shared: Box, least: float) -> float:
+    """Return the IoU of two masks within a box; 0 if they have less than `least` of the smaller mask in common."""
     first, second = _intersection(piece.box, shared), _intersection(other.box, shared)
     both = None if first is None or second is None else _intersection(first, second)
     if first is None or second is None or both is None:
         return 0.0
     common = int(np.count_nonzero(piece.part(both) & other.part(both)))
+    if common < least * min(np.count_nonzero(piece.mask), np.count_nonzero(other.mask)):
+        return 0.0
     union = np.count_nonzero(piece.part(first)) + np.count_nonzero(other.part(second)) - common
     return common / union if union else 0.0
 

@@ -130,6 +130,23 @@ def test_what_a_border_cuts_is_one_segment_again(columns, is_panoptic):
     assert np.array_equal(result["segmentation"] == 1, mask)
 
 
+def test_stray_pixels_in_what_tiles_share_do_not_join_two_things():
+    crops = TILING.crops(SIZE)
+    (_, first, _, _), (_, second, _, _) = crops[0].region, crops[1].region
+    maps = [np.zeros((64, 64), np.int32) for _ in crops]
+    maps[0][10:30, 4 - first : 28 - first] = 1  # ends before the second tile begins
+    maps[1][40:60, 70 - second : 94 - second] = 1  # begins after the first tile ends
+    for crop_map, left in ((maps[0], first), (maps[1], second)):
+        crop_map[5:8, 60 - left : 64 - left] = 1
+    merger = SegmentMerger(crops, SIZE, is_panoptic=False)
+    for found in maps:
+        infos = [{"id": 1, "label_id": 0, "was_fused": False, "score": 0.9}] if found.any() else []
+        merger.add(
+            {"segmentation": torch.from_numpy(found)[None].bool()[: len(infos)], "segments_info": infos}
+        )
+    assert len(merger.result()["segments_info"]) == 2
+
+
 def test_stuff_is_one_segment_with_its_highest_score_and_other_things_stay_apart():
     crops = TILING.crops(SIZE)
     merger = SegmentMerger(crops, SIZE, is_panoptic=True)
