@@ -29,8 +29,8 @@ from .tiling import Crop, SemanticMerger, Tiling
 SAME_SEGMENT = 0.5
 """From this IoU on in the pixels that two tiles share, their segments are one."""
 SHARED_PART = 0.5
-"""What two tiles share holds at least this times as much of their segments' pixels as of the tiles' own: agreement in a
-few stray pixels is none."""
+"""Segments are one only if their common pixels are at least this times as large a part of the smaller one as what the
+tiles share is of a tile: a few stray pixels join nothing."""
 BORDER = 64
 """What comes nearer to a tile's border than its side divided by this is cut by it: masks end a few pixels early."""
 
