@@ -220,7 +220,11 @@ class ITAConfig(PreTrainedConfig):
             raise ValueError(f"dtype must be a name such as 'float32', got {dtype!r:.100}")
         if not cls.__module__.startswith("transformers_modules."):
             config_dict = {key: value for key, value in config_dict.items() if key != "custom_pipelines"}
-        return super().from_dict(config_dict, **kwargs)
+        # All changes at once: one after the other, as transformers sets them, fields that go together would not fit.
+        changes = {
+            name: kwargs.pop(name) for name in cls.__annotations__.keys() & kwargs if name != "vocabulary"
+        }
+        return super().from_dict(config_dict | changes, **kwargs)
 
     def __post_init__(self, **kwargs):
         self._check_fields()
@@ -242,7 +246,7 @@ class ITAConfig(PreTrainedConfig):
             reason = " ".join(str(error).split())
             raise ValueError(f"a field of every configuration has a wrong value: {reason:.200}") from error
 
-    def ensemble_weights(self, alpha: float | None, beta: float | None) -> tuple[float, float]:
+    def ensemble_weights(self, alpha: float | None = None, beta: float | None = None) -> tuple[float, float]:
         """Give the weights of CLIP's class logits for seen and unseen classes, of a call where it says, 0..1 each."""
         return (
             check_number("ensemble_alpha", self.ensemble_alpha if alpha is None else alpha, 0, 1),

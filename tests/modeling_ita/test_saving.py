@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoModelF
 
 from helpers.tiny_checkpoint import tiny_config
 from helpers.tiny_model import CLASSES, assert_same, build, pixels, segment
-from modeling_ita import ITAForOpenVocabSegmentation
+from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation
 
 
 def clip_alone(model) -> ITAForOpenVocabSegmentation:
@@ -112,6 +112,14 @@ def test_classes_overridden_at_load_are_the_vocabulary(model, tmp_path):
     other = AutoModel.from_pretrained(tmp_path, id2label=labels, label2id={"lamp": 0, "road": 1})
     assert other.default_vocabulary == [["lamp"], ["road"]]
     assert other.config.id2label == labels
+
+
+def test_fields_that_go_together_are_overridden_at_once(tmp_path):
+    ITAConfig(clip_model_name="RN50", dense_upsample=4).save_pretrained(tmp_path)
+    config = ITAConfig.from_pretrained(tmp_path, mask_pooling="adapter", dense_upsample=1)
+    assert (config.mask_pooling, config.dense_upsample) == ("adapter", 1)
+    with pytest.raises(ValueError, match="dense_upsample"):
+        ITAConfig.from_pretrained(tmp_path, mask_pooling="adapter")
 
 
 def test_a_model_that_runs_from_its_checkpoints_code_can_be_saved_when_the_checkpoint_is_gone(
