@@ -5,6 +5,7 @@ and what is measured here is what every image costs.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -59,7 +60,7 @@ class Stopwatch:
         self._inside = False
         for stage, owner, method in (
             ("backbone", model.clip_backbone, "forward"),
-            ("dcu", model, "_select_dominant"),
+            ("dcu", model.dominant_categories, "forward"),
             ("dem", model.detail_enhancement, "forward"),
             ("ita", model.image_text_aggregation, "forward"),
             ("classification", model.mask_classifier, "forward"),
@@ -101,31 +102,41 @@ def measure(
     classes: int,
     repeats: int,
     batch: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Times of the first call and of the middle one (by ratio) of `repeats` warm ones, on `batch` images of a size.
 
     Returns: seconds of each stage, `rest` and `total` (network and semantic post-processing at the image's own size);
-    `ratio`, its total as a multiple of the backbone in the same call; the first call's total; and the
-    highest memory above the loaded model's in bytes.
+    `ratio`, its total as a multiple of the float32 backbone: that of the same call, or one run before it where the
+    network has another dtype; the first call's total; and the highest memory above the loaded model's in bytes.
     """
+    float32_backbone = copy.deepcopy(model.clip_backbone) if dtype != torch.float32 else None
+    model.to(dtype=dtype)  # type: ignore[call-arg]
     padded = [math.ceil(side / 32) * 32 for side in (height, width)]
     pixels = torch.randn(batch, 3, *padded)
     mask = torch.zeros(batch, *padded, dtype=torch.int64)
     mask[:, :height, :width] = 1
     vocabulary = made_up_vocabulary(classes)
     stopwatch = Stopwatch(model)
-    loaded = memory("VmRSS")
-    CLEAR_REFS.write_text("5")  # resets the peak
+    loaded, peak = memory("VmRSS"), 0
     calls = []
     for _ in range(repeats + 1):
+        start = time.perf_counter()
+        if float32_backbone is not None:
+            with torch.inference_mode():
+                float32_backbone(pixels)
+        reference = time.perf_counter() - start
         stopwatch.seconds = {}
+        CLEAR_REFS.write_text("5")  # resets the peak
         start = time.perf_counter()
         _segment(model, stopwatch, pixels, mask, vocabulary, (height, width))
         total = time.perf_counter() - start
+        peak = max(peak, memory("VmHWM") - loaded)
         rest = total - sum(stopwatch.seconds.values())
-        calls.append(stopwatch.seconds | {"rest": rest, "total": total})
+        reference = stopwatch.seconds["backbone"] if float32_backbone is None else reference
+        calls.append(stopwatch.seconds | {"rest": rest, "total": total, "float32 backbone": reference})
     first, warm = calls[0], calls[1:]
-    warm.sort(key=lambda call: call["total"] / call["backbone"])
+    warm.sort(key=_ratio)
     middle = warm[(len(warm) - 1) // 2]
     return {
         "height": height,
@@ -135,11 +146,16 @@ def measure(
         "batch": batch,
         "queries": model.config.num_learned_queries + model.config.num_dominant_categories,
         "seconds": middle,
-        "ratio": middle["total"] / middle["backbone"],
-        "ratios": [call["total"] / call["backbone"] for call in warm],
+        "dtype": str(dtype).removeprefix("torch."),
+        "ratio": _ratio(middle),
+        "ratios": list(map(_ratio, warm)),
         "first_call_seconds": first["total"],
-        "peak_bytes": memory("VmHWM") - loaded,
+        "peak_bytes": peak,
     }
+
+
+def _ratio(call: dict[str, float]) -> float:
+    return call["total"] / call["float32 backbone"]
 
 
 @torch.inference_mode()
@@ -167,12 +183,15 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ["ITA_TEXT_CACHE"] = "off"  # made-up embeddings are nothing to keep
     model = build(args.clip, args.queries)
     size = (args.height, args.width)
-    print(json.dumps(measure(model, *size, args.classes, args.repeats, args.batch)))
+    print(
+        json.dumps(measure(model, *size, args.classes, args.repeats, args.batch, getattr(torch, args.dtype)))
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def run(
-    clip: str, size: tuple[int, int], classes: int, repeats: int, threads: int, **more: int
+    clip: str, size: tuple[int, int], classes: int, repeats: int, threads: int, **more: Any
 ) -> dict[str, Any]:
     """One measurement in a process of its own; `more`: further options of `measure.py`.
 
@@ -66,7 +66,7 @@ def machine(threads: int) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table; times in milliseconds, memory in GiB."""
-    heads = ["size", "classes", "names", *STAGES, "rest", "total", "x backbone", "first call", "GiB"]
+    heads = ["size", "classes", "names", *STAGES, "rest", "total", "x float32 backbone", "first call", "GiB"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for result in results:
         milliseconds = [f"{1000 * result['seconds'][stage]:.0f}" for stage in (*STAGES, "rest", "total")]
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[20, 150, 847, 10_000])
     parser.add_argument("--repeats", type=int, default=3, help="warm calls, of which the middle one counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"), help="a folder")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def main() -> None:
     pairs = [(size, classes) for size in args.sizes for classes in args.vocabularies]
     for size, classes in tqdm(pairs, unit="measurement"):
         try:
-            results.append(run(args.clip, size, classes, args.repeats, args.threads))
+            results.append(run(args.clip, size, classes, args.repeats, args.threads, dtype=args.dtype))
         except RuntimeError as error:
             sys.exit(f"speed.py: {error}")
     about = {

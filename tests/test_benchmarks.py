@@ -1,0 +1,47 @@
+"""The scripts in benchmarks/: all can be imported, and the measurement of speed measures every stage."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py"))
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_shows_its_help(scripts, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert ended.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_stage_of_an_image_is_measured(scripts, monkeypatch, capsys, dtype):
+    import torch
+
+    measure = importlib.import_module("measure")
+    threads = torch.get_num_threads()
+    options = "--clip RN50 --height 64 --width 64 --classes 3 --repeats 1".split()
+    monkeypatch.setattr(sys, "argv", ["measure.py", *options, "--threads", str(threads), "--dtype", dtype])
+    monkeypatch.setenv("ITA_TEXT_CACHE", "off")
+    measure.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["dtype"] == dtype
+    stages = {name: found["seconds"][name] for name in measure.STAGES}
+    assert all(seconds > 0 for seconds in stages.values()), stages
+    parts = sum(stages.values()) + found["seconds"]["rest"]
+    assert parts == pytest.approx(found["seconds"]["total"])
+    assert found["ratio"] == pytest.approx(found["seconds"]["total"] / found["seconds"]["float32 backbone"])
