@@ -59,6 +59,14 @@ class ITAForOpenVocabSegmentationOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+HIDDEN_STATES = (
+    "encoder_hidden_states",
+    "pixel_decoder_hidden_states",
+    "transformer_decoder_hidden_states",
+)
+"""Hidden states of the image tower, at strides 4, 8, 16, 32; of detail enhancement, at 32, 16, 8; of the decoder."""
+
+
 @dataclass
 class SegmentOutput:
     """What the network makes of images of one size with one vocabulary, or, merged, of a batch.
@@ -72,9 +80,7 @@ class SegmentOutput:
         dominant: (B, k) int64, indices of the selected names; None if there was no selection, or after merging.
         query_classes: (B, Q) int64, the class that each query answers for, `ANY_CLASS` or `NO_CLASS`; None if queries
             answer for none.
-        encoder_hidden_states: of the image tower, if asked for, at strides 4, 8, 16, 32.
-        pixel_decoder_hidden_states: if asked for, at strides 32, 16, 8.
-        hidden_states: of the decoder, if asked for.
+        hidden_states: if asked for, by the names `HIDDEN_STATES`.
         attentions: of the decoder, if asked for.
     """
 
@@ -85,10 +91,13 @@ class SegmentOutput:
     mask_features: Tensor | None = None
     dominant: Tensor | None = None
     query_classes: Tensor | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: dict[str, tuple[Tensor, ...]] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+    def hidden_state_fields(self) -> dict[str, tuple[Tensor, ...]]:
+        """Give hidden states as the model's output has them: those of the decoder under two names."""
+        states = self.hidden_states or {}
+        return states if not states else states | {"hidden_states": states[HIDDEN_STATES[-1]]}
 
 
 SIZE_DIVISOR = 32
@@ -308,12 +317,11 @@ def merge(parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, in
     """Merge the groups' outputs to a batch of images padded to `padded`, in the batch's order."""
     log_probs = [part.log_probs for part in parts if part.log_probs is not None]
 
-    def states(name: str) -> tuple[Tensor, ...] | None:
-        of_parts = [getattr(part, name) for part in parts]
-        if of_parts[0] is None:
-            return None
+    def states(of_parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         return tuple(_merge_states(one, groups) for one in zip(*of_parts, strict=True))
 
+    hidden = [part.hidden_states for part in parts if part.hidden_states is not None]
+    attentions = [part.attentions for part in parts if part.attentions is not None]
     return SegmentOutput(
         [_merge_classes(one, groups) for one in zip(*(part.class_logits for part in parts), strict=True)],
         [
@@ -322,10 +330,10 @@ def merge(parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, in
         ],
         _merge_classes(log_probs, groups) if log_probs else None,
         query_classes=_merge_query_classes([part.query_classes for part in parts], groups),
-        encoder_hidden_states=states("encoder_hidden_states"),
-        pixel_decoder_hidden_states=states("pixel_decoder_hidden_states"),
-        hidden_states=states("hidden_states"),
-        attentions=states("attentions"),
+        hidden_states={name: states([one[name] for one in hidden]) for name in HIDDEN_STATES}
+        if hidden
+        else None,
+        attentions=states(attentions) if attentions else None,
     )
 
 

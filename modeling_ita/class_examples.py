@@ -30,7 +30,6 @@ from .classification import HardMaskPooling, MaskClassifier, TextEmbeddings
 from .clip_backbone import ClipBackbone
 from .configuration_ita import check_number
 from .image_io import printable, read_image, read_label_map
-from .ops import channels_last
 from .vocabulary import Vocabulary, VocabularyKey, normal_form
 
 NAME_WORTH = 4
@@ -208,7 +207,7 @@ class ExamplesMixin:
         """Embed regions (n, H, W) of one image (1, 3, H, W): (n, D)."""
         clip, classifier = self.clip_backbone, self.mask_classifier
         valid = valid if self.config.mask_padding else None
-        dense = clip(channels_last(pixel_values)).dense
+        dense = clip(pixel_values).dense
         height, width = dense.shape[-2:]
         pooling = classifier.pooling
         factor = pooling.upsample if isinstance(pooling, HardMaskPooling) else SIZE_DIVISOR // MASK_STRIDE

@@ -163,19 +163,23 @@ class ClipBackbone(nn.Module):
     # --- images ---
 
     def forward(self, pixel_values: Tensor) -> ImageFeatures:
-        """Extract features of normalized RGB images (B, 3, H, W), H and W multiples of 32, in the tower's dtype."""
+        """Extract features of normalized RGB images (B, 3, H, W), H and W multiples of 32, in the tower's dtype.
+
+        Gradients flow only where a training run has unfrozen some of the tower.
+        """
         visual = self.clip.visual
         weight = next(visual.parameters(), None)  # a replica of DataParallel has none
         pixel_values = pixel_values if weight is None else pixel_values.to(weight.dtype)
-        if self.is_resnet:
-            x = visual.stem(pixel_values)
-            levels = []
-            for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
-                x = layer(x)
-                levels.append(x)
+        if pixel_values.device.type != "cpu":  # where convolutions are fastest in channels-last memory
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
+            if not self.is_resnet:
+                dense, levels = visual.trunk.forward_intermediates(pixel_values, indices=self.level_indices)
+                return ImageFeatures(tuple(levels), dense)
+            levels = [visual.layer1(visual.stem(pixel_values))]
+            for layer in (visual.layer2, visual.layer3, visual.layer4):
+                levels.append(layer(levels[-1]))
             return ImageFeatures(tuple(levels), levels[-1])  # type: ignore[arg-type]
-        dense, levels = visual.trunk.forward_intermediates(pixel_values, indices=self.level_indices)
-        return ImageFeatures(tuple(levels), dense)
 
     def pool_masks(self, dense: Tensor, masks: Tensor) -> Tensor:
         """Pool the dense feature over masks, and apply CLIP's head: CLIP embeddings of regions.
@@ -308,13 +312,9 @@ class ClipBackbone(nn.Module):
         tower = self.text_tower
         weights = sum(parameter.numel() for parameter in tower.transformer.parameters())
         is_float = tower.transformer.get_cast_dtype() == torch.float32
-        if self.device.type != "cpu" or weights < MIN_SHARED_WEIGHTS or not is_float:
-            return None
-        if (
-            not self._attends_causally
-            or self.tokenizer.reduction_fn is not None
-            or not has_usual_blocks(tower)
-        ):
+        saves_time = self.device.type == "cpu" and weights >= MIN_SHARED_WEIGHTS and is_float
+        usual_text = self._attends_causally and self.tokenizer.reduction_fn is None
+        if not saves_time or not usual_text or not has_usual_blocks(tower):
             return None
         start, encode = self.tokenizer.sot_token_id, self.tokenizer.encode
         prefixes = [[start, *encode(template.split("{}")[0])] for template in templates]

@@ -76,18 +76,18 @@ class DeformableAttention(nn.Module):
         batch, length, _ = query.shape
         heads = self.heads
         offsets = self.sampling_offsets(query).view(batch, length, heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query).view(batch, length, heads, -1).softmax(-1)
+        weights = self.attention_weights(query).view(batch, length, heads, -1)
         value = self.value_proj(value)
         # Positions in float32 whatever the weights are: half precision cannot tell neighboring cells apart.
         if value.is_cuda and triton_supports(value) and not torch.compiler.is_exporting():
-            attended = sample_by_triton(value, offsets, weights, sampling_grid)
+            attended = sample_by_triton(value, offsets, weights.softmax(-1), sampling_grid)
         else:
             sample = (
                 sample_by_embedding_bag
                 if sampling_grid.fits_embedding_bag(value, heads)
                 else sample_by_grid_sample
             )
-            attended = sample(value.float(), offsets.float(), weights.float(), sampling_grid)
+            attended = sample(value.float(), offsets.float(), weights.float().softmax(-1), sampling_grid)
         return self.output_proj(attended.to(query.dtype))
 
 

@@ -11,6 +11,7 @@ matches it with segments of that class alone; `text_query_class_bias` adds a lea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,11 @@ class TextQueries:
         is_own = self.classes[..., None] == torch.arange(logits.shape[-1], device=logits.device)
         bias = (self.class_bias[..., None] * is_own).to(logits.dtype)
         return torch.cat([logits[:, :count] + bias, logits[:, count:]], dim=1)
+
+
+def no_text_queries(*_: Any, **__: Any) -> TextQueries:
+    """Stand in for `DominantCategories` where a model has none."""
+    return TextQueries()
 
 
 def classes_of_names(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .batching import (
+    HIDDEN_STATES,
     Group,
     ITAForOpenVocabSegmentationOutput,
     SegmentOutput,
@@ -38,10 +39,10 @@ from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
 from .configuration_ita import ITAConfig
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
-from .dominant_categories import DominantCategories, TextQueries, classes_of_names
+from .dominant_categories import DominantCategories, classes_of_names, no_text_queries
 from .image_text_aggregation import Attention, ImageTextAggregation
 from .mask_adapter import ConvNeXtBlock
-from .ops import channels_last, load_blocks_at_once
+from .ops import load_blocks_at_once
 from .set_criterion import SetCriterion
 from .text import TextEncoder
 from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
@@ -276,43 +277,34 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         Raises:
             ValueError: no vocabulary or a malformed one, or labels, examples or inputs that do not fit.
         """
-        config, size, padded = self.config, pixel_values.shape[-2:], padded_size(pixel_values.shape[-2:])
+        config, padded = self.config, padded_size(pixel_values.shape[-2:])
         wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_attentions = config.output_attentions if output_attentions is None else output_attentions
         sizes = check_images(pixel_values, pixel_mask)
         classes = batch_vocabularies(vocabulary, vocabularies, config.own_classes, len(sizes))
-        masks = check_labels(mask_labels, class_labels, sizes, size, [len(own) for own in classes])
+        counts = [len(own) for own in classes]
+        masks = check_labels(mask_labels, class_labels, sizes, pixel_values.shape[-2:], counts)
         given = check_dominant_categories(dominant_categories, len(sizes), config.num_dominant_categories)
-        weights = config.ensemble_weights(ensemble_alpha, ensemble_beta)
         shown = check_examples(examples, example_weight, classes, self.clip_backbone.embed_dim)
+        options = {
+            "ensemble_weights": config.ensemble_weights(ensemble_alpha, ensemble_beta),
+            "every_layer": masks is not None or self.training,
+            "output_hidden_states": bool(wants_states),
+            "output_attentions": bool(wants_attentions),
+        }
 
         groups = group_images(pixel_values, pixel_mask, sizes, classes, given)
         segment = self.segment if self._compiled_segment is None else self._compiled_segment
-        parts = [
-            segment(
-                group.pixel_values,
-                self._encode(group.vocabulary, templates, train_vocabulary, shown),
-                group.valid,
-                given_embeds=self._embed_given(group, templates),
-                given_classes=classes_of_names(
-                    group.vocabulary, group.dominant_categories, pixel_values.device
-                ),
-                image_embeds=self._embed_thumbnails(group),
-                ensemble_weights=weights,
-                every_layer=mask_labels is not None or self.training,
-                output_hidden_states=bool(wants_states),
-                output_attentions=bool(wants_attentions),
-            )
-            for group in groups
-        ]
+        inputs = (self._group_inputs(group, templates, train_vocabulary, shown) for group in groups)
+        parts = [segment(**of_group, **options) for of_group in inputs]
         merged = merge(parts, groups, padded)
+
         loss_dict = None
         if masks is not None and class_labels is not None:
             matched = matched_mask_logits(parts, groups, padded)
             own = merged.query_classes if config.text_query_matching == "own_class" else None
-            loss_dict = self.criterion(
-                merged.class_logits, merged.mask_logits, masks, class_labels, matched, own
-            )
+            predicted = merged.class_logits, merged.mask_logits
+            loss_dict = self.criterion(*predicted, masks, class_labels, matched, own)
         output = ITAForOpenVocabSegmentationOutput(
             loss=torch.stack(list(loss_dict.values())).sum() if loss_dict else None,
             class_queries_logits=merged.class_logits[-1] if merged.log_probs is None else merged.log_probs,
@@ -322,11 +314,8 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
             image_sizes=valid_sizes(pixel_mask, sizes, pixel_values.device),
             stuff_ids=[class_ids_of(own, config.stuff_names or ()) for own in classes],
             vocabulary=[[list(synonyms) for synonyms in own] for own in classes],
-            encoder_hidden_states=merged.encoder_hidden_states,
-            pixel_decoder_hidden_states=merged.pixel_decoder_hidden_states,
-            transformer_decoder_hidden_states=merged.hidden_states,
-            hidden_states=merged.hidden_states,
             attentions=merged.attentions,
+            **merged.hidden_state_fields(),
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -357,56 +346,43 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
             output_hidden_states: give hidden states.
             output_attentions: give the decoder's attention weights.
         """
-        config, backbone, decoder = self.config, self.clip_backbone, self.image_text_aggregation
-        void_embed = self.void_embedding
-        valid = valid if config.mask_padding else None
+        config, clip, decoder = self.config, self.clip_backbone, self.image_text_aggregation
+        valid, void = valid if config.mask_padding else None, self.void_embedding
         # Section 0: one frozen CLIP.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and backbone.is_trained):
-            features = backbone(channels_last(pixel_values))
+        features = clip(pixel_values)
+        dense = features.dense
         # Section 2, DCU: the names nearest to the image become text queries.
-        text_queries = TextQueries()
-        if self.dominant_categories is not None:
-            text_queries = self.dominant_categories(
-                features.dense, text, valid, image_embeds, given_embeds, given_classes, clip=backbone
-            )
+        select = self.dominant_categories or no_text_queries
+        text_queries = select(dense, text, valid, image_embeds, given_embeds, given_classes, clip=clip)
         # Section 3, DEM: multi-scale features and mask features.
         mask_features, enhanced = self.detail_enhancement(features.levels)
         # Section 4, ITA: text queries and learned queries make masks and class embeddings.
         eager = output_attentions or config._attn_implementation == "eager"
+        queries, regions = text_queries.queries, text_queries.regions
         predictions, hidden_states, attentions = decoder(
-            text_queries.queries,
-            mask_features,
-            enhanced,
-            valid,
-            every_layer=every_layer,
-            eager=eager,
-            regions=text_queries.regions,
+            queries, mask_features, enhanced, valid, every_layer=every_layer, eager=eager, regions=regions
         )
+        masks = predictions[-1].mask_logits
         # Section 1: class logits, in-vocabulary.
-        in_vocab = [class_logits(p.class_embeds, text, void_embed, decoder.scale) for p in predictions]
+        in_vocab = [class_logits(p.class_embeds, text, void, decoder.scale) for p in predictions]
         in_vocab = list(map(text_queries.add_class_bias, in_vocab))
         # Section 5: out-of-vocabulary logits of the pooled CLIP feature, and the ensemble.
-        log_probs, masks = None, predictions[-1].mask_logits
+        log_probs = None
         if not self.training:
-            out_vocab, has_pixels = self.mask_classifier(
-                features.dense, masks, valid, text, void_embed, in_vocab[-1], clip=backbone
-            )
-            alpha, beta = ensemble_weights or (config.ensemble_alpha, config.ensemble_beta)
-            out_vocab = text_queries.add_class_bias(out_vocab)
-            log_probs = ensemble_log_probs(
-                in_vocab[-1], out_vocab, text, alpha, beta, has_pixels, config.objectness_weight
-            )
+            pooled = self.mask_classifier(dense, masks, valid, text, void, in_vocab[-1], clip=clip)
+            out_vocab, has_pixels = text_queries.add_class_bias(pooled[0]), pooled[1]
+            weights = *(ensemble_weights or config.ensemble_weights()), has_pixels, config.objectness_weight
+            log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, *weights)
+        states = dict(zip(HIDDEN_STATES, (features.levels, tuple(enhanced), hidden_states), strict=True))
         return SegmentOutput(
             class_logits=in_vocab,
             mask_logits=[p.mask_logits for p in predictions],
             mask_embeds=[p.mask_embeds for p in predictions],
-            log_probs=log_probs,
             mask_features=mask_features,
+            log_probs=log_probs,
             dominant=text_queries.names,
             query_classes=text_queries.query_classes(masks.shape[1]),
-            encoder_hidden_states=features.levels if output_hidden_states else None,
-            pixel_decoder_hidden_states=tuple(enhanced) if output_hidden_states else None,
-            hidden_states=hidden_states if output_hidden_states else None,
+            hidden_states=states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
         )
 
@@ -433,7 +409,25 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         """Leave the compiled network out of copies and pickles."""
         return self.__dict__ | {"_compiled_segment": None}
 
-    # --- parts of forward and segment ---
+    # --- parts of forward ---
+
+    def _group_inputs(
+        self,
+        group: Group,
+        templates: Sequence[str] | None,
+        train_vocabulary: Classes | None,
+        examples: ClassExamples | None,
+    ) -> dict[str, Any]:
+        """Give what `segment` takes of the images of one size with one vocabulary."""
+        device = group.pixel_values.device
+        return {
+            "pixel_values": group.pixel_values,
+            "text": self._encode(group.vocabulary, templates, train_vocabulary, examples),
+            "valid": group.valid,
+            "given_embeds": self._embed_given(group, templates),
+            "given_classes": classes_of_names(group.vocabulary, group.dominant_categories, device),
+            "image_embeds": self._embed_thumbnails(group),
+        }
 
     def _encode(
         self,

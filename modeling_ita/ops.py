@@ -105,13 +105,6 @@ def valid_cells(valid: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
     return F.max_pool2d(valid[:, None].float(), (height // size[0], width // size[1]))[:, 0] > 0
 
 
-def channels_last(pixel_values: Tensor) -> Tensor:
-    """Bring images into the layout in which convolutions of an accelerator are fastest; leave them on a CPU."""
-    if pixel_values.device.type == "cpu":
-        return pixel_values
-    return pixel_values.contiguous(memory_format=torch.channels_last)
-
-
 # --- sizes of images, and label maps ---
 
 MAX_IMAGE_PIXELS = 178_956_970
