@@ -134,6 +134,10 @@ def _build_trainer(
     model, processor = load_model(model_arguments, classes, data)
     if checkpoint is not None:
         check_classes(model.config, checkpoint)
+    if model_arguments.tune_class_names and model.mask_classifier.needs_cell_embeds:
+        raise UsageError(
+            "tune_class_names compares names with hard masks: not for a mask adapter or a text transfer"
+        )
     prepare_clip(model, training.train_clip, training.lora_rank, training.clip_dtype, training.channels_last)
     trainer_class: Any = ITATrainer
     if training.train_adapter != "none":

@@ -218,6 +218,9 @@ def test_a_resumed_run_keeps_what_the_checkpoint_knew_at_the_start(kept_run, arg
     assert len(losses) == 6 and training_runs.losses_of(resumed) == losses
 
 
+TUNED = ["--keep_vocabulary", "0.5", "--tune_class_names", "true"]
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
@@ -225,6 +228,8 @@ def test_a_resumed_run_keeps_what_the_checkpoint_knew_at_the_start(kept_run, arg
         (["--tune_class_names", "true"], "tune_class_names needs keep_vocabulary"),
         (["--keep_vocabulary", "0.5", "--dataset", "own"], "no classes but those of the dataset"),
         (["--keep_vocabulary", "0.5", "--clip", "somewhere"], "give one of --clip CLIP"),
+        ([*TUNED, "--model_config.mask_pooling", "adapter"], "not for a mask adapter"),
+        ([*TUNED, "--model_config.text_transfer", "post_norm"], "not for a mask adapter or a text transfer"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_in_one_line(arguments, tmp_path, capsys, more, reason):
