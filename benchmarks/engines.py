@@ -1,12 +1,12 @@
 """One image network in several engines, side by side: eager PyTorch, torch.compile, onnxruntime and OpenVINO.
 
-    python benchmarks/engines.py --model models/ita-photo --images models/ita-photo/examples/cat.jpg
+    python benchmarks/engines.py --model models/ita-photo --images data/val/*.jpg --only PyTorch
     python benchmarks/engines.py --clip convnext_large_d_320 --size 512
 
 In float32 and bfloat16. With --clip the network has random weights and gets noise: only times mean anything. With
 --model it says how many pixels of the images have the class that eager float32 gives. Prints a Markdown table; engines
 that are not installed are left out, with a line on the standard error. Seconds are the network's, without
-post-processing, and the fastest of a few calls; the set-up is compilation or loading, and the first call.
+post-processing, and the fastest of a few calls; the set-up is exporting, compiling or loading, and the first call.
 """
 
 import argparse
@@ -58,9 +58,11 @@ def pytorch(model: Any, dtype: torch.dtype, compiled: bool) -> Engine:
     return run
 
 
-def onnxruntime(file: Path, threads: int) -> Engine:
-    """Run an ONNX file by onnxruntime."""
+def onnxruntime(model: Any, file: Path, threads: int) -> Engine:
+    """Run the network by onnxruntime."""
     import onnxruntime
+
+    export(model, file)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -75,9 +77,11 @@ def onnxruntime(file: Path, threads: int) -> Engine:
     return run
 
 
-def openvino(file: Path, threads: int, precision: str) -> Engine:
-    """Run an ONNX file by OpenVINO in "f32" or "bf16"."""
+def openvino(model: Any, file: Path, threads: int, precision: str) -> Engine:
+    """Run the network by OpenVINO in "f32" or "bf16"."""
     import openvino
+
+    export(model, file)
 
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(file, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
@@ -92,15 +96,23 @@ def openvino(file: Path, threads: int, precision: str) -> Engine:
     return run
 
 
-def engines(model: Any, file: Path, threads: int) -> Iterator[tuple[str, Callable[[], Engine]]]:
-    """Give names of engines, and what sets each up, the model in float32 first."""
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        yield f"PyTorch, {name}", partial(pytorch, model, dtype, compiled=False)
-        yield f"torch.compile, {name}", partial(pytorch, model, dtype, compiled=True)
-    yield "onnxruntime, float32", partial(onnxruntime, file, threads)
-    yield "OpenVINO, float32", partial(openvino, file, threads, "f32")
-    yield "OpenVINO, bfloat16", partial(openvino, file, threads, "bf16")
+def engines(model: Any, folder: Path, threads: int) -> Iterator[tuple[str, Callable[[], Engine]]]:
+    """Give names of engines, and what sets each up: float32 first, before the model's weights change."""
+    file = folder / "model.onnx"
+    yield "PyTorch, float32", partial(pytorch, model, torch.float32, compiled=False)
+    yield "torch.compile, float32", partial(pytorch, model, torch.float32, compiled=True)
+    yield "onnxruntime, float32", partial(onnxruntime, model, file, threads)
+    yield "OpenVINO, float32", partial(openvino, model, file, threads, "f32")
+    yield "OpenVINO, bfloat16", partial(openvino, model, file, threads, "bf16")
+    yield "PyTorch, bfloat16", partial(pytorch, model, torch.bfloat16, compiled=False)
+    yield "torch.compile, bfloat16", partial(pytorch, model, torch.bfloat16, compiled=True)
+
+
+def export(model: Any, file: Path) -> Path:
+    """Write the float32 network as ONNX, once."""
+    if not file.exists():
+        to_onnx(model, file)
+    return file
 
 
 def backbone_seconds(model: Any, pixel_values: torch.Tensor, repeats: int) -> float:
@@ -153,6 +165,7 @@ def main() -> None:
         "--size", type=int, default=512, help="side of the image with --clip, a multiple of 32"
     )
     parser.add_argument("--classes", type=int, default=150, help="with --clip")
+    parser.add_argument("--only", default="", help="engines with this in their name, such as PyTorch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
@@ -167,11 +180,11 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        to_onnx(model, file)
         backbone = backbone_seconds(model, images[0]["pixel_values"], arguments.repeats)
         print(f"| image tower alone, PyTorch, float32 | | {backbone:.3f} | 1.00 | |", flush=True)
-        for name, set_up in engines(model, file, arguments.threads):
+        for name, set_up in engines(model, Path(folder), arguments.threads):
+            if arguments.only not in name:
+                continue
             start = time.perf_counter()
             try:
                 engine = set_up()
