@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +15,8 @@ DTYPES = ("float32", "bfloat16", "auto")
 DTYPE_HELP = "float32, bfloat16, or auto: bfloat16 where the hardware computes in it (default: %(default)s)"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX)
+WEIGHT_SAMPLES = 4096
+"""Places at which a checkpoint's files are sampled to tell them apart."""
 HUB_FILES = ("*.json", "*.safetensors", "README.md", "examples/*")
 
 
@@ -68,6 +71,24 @@ def resolve_checkpoint(model: str | Path) -> Path:
         raise ITAError(f"{missing}; nor is it in the Hub's cache, and {why}") from error
     except (HfHubHTTPError, OSError) as error:
         raise ITAError(f"{name} cannot be fetched from the Hub: {one_line(error, 200)}") from error
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Give what tells a checkpoint folder from another one, the same model trained further included.
+
+    Of weights a few thousand samples are read, spread evenly over the files.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for sample in range(WEIGHT_SAMPLES):
+                file.seek(size * sample // WEIGHT_SAMPLES)
+                digest.update(file.read(16))
+    return digest.hexdigest()[:16]
 
 
 def choose_dtype(name: str, device: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from .ops import MaskTiles, split_pixels
 
 DEFAULT_THRESHOLDS = {"semantic": 0.5, "panoptic": 0.8, "instance": 0.5}
-"""Lowest score of a pixel (semantic) or segment that pipeline, command line and app report."""
+"""Lowest score of a pixel (semantic) or segment that is reported; pipelines have transformers' own for segments."""
 IGNORE_INDEX = 255
 """Label of pixels that show none of the classes."""
 

@@ -34,7 +34,7 @@ def test_every_stage_of_an_image_is_measured(scripts, monkeypatch, capsys, dtype
 
     measure = importlib.import_module("measure")
     threads = torch.get_num_threads()
-    options = "--clip RN50 --height 64 --width 64 --classes 3 --repeats 1".split()
+    options = ["--clip", "RN50", "--height", "64", "--width", "64", "--classes", "3", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", ["measure.py", *options, "--threads", str(threads), "--dtype", dtype])
     monkeypatch.setenv("ITA_TEXT_CACHE", "off")
     measure.main()

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ita_segmentation.checkpoints import (
+    checkpoint_digest,
     domain_notice,
     load_checkpoint,
     resolve_checkpoint,
@@ -70,7 +71,7 @@ def _predict_files(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -
     segmenter = _segmenter(arguments, vocabulary, stuff, arguments.device, run.keeps_overlaps)
     outcome = run.run(
         segmenter,
-        arguments.model,
+        _model_settings(arguments.model),
         every=arguments.every or 1,
         batch_size=1 if arguments.tiling else arguments.batch_size,
         resume=arguments.resume,
@@ -166,8 +167,7 @@ def open_dataset(
         "split": arguments.split,
         **columns,
         "formats": sorted(formats),
-        "model": arguments.model,
-        **shards.checkpoint_digest(resolve_checkpoint(arguments.model)),
+        **_model_settings(arguments.model),
         **segmenter.settings,
     }
     batch_size = 1 if arguments.tiling else arguments.batch_size
@@ -218,6 +218,11 @@ def _segmenter(
         examples=arguments.examples,
         example_weight=arguments.example_weight,
     )
+
+
+def _model_settings(model: str) -> dict[str, str]:
+    """Say what results depend on of the model: where it came from, and its content."""
+    return {"model": model, "checkpoint": checkpoint_digest(resolve_checkpoint(model))}
 
 
 def _print_note(notice: str | None) -> None:

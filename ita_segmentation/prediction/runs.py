@@ -80,7 +80,7 @@ class FileRun:
     def run(
         self,
         segmenter: Segmenter,
-        model: str,
+        model: Mapping[str, str],
         every: int = 1,
         batch_size: int = 1,
         resume: bool = False,
@@ -90,14 +90,14 @@ class FileRun:
 
         Args:
             segmenter: what segments them.
-            model: what the files say of where the model came from.
+            model: what the files say of the model: where it came from, and what tells its content from another's.
             every: of a video, every N-th frame is segmented.
             batch_size: images in one pass.
             resume: skip images and videos whose results are there and were made the same way.
             run_lengths: see `segment_video`.
         """
         outcome = RunOutcome()
-        settings = {"model": model, **segmenter.settings}
+        settings = {**model, **segmenter.settings}
         items = self.images
         if resume:
             items = [one for one in items if not images.is_done(one, self.formats, settings)]

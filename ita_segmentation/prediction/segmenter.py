@@ -146,6 +146,7 @@ class Segmenter:
             "threshold": self.threshold,
             "distractors": self._competing != self.vocabulary,
             "size": size,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "tiles": None
             if self.tiling is None
             else {"size": self.tiling.size, "stride": self.tiling.stride},

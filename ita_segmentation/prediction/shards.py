@@ -9,7 +9,6 @@ Processes do not communicate: each does the units whose number falls to it and t
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import io
 import json
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ita_segmentation.checkpoints import WEIGHT_FILES
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.files import atomic_path, json_bytes, read_text, write_files
 from ita_segmentation.images import DECODING_ERRORS
@@ -236,14 +234,6 @@ def segment_dataset(
         folder.write(unit.part, unit.number, content)
         total += counts
     return total
-
-
-def checkpoint_digest(checkpoint: Path) -> dict[str, Any]:
-    """Return what tells a checkpoint folder from another one, without reading its weights."""
-    weights = [path for name in WEIGHT_FILES if (path := checkpoint / name).is_file()]
-    config = checkpoint / "config.json"
-    digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.is_file() else None
-    return {"model_config": digest, "model_bytes": sum(path.stat().st_size for path in weights)}
 
 
 def decoded_batches(rows: Iterable[Row], size: int) -> Iterator[list[tuple[Row, Any]]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ita_segmentation import checkpoints
 from ita_segmentation.class_names import read_vocabulary
@@ -334,6 +335,23 @@ def test_bfloat16_weights_give_nearly_the_labels_of_float32(tmp_path, command):
         assert command(*arguments, "--output", output, model=root / "models" / "ita-tiny")[0] == 0
         labels.append(np.array(Image.open(next(output.glob("*.png")))))
     assert 0.98 < (labels[0] == labels[1]).mean() < 1
+
+
+def test_resume_repeats_what_another_checkpoint_or_dtype_has_made(checkpoint, command, noise, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    given = ["--images", noise(tmp_path / "noise.png"), "--output", tmp_path / "out", "--resume"]
+
+    def segments(*more):
+        return "1 image segmented" in command(*given, *more, model=model)[1]
+
+    assert segments()
+    assert not segments()
+    assert segments("--dtype", "bfloat16")
+    # Trained further: the same names and sizes.
+    weights = {name: 1.01 * tensor for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert segments("--dtype", "bfloat16")
+    assert not segments("--dtype", "bfloat16")
 
 
 def test_examples_of_a_file_are_what_the_model_takes_and_part_of_what_is_written(
