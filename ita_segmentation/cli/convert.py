@@ -25,6 +25,9 @@ CLIP_HELP = (
     "(default with NAME: the one it was trained with)"
 )
 
+MASK_ADAPTER_SIZE = {"shortest_edge": 896, "longest_edge": 896}
+"""The size at which all published checkpoints with a mask adapter are tested."""
+
 
 def build_parser() -> ConfigArgumentParser:
     """Build the parser of the command."""
@@ -152,11 +155,13 @@ def _save(model: Any, output: Path, published: PublishedCheckpoint | None) -> No
     from modeling_ita.image_processing_ita import ITAImageProcessor
 
     metadata = {"license": published.license} if published else None
-    size = {"size": published.size} if published and published.size else {}
+    size = published.size if published else None
+    if published is None and model.config.mask_pooling == "adapter":
+        size = MASK_ADAPTER_SIZE
     with atomic_path(output) as folder:
         try:
             model.save_pretrained(folder)
-            ITAImageProcessor(**size).save_pretrained(folder)
+            ITAImageProcessor(**{"size": dict(size)} if size else {}).save_pretrained(folder)
             write_model_card(folder, model.config.to_dict(), output.name, metadata=metadata)
         except OSError as error:
             raise ITAError(f"cannot write {output}: {error.strerror or error}") from error

@@ -164,6 +164,17 @@ def command(original, tmp_path):
     return {key: str(path) for key, path in paths.items()}
 
 
+def test_a_checkpoint_with_a_mask_adapter_gets_the_size_that_such_checkpoints_are_tested_at(tmp_path):
+    description, _ = load_parity("maskadapter_fcclip_tiny")
+    for name, content in (("clip.json", json.dumps(description["clip_model_config"])), ("names.txt", "1:cat")):
+        (tmp_path / name).write_text(content)
+    torch.save(original_tensors(description), tmp_path / "model.pth")
+    paths = {"checkpoint": "model.pth", "clip_model": "clip.json", "vocabulary": "names.txt", "output": "out"}
+    convert([part for key, name in paths.items() for part in (f"--{key}", str(tmp_path / name))])
+    size = AutoImageProcessor.from_pretrained(tmp_path / "out").size
+    assert (size["shortest_edge"], size["longest_edge"]) == (896, 896)
+
+
 def test_the_command_converts_and_the_result_loads(command, tmp_path, capsys):
     (tmp_path / "convert.json").write_text(json.dumps(command))
     convert(["--config", str(tmp_path / "convert.json"), "--model_config", "{ensemble_alpha: 0.3}"])
