@@ -1,7 +1,7 @@
 """Mask pooling by mask pooling: hard, hard on an upsampled feature, and a trained mask adapter, on the same masks.
 
     python benchmarks/mask_pooling.py --heads runs/head_0 runs/head_1 --adapters runs/adapter_0 runs/adapter_1
-    python benchmarks/mask_pooling.py --heads models/ita-photo --adapters runs/photo --benchmark camvid --data_dir data
+    python benchmarks/mask_pooling.py --heads models/ita-photo --adapters runs/photo --tune 0 --benchmark data/camvid
 
 --heads are checkpoints with hard mask pooling, --adapters with `mask_pooling="adapter"`, one for each seed. The weights
 of the ensemble are chosen for each checkpoint and pooling by mIoU on other images: scenes of another seed, or the
@@ -29,6 +29,7 @@ from ita_segmentation.data.scenes import scenes_dataset
 from ita_segmentation.errors import ITAError
 from ita_segmentation.evaluation.benchmarks import load_benchmark
 from ita_segmentation.evaluation.evaluator import decode_sample
+from ita_segmentation.evaluation.ita_predictor import ITAPredictor
 from modeling_ita.classification import HardMaskPooling
 
 ALPHAS, BETAS = (0.3, 0.5, 0.7), (0.8, 0.9, 0.97)
@@ -84,9 +85,14 @@ def rows_of(path: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any
     """Score a checkpoint with each kind of pooling."""
     model, processor = load_checkpoint(path)
     benchmark = load_benchmark(arguments.benchmark, arguments.data_dir)
+    if benchmark.seen is None:
+        predictor = ITAPredictor(model, processor, benchmark.classes, benchmark.is_thing)
+        benchmark = dataclasses.replace(benchmark, seen=predictor.seen)
     others = other_images(benchmark, arguments)
     for pooling in poolings(model, arguments.upsample):
-        alpha, beta = choose_weights(model, processor, others, arguments.tune)
+        alpha, beta = model.config.ensemble_weights()
+        if arguments.tune:
+            alpha, beta = choose_weights(model, processor, others, arguments.tune)
         model.config.ensemble_alpha, model.config.ensemble_beta = alpha, beta
         scores = score_variants(model, processor, benchmark, arguments.limit, seed=0, variants=("computed",))
         row = {"model": str(path), "pooling": pooling, "alpha": alpha, "beta": beta}
@@ -123,7 +129,9 @@ def main() -> None:
     parser.add_argument("--benchmark", default="scenes", help="scenes, or a prepared benchmark in --data_dir")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--limit", type=int, default=200, help="images to score")
-    parser.add_argument("--tune", type=int, default=40, help="images to choose the ensemble's weights on")
+    parser.add_argument(
+        "--tune", type=int, default=40, help="images to choose the ensemble's weights on; 0 keeps them"
+    )
     arguments = parser.parse_args()
     if not arguments.heads + arguments.adapters:
         parser.error("name checkpoints: --heads, --adapters, or both")
