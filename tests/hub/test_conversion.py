@@ -166,7 +166,10 @@ def command(original, tmp_path):
 
 def test_a_checkpoint_with_a_mask_adapter_gets_the_size_that_such_checkpoints_are_tested_at(tmp_path):
     description, _ = load_parity("maskadapter_fcclip_tiny")
-    for name, content in (("clip.json", json.dumps(description["clip_model_config"])), ("names.txt", "1:cat")):
+    for name, content in (
+        ("clip.json", json.dumps(description["clip_model_config"])),
+        ("names.txt", "1:cat"),
+    ):
         (tmp_path / name).write_text(content)
     torch.save(original_tensors(description), tmp_path / "model.pth")
     paths = {"checkpoint": "model.pth", "clip_model": "clip.json", "vocabulary": "names.txt", "output": "out"}
