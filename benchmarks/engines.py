@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from dominant_categories import at_least
 from measure import build, made_up_vocabulary
 
 from ita_segmentation.checkpoints import load_checkpoint
+from ita_segmentation.errors import ITAError
 from ita_segmentation.export.network import INPUTS, to_onnx
 from ita_segmentation.images import read_image
 from modeling_ita.classification import TextEmbeddings
@@ -140,6 +142,14 @@ def label_maps(engine: Engine, images: list[Inputs]) -> list[torch.Tensor]:
     return found
 
 
+def image_side(text: str) -> int:
+    """Read a multiple of 32."""
+    side = at_least(32)(text)
+    if side % 32:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 32, got {text!r}")
+    return side
+
+
 def load(arguments: argparse.Namespace) -> tuple[Any, list[Inputs]]:
     """Build or load the model in float32, and prepare the images."""
     if arguments.model:
@@ -162,19 +172,25 @@ def main() -> None:
     source.add_argument("--clip", help="open_clip's name of a CLIP, random weights")
     parser.add_argument("--images", nargs="+", type=Path, default=[])
     parser.add_argument(
-        "--size", type=int, default=512, help="side of the image with --clip, a multiple of 32"
+        "--size", type=image_side, default=512, help="side of the image with --clip, a multiple of 32"
     )
-    parser.add_argument("--classes", type=int, default=150, help="with --clip")
+    parser.add_argument("--classes", type=at_least(1), default=150, help="with --clip")
     parser.add_argument("--only", default="", help="engines with this in their name, such as PyTorch")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=at_least(1), default=5)
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
     arguments = parser.parse_args()
     if bool(arguments.model) != bool(arguments.images):
         parser.error("--model and --images go together")
     torch.set_num_threads(arguments.threads)
-    with torch.no_grad():
-        model, images = load(arguments)
-    reference: list[torch.Tensor] = []
+    try:
+        with torch.no_grad():
+            model, images = load(arguments)
+    except (ITAError, ValueError) as error:
+        parser.error(str(error))
+    names = [name for name, _ in engines(model, Path(), arguments.threads)]
+    if not any(arguments.only in name for name in names):
+        parser.error(f"--only {arguments.only!r} is in none of {'; '.join(names)}")
+    reference = label_maps(pytorch(model, torch.float32, compiled=False), images)
     print(
         "| engine | set-up | seconds | x eager float32 backbone | equal pixels |\n|" + " --- |" * 5,
         flush=True,
@@ -195,7 +211,6 @@ def main() -> None:
             ready = time.perf_counter() - start
             seconds = fastest(partial(engine, images[0]), arguments.repeats)
             maps = label_maps(engine, images)
-            reference = reference or maps
             equal = np.mean(
                 [float((one == other).float().mean()) for one, other in zip(maps, reference, strict=True)]
             )

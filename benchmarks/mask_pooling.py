@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dominant_categories import score_variants
+from dominant_categories import at_least, score_variants
 from lost_objects import OUTCOMES, count_image
 
 from ita_segmentation.checkpoints import load_checkpoint
@@ -82,16 +82,24 @@ def small_things_found(model: Any, processor: Any, benchmark: Any, limit: int) -
 
 
 def rows_of(path: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Score a checkpoint with each kind of pooling."""
+    """Score a checkpoint with each kind of pooling.
+
+    Raises:
+        ITAError: the checkpoint or the benchmark cannot be loaded, or its pooling is not what the option promises.
+    """
     model, processor = load_checkpoint(path)
+    if (path in arguments.adapters) != (model.config.mask_pooling == "adapter"):
+        raise ITAError(
+            f"{path} has mask_pooling {model.config.mask_pooling!r}: --heads are hard, --adapters not"
+        )
     benchmark = load_benchmark(arguments.benchmark, arguments.data_dir)
     if benchmark.seen is None:
         predictor = ITAPredictor(model, processor, benchmark.classes, benchmark.is_thing)
         benchmark = dataclasses.replace(benchmark, seen=predictor.seen)
-    others = other_images(benchmark, arguments)
     for pooling in poolings(model, arguments.upsample):
         alpha, beta = model.config.ensemble_weights()
         if arguments.tune:
+            others = other_images(benchmark, arguments)
             alpha, beta = choose_weights(model, processor, others, arguments.tune)
         model.config.ensemble_alpha, model.config.ensemble_beta = alpha, beta
         scores = score_variants(model, processor, benchmark, arguments.limit, seed=0, variants=("computed",))
@@ -125,12 +133,17 @@ def main() -> None:
     parser.add_argument(
         "--adapters", nargs="+", type=Path, default=[], help="checkpoints with a mask adapter"
     )
-    parser.add_argument("--upsample", nargs="+", type=int, default=[1, 4], help="`dense_upsample` of --heads")
+    parser.add_argument(
+        "--upsample", nargs="+", type=at_least(1), default=[1, 4], help="`dense_upsample` of --heads"
+    )
     parser.add_argument("--benchmark", default="scenes", help="scenes, or a prepared benchmark in --data_dir")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
-    parser.add_argument("--limit", type=int, default=200, help="images to score")
+    parser.add_argument("--limit", type=at_least(1), default=200, help="images to score")
     parser.add_argument(
-        "--tune", type=int, default=40, help="images to choose the ensemble's weights on; 0 keeps them"
+        "--tune",
+        type=at_least(0),
+        default=40,
+        help="images to choose the ensemble's weights on; 0 keeps them",
     )
     arguments = parser.parse_args()
     if not arguments.heads + arguments.adapters:

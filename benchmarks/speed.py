@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dominant_categories import at_least
 from measure import STAGES
 from tqdm import tqdm
+
+from modeling_ita.clip_backbone import resolve_clip_config
 
 MEASURE = Path(__file__).with_name("measure.py")
 
@@ -61,22 +64,24 @@ def run(
 def machine(threads: int) -> str:
     """The machine in words."""
     names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{names[0] if names else platform.machine()}, {threads} threads, torch {torch.__version__}"
+    count = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"{names[0] if names else platform.machine()}, {count}, torch {torch.__version__}"
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as a Markdown table; times in milliseconds, memory in GiB."""
-    heads = ["size", "classes", "names", *STAGES, "rest", "total", "x float32 backbone", "first call", "GiB"]
+    """The results as a Markdown table; times in seconds, memory in GiB."""
+    stages = [stage.upper() if len(stage) == len("dcu") else stage for stage in STAGES]
+    heads = ["size", "classes", "names", *stages, "rest", "total", "x float32 backbone", "first call", "GiB"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for result in results:
-        milliseconds = [f"{1000 * result['seconds'][stage]:.0f}" for stage in (*STAGES, "rest", "total")]
+        seconds = [f"{result['seconds'][stage]:.2f}" for stage in (*STAGES, "rest", "total")]
         cells = [
             f"{result['height']} x {result['width']}",
             str(result["classes"]),
             str(result["names"]),
-            *milliseconds,
+            *seconds,
             f"{result['ratio']:.2f}",
-            f"{1000 * result['first_call_seconds']:.0f}",
+            f"{result['first_call_seconds']:.1f}",
             f"{result['peak_bytes'] / 2**30:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -89,12 +94,18 @@ def main() -> None:
     parser.add_argument(
         "--sizes", nargs="+", type=image_size, default=[(512, 512), (640, 640), (800, 1333), (1024, 1024)]
     )
-    parser.add_argument("--vocabularies", nargs="+", type=int, default=[20, 150, 847, 10_000])
-    parser.add_argument("--repeats", type=int, default=3, help="warm calls, of which the middle one counts")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--vocabularies", nargs="+", type=at_least(1), default=[20, 150, 847, 10_000])
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=3, help="warm calls, of which the middle one counts"
+    )
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"), help="a folder")
     args = parser.parse_args()
+    try:
+        resolve_clip_config(args.clip, None)
+    except ValueError as error:
+        parser.error(str(error))
     args.output.mkdir(parents=True, exist_ok=True)
     results = []
     pairs = [(size, classes) for size in args.sizes for classes in args.vocabularies]
@@ -110,7 +121,7 @@ def main() -> None:
         "clip": args.clip,
     }
     (args.output / "speed.json").write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
-    text = f"{table(results)}\n*{about['machine']}; `{about['command']}`, {about['date']}.*\n"
+    text = f"{table(results)}\n*Seconds, one image; {about['machine']}; `{about['command']}`, {about['date']}.*\n"
     (args.output / "speed.md").write_text(text)
     print(text)
 

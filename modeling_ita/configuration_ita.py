@@ -279,7 +279,9 @@ class ITAConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         """Check that fields go together."""
         if self.mask_pooling == "adapter" and (self.dense_upsample > 1 or self.ensemble_on_valid_mask):
-            raise ValueError('dense_upsample and ensemble_on_valid_mask are for mask_pooling="hard"')
+            raise ValueError(
+                'dense_upsample and ensemble_on_valid_mask are for mask_pooling="hard": set them to 1 and False'
+            )
         grounded = self.text_query_matching != "any" or self.text_query_class_bias or self.text_query_regions
         if grounded and self.dominant_category_source != "cells":
             raise ValueError(

@@ -45,3 +45,45 @@ def test_every_stage_of_an_image_is_measured(scripts, monkeypatch, capsys, dtype
     parts = sum(stages.values()) + found["seconds"]["rest"]
     assert parts == pytest.approx(found["seconds"]["total"])
     assert found["ratio"] == pytest.approx(found["seconds"]["total"] / found["seconds"]["float32 backbone"])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("engines", ["--model", "nowhere", "--images", "a.png"], "no such checkpoint folder"),
+        ("engines", ["--clip", "NOPE"], "open_clip knows no CLIP named 'NOPE'"),
+        ("engines", ["--clip", "RN50", "--size", "50"], "must be a multiple of 32"),
+        ("engines", ["--clip", "RN50", "--repeats", "0"], "must be an integer of at least 1"),
+        ("mask_pooling", ["--heads", "nowhere", "--tune", "0"], "no such checkpoint folder"),
+        (
+            "mask_pooling",
+            ["--adapters", "models/ita-tiny", "--tune", "0"],
+            "--heads are hard, --adapters not",
+        ),
+        (
+            "mask_pooling",
+            ["--heads", "models/ita-tiny", "--upsample", "0"],
+            "must be an integer of at least 1",
+        ),
+        ("speed", ["--clip", "NOPE"], "open_clip knows no CLIP named 'NOPE'"),
+    ],
+)
+def test_bad_arguments_are_answered_in_one_line(
+    scripts, monkeypatch, capsys, tmp_path, name, arguments, message
+):
+    monkeypatch.chdir(FOLDER.parent)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_mask_pooling_keeps_the_weights_of_the_ensemble(scripts, monkeypatch, capsys):
+    monkeypatch.chdir(FOLDER.parent)
+    options = ["--heads", "models/ita-tiny", "--tune", "0", "--limit", "1", "--upsample", "4"]
+    monkeypatch.setattr(sys, "argv", ["mask_pooling.py", *options])
+    importlib.import_module("mask_pooling").main()
+    row = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (row["alpha"], row["beta"], row["pooling"]) == (0.6, 0.95, "hard, `dense_upsample` 4")
+    assert 0 < row["miou"] <= 100

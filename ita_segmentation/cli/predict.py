@@ -116,7 +116,7 @@ def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any)
     opened, worker, plan = open_dataset(*given, device, folder.note_length, folder.part_length)
     processes = arguments.actors or 1 if on_ray else world_size
     if rank == 0 and isinstance(opened, rows.ParquetRows):
-        _print_note(opened.row_group_notice(processes))
+        _print_note(opened.sharing_notice(processes))
     with tqdm(unit="image", desc=f"process {rank}" if world_size > 1 else None, disable=rank != 0) as bar:
         if on_ray:
             del worker

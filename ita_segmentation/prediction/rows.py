@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -152,21 +153,27 @@ class ParquetRows:
         """Return a unit."""
         return Unit(part, number, self._rows(part, number))
 
-    def row_group_notice(self, processes: int) -> str | None:
-        """Say what it costs that processes share row groups, None where there are enough parts or row groups.
+    def sharing_notice(self, processes: int) -> str | None:
+        """Say what it costs that processes share files or row groups; None where there are enough of them.
 
         Raises:
             ITAError: a file cannot be read.
         """
-        if len(self._parts) >= processes:
+        parts = range(len(self._parts))
+        if len(parts) >= processes:
             return None
-        groups = sum(self._opened(part).num_row_groups for part in range(len(self._parts)))
+        units = sum(math.ceil(self._opened(part).num_rows / self._unit_size) for part in parts)
+        if units < processes:
+            return (
+                f"the images make {units} unit{'' if units == 1 else 's'} of {self._unit_size}: {processes - units} of "
+                f"{processes} processes have nothing to do"
+            )
+        groups = sum(self._opened(part).num_row_groups for part in parts)
         if groups >= processes:
             return None
         return (
-            f"the dataset has {groups} row group{'' if groups == 1 else 's'} for {processes} processes, and within one "
-            "a process also decodes the rows before its own: "
-            f"write the parquet files with row_group_size={self._unit_size}"
+            f"{groups} row group{'' if groups == 1 else 's'} for {processes} processes: each also decompresses the "
+            f"rows before its own (files written with row_group_size={self._unit_size} avoid this)"
         )
 
     def _units_of(self, parts: Iterable[int]) -> Iterator[Place]:

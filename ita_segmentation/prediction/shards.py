@@ -77,7 +77,7 @@ class ShardFolder:
         other = sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key))
         if other:
             raise ITAError(
-                f"{self.folder} holds results of another run (its {', '.join(other)} differ): choose another --output"
+                f"{self.folder} holds results of another run (different: {', '.join(other)}): choose another --output"
             )
 
     def path(self, part: int, number: int) -> Path:

@@ -139,6 +139,14 @@ def _build_trainer(
             "tune_class_names compares names with hard masks: not for a mask adapter or a text transfer"
         )
     prepare_clip(model, training.train_clip, training.lora_rank, training.clip_dtype, training.channels_last)
+    if model.config.mask_pooling == "adapter" and not _has_adapter(model_arguments):
+        if training.train_adapter == "none":
+            raise UsageError(
+                "the mask adapter is new and would stay untrained: train one with train_adapter, on a segmenter that "
+                'was trained with mask_pooling "hard"'
+            )
+        if training.train_adapter == "mixed":
+            logger.warning("the mask adapter is new: train it with train_adapter ground_truth first")
     trainer_class: Any = ITATrainer
     if training.train_adapter != "none":
         if training.train_clip != "none" or training.lora_rank or model_arguments.keep_vocabulary:
@@ -165,6 +173,13 @@ def _build_trainer(
             labeler, collator = trainer.pseudo_labeler, trainer.data_collator
             tune_class_names(trainer.network, new, labeler, train_dataset, collator)
     return trainer, checkpoint
+
+
+def _has_adapter(arguments: ITAModelArguments) -> bool:
+    """Tell whether the checkpoint that is fine-tuned has a mask adapter."""
+    if arguments.model is None:
+        return False
+    return ITAConfig.from_pretrained(resolve_checkpoint(arguments.model)).mask_pooling == "adapter"
 
 
 def _checkpoint_to_resume(training: ITATrainingArguments) -> Path | None:

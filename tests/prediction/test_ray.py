@@ -237,7 +237,7 @@ def test_a_machine_with_other_data_is_refused(work, stub, tmp_path):
     stub([1.0])
     opened, _, plan = work(lambda part, length: None)
     folder_of(tmp_path / "in", 48)
-    with pytest.raises(ITAError, match="another dataset or checkpoint .its digest, images differ"):
+    with pytest.raises(ITAError, match="another dataset or checkpoint .different: digest, images"):
         segment_on_ray(work, opened, ShardFolder(tmp_path / "out"), plan, RayOptions())
 
 

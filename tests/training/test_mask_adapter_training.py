@@ -185,3 +185,4 @@ def test_what_does_not_go_with_it_is_refused(segmenter, tmp_path, capsys):
     ]
     assert "freezes all else" in failure(capsys, arguments, "--train_clip", "norms")[1]
     assert "mask_pooling" in failure(capsys, arguments, "--model_config.mask_pooling", "hard")[1]
+    assert "would stay untrained" in failure(capsys, arguments, "--train_adapter", "none")[1]
