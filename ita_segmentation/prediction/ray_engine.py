@@ -85,7 +85,9 @@ class UnitActor:
         plan = {**rows.description, **plan}
         other = sorted(key for key in {*plan, *self._plan} if plan.get(key) != self._plan.get(key))
         if other:
-            return f"a machine of the cluster has another dataset or checkpoint (different: {', '.join(other)})"
+            return (
+                f"a machine of the cluster has another dataset or checkpoint (different: {', '.join(other)})"
+            )
         self._work = rows, worker
         return None
 
