@@ -275,6 +275,7 @@ ENVIRONMENT = {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",  # whatever token another cluster has left in the home folder
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_raylet_start_wait_time_s": "600",
 }
@@ -304,7 +305,8 @@ class Cluster:
 
     def _has_node(self, script: Path) -> bool:
         command = [str(script), "health-check", "--address", self.address]
-        return subprocess.run(command, capture_output=True).returncode == 0
+        environment = {**os.environ, **ENVIRONMENT}
+        return subprocess.run(command, capture_output=True, env=environment).returncode == 0
 
     def stop(self) -> None:
         """End all of its processes."""
