@@ -13,7 +13,7 @@ nothing.
 import argparse
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,17 +201,6 @@ def print_tables(result: VariantScores) -> None:
     for name, row in result.table().items():
         cells = [f"{row[key]:.1f}" if key in row else "" for key in SCORES]
         print(f"| {name} | {' | '.join(cells)} |")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Give a type of arguments: integers from `least` on."""
-
-    def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return integer
 
 
 def benchmark_parser(description: str, limit: int) -> argparse.ArgumentParser:

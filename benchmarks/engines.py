@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dominant_categories import at_least
-from measure import build, made_up_vocabulary
+from measure import at_least, build, made_up_vocabulary
 
 from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.errors import ITAError
@@ -65,7 +65,6 @@ def onnxruntime(model: Any, file: Path, threads: int) -> Engine:
     import onnxruntime
 
     export(model, file)
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -84,16 +83,14 @@ def openvino(model: Any, file: Path, threads: int, precision: str) -> Engine:
     import openvino
 
     export(model, file)
-
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(file, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
     names = [one.get_any_name() for one in compiled.inputs]
 
     def run(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         found = compiled({name: inputs[name].numpy() for name in names})
-        return torch.from_numpy(found[compiled.output(0)].copy()), torch.from_numpy(
-            found[compiled.output(1)].copy()
-        )
+        logits, masks = (torch.from_numpy(found[output].copy()) for output in compiled.outputs[:2])
+        return logits, masks
 
     return run
 
@@ -110,11 +107,10 @@ def engines(model: Any, folder: Path, threads: int) -> Iterator[tuple[str, Calla
     yield "torch.compile, bfloat16", partial(pytorch, model, torch.bfloat16, compiled=True)
 
 
-def export(model: Any, file: Path) -> Path:
+def export(model: Any, file: Path) -> None:
     """Write the float32 network as ONNX, once."""
     if not file.exists():
         to_onnx(model, file)
-    return file
 
 
 def backbone_seconds(model: Any, pixel_values: torch.Tensor, repeats: int) -> float:
@@ -125,12 +121,7 @@ def backbone_seconds(model: Any, pixel_values: torch.Tensor, repeats: int) -> fl
 
 def fastest(function: Callable[[], Any], repeats: int) -> float:
     """Seconds of the fastest of a few calls."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(function, number=1, repeat=repeats))
 
 
 def label_maps(engine: Engine, images: list[Inputs]) -> list[torch.Tensor]:

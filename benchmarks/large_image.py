@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import CLEAR_REFS, memory
+from measure import CLEAR_REFS, at_least, memory
 from PIL import Image
 from speed import machine
 
-from ita_segmentation.checkpoints import load_checkpoint
+from ita_segmentation.checkpoints import load_checkpoint, resolve_checkpoint
 from ita_segmentation.data.scenes import scenes_vocabulary
 from ita_segmentation.data.scenes.classes import select_classes
 from ita_segmentation.data.scenes.glyphs import draw_thing, num_drawings
@@ -217,11 +217,16 @@ def main() -> None:
     )
     parser.add_argument("--task", choices=("semantic", "panoptic", "instance"), default="panoptic")
     parser.add_argument("--threshold", type=float, help="least score of a segment (default: the task's)")
-    parser.add_argument("--tiles", type=int, default=192, help="side of a tile in pixels")
-    parser.add_argument("--tile_overlap", type=int, default=64, help="pixels that neighbors share")
-    parser.add_argument("--batch_size", type=int, default=1, help="tiles in one pass")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tiles", type=at_least(1), default=192, help="side of a tile in pixels")
+    parser.add_argument("--tile_overlap", type=at_least(0), default=64, help="pixels that neighbors share")
+    parser.add_argument("--batch_size", type=at_least(1), default=1, help="tiles in one pass")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
     arguments = parser.parse_args()
+    try:
+        resolve_checkpoint(arguments.model)
+        Tiling(arguments.tiles, arguments.tile_overlap)
+    except (ITAError, ValueError) as error:
+        parser.error(str(error))
     print(machine(arguments.threads))
     print(f"| {' | '.join(HEADS)} |\n|{' --- |' * len(HEADS)}", flush=True)
     spawned = multiprocessing.get_context("spawn")

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dominant_categories import at_least, score_variants
+from dominant_categories import score_variants
 from lost_objects import OUTCOMES, count_image
+from measure import at_least
 
 from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.data.scenes import scenes_dataset

@@ -173,6 +173,17 @@ def _segment(
             semantic_map(*image, size, size)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Give a type of arguments: integers from `least` on."""
+
+    def integer(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return integer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clip", required=True, help="open_clip's name of the frozen CLIP")

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dominant_categories import at_least
-from measure import STAGES
+from measure import STAGES, at_least
 from tqdm import tqdm
 
 from modeling_ita.clip_backbone import resolve_clip_config

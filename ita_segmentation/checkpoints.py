@@ -16,7 +16,7 @@ DTYPE_HELP = "float32, bfloat16, or auto: bfloat16 where the hardware computes i
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX)
 WEIGHT_SAMPLES = 4096
-"""Places at which a checkpoint's files are sampled to tell them apart."""
+"""Places at which a file of weights is sampled to tell it from another."""
 HUB_FILES = ("*.json", "*.safetensors", "README.md", "examples/*")
 
 
@@ -78,10 +78,8 @@ def checkpoint_digest(folder: Path) -> str:
 
     Of weights a few thousand samples are read, spread evenly over the files.
     """
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        if not path.is_file():
-            continue
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

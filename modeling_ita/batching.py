@@ -96,8 +96,9 @@ class SegmentOutput:
 
     def hidden_state_fields(self) -> dict[str, tuple[Tensor, ...]]:
         """Give hidden states as the model's output has them: those of the decoder under two names."""
-        states = self.hidden_states or {}
-        return states if not states else states | {"hidden_states": states[HIDDEN_STATES[-1]]}
+        if self.hidden_states is None:
+            return {}
+        return self.hidden_states | {"hidden_states": self.hidden_states[HIDDEN_STATES[-1]]}
 
 
 SIZE_DIVISOR = 32

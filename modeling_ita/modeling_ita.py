@@ -369,8 +369,9 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         # Section 5: out-of-vocabulary logits of the pooled CLIP feature, and the ensemble.
         log_probs = None
         if not self.training:
-            pooled = self.mask_classifier(dense, masks, valid, text, void, in_vocab[-1], clip=clip)
-            out_vocab, has_pixels = text_queries.add_class_bias(pooled[0]), pooled[1]
+            pooled = dense, masks, valid, text, void, in_vocab[-1]
+            out_vocab, has_pixels = self.mask_classifier(*pooled, clip=clip)
+            out_vocab = text_queries.add_class_bias(out_vocab)
             weights = *(ensemble_weights or config.ensemble_weights()), has_pixels, config.objectness_weight
             log_probs = ensemble_log_probs(in_vocab[-1], out_vocab, text, *weights)
         states = dict(zip(HIDDEN_STATES, (features.levels, tuple(enhanced), hidden_states), strict=True))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_ita import modeling_ita
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py"))
 
@@ -14,6 +16,8 @@ SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py"))
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+    for name in ("class_logits", "ensemble_log_probs"):  # which the stopwatch of measure.py wraps
+        monkeypatch.setattr(modeling_ita, name, getattr(modeling_ita, name))
     yield
     for name in SCRIPTS:
         sys.modules.pop(name, None)
@@ -65,12 +69,12 @@ def test_every_stage_of_an_image_is_measured(scripts, monkeypatch, capsys, dtype
             ["--heads", "models/ita-tiny", "--upsample", "0"],
             "must be an integer of at least 1",
         ),
+        ("large_image", ["--model", "nowhere"], "no such checkpoint folder"),
+        ("large_image", ["--model", "models/ita-tiny", "--tile_overlap", "192"], "overlap"),
         ("speed", ["--clip", "NOPE"], "open_clip knows no CLIP named 'NOPE'"),
     ],
 )
-def test_bad_arguments_are_answered_in_one_line(
-    scripts, monkeypatch, capsys, tmp_path, name, arguments, message
-):
+def test_bad_arguments_are_answered_in_one_line(scripts, monkeypatch, capsys, name, arguments, message):
     monkeypatch.chdir(FOLDER.parent)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 from helpers.tiny_checkpoint import save_tiny_checkpoint
-from ita_segmentation.checkpoints import choose_dtype, domain_notice, load_checkpoint, resolve_checkpoint
+from ita_segmentation.checkpoints import (
+    checkpoint_digest,
+    choose_dtype,
+    domain_notice,
+    load_checkpoint,
+    resolve_checkpoint,
+)
 from ita_segmentation.cli.export import build_parser as export_parser
 from ita_segmentation.cli.predict import predict
 from ita_segmentation.errors import ITAError
@@ -216,3 +222,14 @@ def test_a_checkpoint_that_knows_no_photographs_says_so():
     for domain in (None, "", "photographs (COCO)", 3):
         assert domain_notice(PreTrainedConfig(domain=domain)) is None
     assert domain_notice(PreTrainedConfig()) is None
+
+
+def test_the_digest_of_a_checkpoint_sees_every_byte_of_a_long_configuration(tmp_path):
+    digests = set()
+    for alpha in (0.4, 0.5):
+        classes = {"vocabulary": [f"class {index}" for index in range(100_000)], "ensemble_alpha": alpha}
+        (tmp_path / "config.json").write_text(
+            json.dumps(classes | {"train_vocabulary": classes["vocabulary"][:70_001]})
+        )
+        digests.add(checkpoint_digest(tmp_path))
+    assert len(digests) == 2
