@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import functional as F
 
-from .ops import MaskTiles, split_pixels
+from .mask_tiles import MaskTiles, fill_map
+from .pixel_classifier import ROUNDING, PixelClassifier
 
 DEFAULT_THRESHOLDS = {"semantic": 0.5, "panoptic": 0.8, "instance": 0.5}
 """Lowest score of a pixel (semantic) or segment that is reported; pipelines have transformers' own for segments."""
@@ -25,8 +26,6 @@ IGNORE_INDEX = 255
 """Label of pixels that show none of the classes."""
 
 MAX_INSTANCES = 100  # (query, class) pairs considered as instances
-GROUP_SIZE = 8  # queries, and classes, that share an upper bound on their scores
-ROUNDING = 1e-4  # relative, more than the rounding error of a sum over a few hundred float32 numbers
 
 
 @dataclass(frozen=True)
@@ -197,140 +196,43 @@ def semantic_map(
         )
     classifier = PixelClassifier(class_probabilities(class_logits)[:, :-1])
     masks = MaskTiles(mask_logits[classifier.queries], image_size, target_size)
-    labels = torch.zeros(masks.size, dtype=torch.int64, device=mask_logits.device)
     if not classifier.is_possible:
-        return labels.fill_(ignore_index) if rejects else labels
-    values_per_pixel = len(classifier.queries) * (1 if threshold is None else 2)
-    for rows, logits in masks.tiles(values_per_pixel):
-        mask_probabilities = logits.sigmoid_().flatten(0, 1)  # (pixels, Q)
-        best = classifier.best(mask_probabilities)
-        if threshold is not None:
-            best[1 - classifier.misses(mask_probabilities, best) < threshold] = ignore_index
-        labels[rows] = best.unflatten(0, (-1, masks.size[1]))
+        fill = ignore_index if rejects else 0
+        return torch.full(masks.size, fill, dtype=torch.int64, device=mask_logits.device)
+    rule = _SemanticRule(classifier, threshold, ignore_index)
+    labels = fill_map(masks, rule, len(classifier.queries) * (1 if threshold is None else 2))
     if num_classes < total:
         labels[labels >= num_classes] = ignore_index
     return labels
 
 
-class PixelClassifier:
-    """The class with the highest score at each pixel, from class and mask probabilities of queries.
+@dataclass(frozen=True)
+class _SemanticRule:
+    """The best class of each pixel, where it reaches the threshold."""
 
-    Args:
-        probabilities: (Q, K), without void; of one image, or of several crops of it, whose scores are added up.
+    classifier: PixelClassifier
+    threshold: float | None
+    ignore_index: int
 
-    Attributes:
-        queries: (Q') int64, the queries whose mask probabilities the methods take, in this order.
-        is_possible: whether any class has a probability above 0.
-    """
+    def decide(self, lower: Tensor, upper: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        best, candidates = self.classifier.candidates(lower, upper)
+        is_decided = candidates.sum(1) == 1
+        if self.threshold is not None:
+            least, most = (1 - self.classifier.misses(bound, best) for bound in (lower, upper))
+            is_shown, is_hidden = least > self.threshold + ROUNDING, most < self.threshold - ROUNDING
+            best, is_decided = (
+                best.masked_fill(is_hidden, self.ignore_index),
+                is_decided & (is_shown | is_hidden),
+            )
+        return best, is_decided, candidates
 
-    def __init__(self, probabilities: Tensor):
-        self.queries, self._probabilities = _group_queries(probabilities)
-        self._possible = (
-            self._probabilities.amax(0).nonzero().flatten() if len(self.queries) else self.queries
-        )
-        self.is_possible = len(self._possible) > 0
-        if self.is_possible:
-            self._argmax = _PrunedArgmax(self._probabilities[:, self._possible])
-
-    def best(self, mask_probabilities: Tensor) -> Tensor:
-        """Return the best class (pixels,) int64 of (pixels, Q') mask probabilities."""
-        return self._possible[self._argmax(mask_probabilities)]
-
-    def misses(self, mask_probabilities: Tensor, classes: Tensor) -> Tensor:
-        """Return the probability (pixels,) that no query shows the given class (pixels,); overwrites its input."""
-        return (1 - mask_probabilities.mul_(self._probabilities.T[classes])).prod(1)
-
-
-def _group_queries(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Order queries for `_PrunedArgmax`: those with the same best class next to each other, in groups of `GROUP_SIZE`.
-
-    Args:
-        probabilities: (Q, K), without void.
-
-    Returns:
-        Indices of queries (Q') and their probabilities (Q', K). Queries without any probability (padding of a batch)
-        are left out. With G groups, the first members of all groups come first, then the second members, and so on:
-        Q' = `GROUP_SIZE` G. The last group is filled up with repeated queries of probability zero.
-    """
-    best = probabilities.max(-1)
-    chosen = (best.values > 0).nonzero().flatten()
-    chosen = chosen[best.indices[chosen].argsort(stable=True)]
-    missing = -len(chosen) % GROUP_SIZE
-    grouped = pad(probabilities[chosen], (0, 0, 0, missing))
-    grouped = grouped.unflatten(0, (-1, GROUP_SIZE)).transpose(0, 1).flatten(0, 1)
-    members = torch.cat([chosen, chosen[-1:].expand(missing)]).view(-1, GROUP_SIZE)
-    return members.T.flatten(), grouped
-
-
-class _PrunedArgmax:
-    """The class of the highest score at each pixel, tile by tile, without scoring every class.
-
-    Most classes win nowhere, which upper bounds show: from a group of queries, a class gets at most its highest
-    probability among them times their summed mask probabilities. A class is no candidate in a tile if the sum of
-    these bounds over all groups stays below the score of some reference class at every pixel. Groups of classes are
-    tested first, single ones where many groups remain; the reference classes are those that won in the tile before.
-    The result equals the exhaustive one.
-
-    Args:
-        probabilities: (Q, K), grouped by `_group_queries`.
-    """
-
-    def __init__(self, probabilities: Tensor):
-        num_classes = probabilities.shape[1]
-        self.probabilities = probabilities
-        # On an accelerator, waiting for a tile's result costs more than scoring all classes.
-        self.prunes = probabilities.device.type == "cpu" and num_classes >= 4 * GROUP_SIZE
-        if not self.prunes:
-            return
-        self.references = torch.arange(num_classes)
-        # (groups of queries, K)
-        self.bounds = probabilities.unflatten(0, (GROUP_SIZE, -1)).amax(0) * (1 + ROUNDING)
-        frequent_first = probabilities.sum(0).argsort(descending=True)
-        padded = pad(frequent_first, (0, -num_classes % GROUP_SIZE), value=num_classes)
-        self.class_groups = padded.view(-1, GROUP_SIZE)
-        self.group_bounds = pad(self.bounds, (0, 1))[:, self.class_groups].amax(2)
-
-    def __call__(self, mask_probabilities: Tensor) -> Tensor:
-        """Return the best class (pixels,) int64 of (pixels, Q) mask probabilities."""
-        if not self.prunes:
-            return _best_class(mask_probabilities, self.probabilities)
-        classes = self._candidates(mask_probabilities)
-        best = classes[_best_class(mask_probabilities, self.probabilities[:, classes])]
-        self.references = best.bincount().nonzero().flatten()
+    def label(
+        self, mask_probabilities: Tensor, is_pixel: Tensor | None = None, candidates: Tensor | None = None
+    ) -> Tensor:
+        best = self.classifier.best(mask_probabilities, candidates)
+        if self.threshold is not None:
+            best[1 - self.classifier.misses(mask_probabilities, best) < self.threshold] = self.ignore_index
         return best
-
-    def _candidates(self, mask_probabilities: Tensor) -> Tensor:
-        """Return in order the classes that can win a pixel of the tile, and a few more."""
-        num_classes = self.probabilities.shape[1]
-        if 2 * len(self.references) > num_classes:
-            return torch.arange(num_classes)
-        to_beat = (mask_probabilities @ self.probabilities[:, self.references]).amax(1, keepdim=True)
-        summed = mask_probabilities.unflatten(1, (GROUP_SIZE, -1)).sum(1)
-        groups = self.class_groups[_reaches(summed, self.group_bounds, to_beat)]
-        classes = torch.cat([groups.flatten(), self.references]).unique()
-        classes = classes[classes < num_classes]
-        if 4 * len(classes) > num_classes:
-            single = classes[_reaches(summed, self.bounds[:, classes], to_beat)]
-            classes = torch.cat([single, self.references]).unique()
-        return classes
-
-
-def _best_class(mask_probabilities: Tensor, probabilities: Tensor) -> Tensor:
-    parts = split_pixels(mask_probabilities, probabilities.shape[1])
-    return torch.cat([(part @ probabilities).argmax(1) for part in parts])
-
-
-def _reaches(summed: Tensor, bounds: Tensor, to_beat: Tensor) -> Tensor:
-    """Tell for each of n classes, (n,) bool, whether its upper bound reaches the score to beat at any pixel.
-
-    Args:
-        summed: (pixels, groups), mask probabilities summed over each group of queries.
-        bounds: (groups, n), highest class probability within each group.
-        to_beat: (pixels, 1).
-    """
-    pixels = zip(split_pixels(summed, bounds.shape[1]), split_pixels(to_beat, bounds.shape[1]), strict=True)
-    highest = [torch.addmm(beat, part, bounds, beta=-1).amax(0) for part, beat in pixels]
-    return torch.stack(highest).amax(0) >= 0
 
 
 # --- panoptic and instance ------------------------------------------------------------------------------------------
@@ -376,21 +278,17 @@ def panoptic_segments(
     if count == 0:
         return torch.zeros(masks.size, dtype=torch.int32, device=device), []
 
-    winner = torch.empty(masks.size, dtype=torch.int64, device=device)
-    own_by_winner = torch.empty(masks.size, dtype=torch.bool, device=device)
-    own_areas = torch.zeros(count, dtype=torch.int64, device=device)
-    for rows, logits in masks.tiles(values_per_pixel=2 * count):
-        mask_probabilities = logits.sigmoid_()
-        own_areas += (mask_probabilities >= mask_threshold).flatten(0, 1).float().sum(0).long()
-        winner[rows] = (mask_probabilities * scores).argmax(-1)
-        own_by_winner[rows] = mask_probabilities.gather(-1, winner[rows][..., None])[..., 0] >= mask_threshold
-    won_areas = winner.flatten().bincount(minlength=count).tolist()
-    segment_areas = winner[own_by_winner].bincount(minlength=count).tolist()
+    rule = _PanopticRule(scores, mask_threshold)
+    found = fill_map(masks, rule, values_per_pixel=2 * count, dtype=torch.int32)
+    areas = (
+        found.flatten().bincount(minlength=2 * count).view(count, 2)
+    )  # of each query, without and with its own
+    won_areas, segment_areas = areas.sum(1).tolist(), areas[:, 1].tolist()
 
     segments: list[dict[str, Any]] = []
     fused: dict[int, dict[str, Any]] = {}
-    id_of_query = [0] * count
-    queries = zip(label_list, scores.tolist(), own_areas.tolist(), won_areas, segment_areas, strict=True)
+    ids = torch.zeros(count, 2, dtype=torch.int32)
+    queries = zip(label_list, scores.tolist(), rule.own_areas.tolist(), won_areas, segment_areas, strict=True)
     for query, (label, score, own, won, segment_area) in enumerate(queries):
         if label >= num_classes or 0 in (own, won, segment_area) or won / own < overlap_mask_area_threshold:
             continue
@@ -402,9 +300,37 @@ def panoptic_segments(
             segments.append(segment)
             if segment["was_fused"]:
                 fused[label] = segment
-        id_of_query[query] = segment["id"]
-    ids = torch.tensor(id_of_query, dtype=torch.int32, device=device)
-    return ids[winner] * own_by_winner, segments
+        ids[query, 1] = segment["id"]
+    return ids.flatten().to(device).index_select(0, found.flatten()).view(masks.size), segments
+
+
+class _PanopticRule:
+    """The query with the highest score at each pixel, and whether the pixel is its own: twice the query, plus 1 if so.
+
+    Attributes:
+        own_areas: (Q,) int64, the pixels so far whose mask probability reaches the threshold.
+    """
+
+    def __init__(self, scores: Tensor, mask_threshold: float):
+        self._scores, self._threshold = scores, mask_threshold
+        self.own_areas = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+
+    def decide(self, lower: Tensor, upper: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        least, best = (lower * self._scores).max(1, keepdim=True)
+        can_win = upper * self._scores >= least * (1 - ROUNDING)
+        is_own, is_other = lower > self._threshold + ROUNDING, upper < self._threshold - ROUNDING
+        is_decided = (can_win.sum(1) == 1) & (is_own | is_other).all(1)
+        self.own_areas += (pixels * is_decided) @ is_own.long()
+        return (2 * best + is_own.gather(1, best))[:, 0], is_decided, None
+
+    def label(
+        self, mask_probabilities: Tensor, is_pixel: Tensor | None = None, candidates: Tensor | None = None
+    ) -> Tensor:
+        winner = (mask_probabilities * self._scores).argmax(-1, keepdim=True)
+        is_own = mask_probabilities >= self._threshold
+        counted = is_own if is_pixel is None else is_own & is_pixel[:, None]
+        self.own_areas += counted.float().sum(0).long()
+        return (2 * winner + is_own.gather(-1, winner))[:, 0]
 
 
 def instance_segments(
@@ -452,13 +378,14 @@ def instance_segments(
     masks = MaskTiles(mask_logits[queries], image_size, target_size)
     cut = math.log(mask_threshold / (1 - mask_threshold)) if 0 < mask_threshold < 1 else math.inf
     cut = -math.inf if mask_threshold <= 0 else cut
-    areas = torch.zeros(len(queries), dtype=torch.int64, device=pairs.device)
-    sums = torch.zeros(len(queries), dtype=torch.float32, device=pairs.device)
-    for _, logits in masks.tiles(values_per_pixel=2 * len(queries)):
-        inside = (logits > cut).flatten(0, 1).float()
-        areas += inside.sum(0).long()
-        sums += (logits.flatten(0, 1).sigmoid_() * inside).sum(0)
-    scores = class_scores * (sums / areas.clamp(min=1))[query_of_pair]
+    regions = masks.regions(cut)
+    areas, sums = torch.zeros(2, len(queries), dtype=torch.float64, device=pairs.device)
+    for query, region in enumerate(regions):
+        for _, logits in masks.of_query(query, region) if region else ():
+            inside = F.threshold(logits, cut, -math.inf, inplace=True).sigmoid_()
+            sums[query] += inside.sum()
+            areas[query] += inside.ceil_().sum()
+    scores = class_scores * (sums / areas.clamp(min=1)).float()[query_of_pair]
 
     order = scores.argsort(descending=True, stable=True)
     order = order[(areas[query_of_pair] > 0)[order] & (scores >= threshold)[order]]
@@ -469,14 +396,12 @@ def instance_segments(
     segmentation = torch.zeros(shape, dtype=torch.bool if binary_maps else torch.int32, device=pairs.device)
     if count == 0:
         return segmentation, segments
-    ranks = torch.arange(count, 0, -1, dtype=torch.int32, device=pairs.device)  # the best has the highest
-    for rows, logits in masks.tiles(values_per_pixel=len(queries) + 2 * count):
-        inside = (logits > cut).permute(2, 0, 1)[query_of_instance]
-        if binary_maps:
-            segmentation[:, rows] = inside
-        else:
-            best = (inside * ranks[:, None, None]).amax(0)
-            segmentation[rows] = torch.where(best > 0, count + 1 - best, 0)
+    for instance, query in reversed(list(enumerate(query_of_instance.tolist()))):  # the best one last
+        for place, logits in masks.of_query(query, regions[query]):
+            if binary_maps:
+                segmentation[instance][place] = logits > cut
+            else:
+                segmentation[place].masked_fill_(logits > cut, instance + 1)
     return segmentation, segments
 
 
@@ -486,7 +411,7 @@ def _segment(number: int, label: int, score: float, was_fused: bool = False) -> 
 
 def binary_mask_to_rle(mask: Tensor) -> list[int]:
     """Encode a mask (H, W) bool by its runs in reading order: start (from 1) and length of each."""
-    flat = pad(mask.flatten().to(torch.int8), (1, 1))
+    flat = F.pad(mask.flatten().to(torch.int8), (1, 1))
     edges = (flat[1:] != flat[:-1]).nonzero().flatten() + 1
     edges[1::2] -= edges[::2]
     return edges.tolist()

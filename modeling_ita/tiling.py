@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .ops import MaskTiles, row_tiles
-from .postprocessing import IGNORE_INDEX, PixelClassifier, class_probabilities
+from .mask_tiles import MaskTiles, row_tiles
+from .pixel_classifier import PixelClassifier
+from .postprocessing import IGNORE_INDEX, class_probabilities
 
 MIN_TILE = 32
 """Least side of a tile in pixels: the image tower's largest stride."""

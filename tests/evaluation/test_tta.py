@@ -10,7 +10,7 @@ from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.evaluation import TestTimeAugmentation
 from ita_segmentation.evaluation.ita_predictor import ITAPredictor
 from ita_segmentation.evaluation.tta import Crop, CropOutput, merge_crops
-from modeling_ita import ops
+from modeling_ita import mask_tiles
 from modeling_ita.postprocessing import semantic_scores
 
 SEMANTIC = frozenset({"semantic"})
@@ -93,7 +93,7 @@ def test_the_map_is_the_argmax_of_the_dense_scores_added_up(monkeypatch):
         total[:, top:bottom, left:right] += dense.flip(-1) if flipped else dense
     expected = total.argmax(0)
     assert torch.equal(merge_crops(outputs, (40, 60)), expected)
-    monkeypatch.setattr(ops, "TILE_BYTES", 20_000)  # a few rows at a time
+    monkeypatch.setattr(mask_tiles, "TILE_BYTES", 20_000)  # a few rows at a time
     assert torch.equal(merge_crops(outputs, (40, 60)), expected)
     assert not torch.equal(merge_crops(outputs[::2], (40, 60)), expected)
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_ita import ops
+from modeling_ita import mask_tiles
 from modeling_ita.image_processing_ita import ITAImageProcessor
-from modeling_ita.ops import MaskTiles
+from modeling_ita.mask_tiles import MaskTiles
 from modeling_ita.postprocessing import semantic_map, semantic_scores
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "readout.safetensors"
@@ -100,7 +100,7 @@ def test_instances_are_the_published_ones(processor, published, published_output
 @pytest.mark.parametrize("target_size", [(32, 64), (23, 41), (100, 90), (7, 200), (1, 1)])
 @pytest.mark.parametrize("tile_bytes", [1, 20_000, 2**25])
 def test_masks_in_tiles_equal_two_whole_bilinear_resizes(monkeypatch, image_size, target_size, tile_bytes):
-    monkeypatch.setattr(ops, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(mask_tiles, "TILE_BYTES", tile_bytes)
     masks = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(1))
     network = interpolate(masks[None], size=(32, 64), mode="bilinear", align_corners=False)
     cropped = network[..., : image_size[0], : image_size[1]]
@@ -145,7 +145,7 @@ def test_semantic_map_is_the_argmax_of_the_scores_whatever_the_tiles(monkeypatch
     class_logits, mask_logits = made_up()
     expected = semantic_scores(class_logits, mask_logits, (20, 30), (35, 50)).argmax(0)
     for tile_bytes in (1, 30_000, 2**25):
-        monkeypatch.setattr(ops, "TILE_BYTES", tile_bytes)
+        monkeypatch.setattr(mask_tiles, "TILE_BYTES", tile_bytes)
         found = semantic_map(class_logits, mask_logits, (20, 30), (35, 50))
         assert found.dtype == torch.int64
         assert torch.equal(found, expected)
@@ -165,7 +165,7 @@ def test_no_tensor_grows_with_classes_times_pixels(monkeypatch, processor, metho
             )
             return result
 
-    monkeypatch.setattr(ops, "TILE_BYTES", 2**20)
+    monkeypatch.setattr(mask_tiles, "TILE_BYTES", 2**20)
     outputs = model_outputs(*made_up(queries=30, classes=400, height=16, width=16), image_sizes=[(64, 64)])
     with Sizes():
         getattr(processor, f"post_process_{method}_segmentation")(outputs, target_sizes=[(500, 400)])

@@ -10,7 +10,7 @@ from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.data.scenes import scene, scenes_vocabulary
 from ita_segmentation.prediction import Segmenter
 from modeling_ita import tiling as tiling_module
-from modeling_ita.ops import MaskTiles
+from modeling_ita.mask_tiles import MaskTiles
 from modeling_ita.pipeline_ita import ITAImageSegmentationPipeline
 from modeling_ita.postprocessing import semantic_scores
 from modeling_ita.tiled_segmentation import SegmentMerger, segment_tiles
