@@ -23,7 +23,7 @@ from .configuration_ita import ITAConfig
 from .image_processing_ita import ITAImageProcessor
 from .modeling_ita import ITAForOpenVocabSegmentation, ITAPreTrainedModel
 from .pipeline_ita import ITAImageSegmentationPipeline, ITAZeroShotImageSegmentationPipeline
-from .vocabulary import Vocabulary, normal_form, normalize_vocabulary, parse_classes, with_distractors
+from .text import Vocabulary, normal_form, normalize_vocabulary, parse_classes, with_distractors
 
 AutoConfig.register(ITAConfig.model_type, ITAConfig, exist_ok=True)
 AutoImageProcessor.register(

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .ops import integer_matrix
 from .set_criterion import NO_CLASS, Matches
-from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
+from .text import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
 
 
 @dataclass

@@ -24,28 +24,6 @@ IMPOSSIBLE = -1e4
 """A logit whose probability is zero in float32."""
 
 
-@dataclass
-class TextEmbeddings:
-    """A vocabulary as the network takes it: tensors alone, so that it can be an input of a compiled graph.
-
-    K classes, N names (a class has one or more), M candidate names, D CLIP's embedding width.
-
-    Attributes:
-        prompt_embeds: (N, D), a unit row per name, the mean over the prompt templates.
-        class_of_name: (N,) int64, the class of each name; increasing.
-        name_embeds: (M, D), unit embeddings of the candidate names without a template; what dominant categories are
-            selected from.
-        is_seen: (K,) bool, classes that share a name with the training vocabulary.
-        is_duplicate: (K,) bool, classes that stand in the vocabulary once more.
-    """
-
-    prompt_embeds: Tensor
-    class_of_name: Tensor
-    name_embeds: Tensor
-    is_seen: Tensor
-    is_duplicate: Tensor
-
-
 def class_logits(embeds: Tensor, text: TextEmbeddings, void_embed: Tensor, scale: Tensor) -> Tensor:
     """Compare embeddings with a vocabulary: scaled cosine, the maximum over a class's names; void last.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from .vocabulary import check_templates, normalize_vocabulary
+from .text import check_templates, normalize_vocabulary
 
 if TYPE_CHECKING:
     # transformers keeps one class of configuration for each version of the code that this file imports, and finds the

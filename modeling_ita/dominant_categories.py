@@ -22,7 +22,7 @@ from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
 from .ops import integer_matrix
 from .set_criterion import ANY_CLASS, NO_CLASS
-from .vocabulary import VocabularyKey, normal_form
+from .text import VocabularyKey, normal_form
 
 REGION_LEVEL = 0.5
 """A text query's region: cells where its class has at least this share of its highest probability."""

@@ -239,7 +239,7 @@ class ITAImageProcessor(TorchvisionBackend):
             target_sizes: (height, width) of each image's result; by default the network input's.
             return_segmentation_scores: return the scores of all classes, too, which take much memory.
             threshold: pixels whose best class has a probability below it get `ignore_index`; see `semantic_map`.
-            num_classes: classes from this index on are distractors (see `vocabulary.with_distractors`), whose pixels
+            num_classes: classes from this index on are distractors (see `text.with_distractors`), whose pixels
                 get `ignore_index`.
             ignore_index: label of pixels that show none of the classes.
 

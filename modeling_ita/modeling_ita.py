@@ -45,7 +45,7 @@ from .mask_adapter import ConvNeXtBlock
 from .ops import load_blocks_at_once
 from .set_criterion import SetCriterion
 from .text import TextEncoder
-from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
+from .text import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
 
 CLIP_MODULES = r"clip_backbone\..*"
 """A pattern of the names of all of CLIP's modules, for `exclude_modules` of a peft configuration."""

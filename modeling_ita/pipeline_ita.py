@@ -22,7 +22,7 @@ from .image_io import read_image
 from .postprocessing import DEFAULT_THRESHOLDS
 from .tiled_segmentation import TiledResult, segment_tiles
 from .tiling import Tiling, tiling_of
-from .vocabulary import normal_form, normalize_vocabulary, parse_classes, with_distractors
+from .text import normal_form, normalize_vocabulary, parse_classes, with_distractors
 
 NO_CLASS = -1  # label of pixels without a class in semantic maps
 SEGMENT_THRESHOLD = 0.9  # as in `ImageSegmentationPipeline`
@@ -91,7 +91,7 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
     sizes, `batch_size` images go through the network together.
 
     What shows none of the candidate labels is left out: where they are fewer than the checkpoint's own classes, those
-    compete as distractors (see `vocabulary.with_distractors`), and pixels or segments with a score below `threshold`
+    compete as distractors (see `text.with_distractors`), and pixels or segments with a score below `threshold`
     are dropped. With `threshold=0` and `distractors=False` every pixel gets a class in the subtask "semantic", which
     is the benchmarks' protocol.
 

@@ -15,7 +15,7 @@ from ita_segmentation.prediction.segments import Segment, areas_and_boxes, as_ar
 from ita_segmentation.visualization import resize_labels
 from modeling_ita.postprocessing import DEFAULT_THRESHOLDS
 from modeling_ita.tiling import Tiling
-from modeling_ita.vocabulary import normal_form, normalize_vocabulary, with_distractors
+from modeling_ita.text import normal_form, normalize_vocabulary, with_distractors
 
 TASKS = tuple(DEFAULT_THRESHOLDS)
 MAX_GUESSES = 3
