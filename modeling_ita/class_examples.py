@@ -26,11 +26,12 @@ from .batching import (
     padded_size,
     valid_pixels,
 )
-from .classification import HardMaskPooling, MaskClassifier, TextEmbeddings
+from .classification import MaskClassifier
 from .clip_backbone import ClipBackbone
 from .configuration_ita import check_number
 from .image_io import printable, read_image, read_label_map
-from .text import Vocabulary, VocabularyKey, normal_form
+from .mask_pooling import HardMaskPooling
+from .text import TextEmbeddings, Vocabulary, VocabularyKey, normal_form
 
 NAME_WORTH = 4
 """Names count as much as so many examples: n examples have the weight n / (n + 4), unless a call says otherwise."""

@@ -1,14 +1,10 @@
-"""Open-vocabulary classification: class logits, mask pooling on the CLIP feature, and the ensemble of both.
+"""Open-vocabulary classification: class logits, and the ensemble of the decoder's and CLIP's own.
 
 In-vocabulary logits come from the decoder, which was trained on seen classes; out-of-vocabulary logits from CLIP's
-dense feature pooled over each mask, which knows every class (FC-CLIP, arXiv 2308.02487, section 3.3).
-
-`ITAConfig.mask_pooling` chooses between the mean over the cells that a mask covers (FC-CLIP, ITA) and Mask-Adapter's
-learned weights; `ITAConfig.text_transfer` adds MAFT+'s text embeddings that depend on the image. In their published
-forms all of them are frozen while a segmenter trains.
+dense feature pooled over each mask (`mask_pooling`), which knows every class (FC-CLIP, arXiv 2308.02487, section 3.3).
+`ITAConfig.text_transfer` adds MAFT+'s text embeddings that depend on the image (Jiao et al., arXiv 2408.00744). Pooling
+and transfer are frozen while a segmenter trains, as published.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +12,10 @@ from torch.nn import functional as F
 
 from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
-from .mask_adapter import MaskAdapter, binary_masks, weighted_means
-from .ops import valid_cells
-from .text_transfer import TextTransfer, shuffled_cells
+from .image_text_aggregation import Attention
+from .mask_pooling import AdapterMaskPooling, HardMaskPooling, MaskAdapter
+from .ops import sine_position_embedding
+from .text import TextEmbeddings
 
 IMPOSSIBLE = -1e4
 """A logit whose probability is zero in float32."""
@@ -61,21 +58,6 @@ def compare(scaled: Tensor, text: TextEmbeddings, prompt_embeds: Tensor, void_em
         classes = names.new_full((*names.shape[:-1], num_classes), float("-inf"))
         classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
     return torch.cat([classes, void_logit], dim=-1)
-
-
-def masks_on_grid(mask_logits: Tensor, size: tuple[int, int], valid: Tensor | None) -> Tensor:
-    """Find the cells of the dense CLIP feature that each mask covers: resize the logits first, threshold second.
-
-    Args:
-        mask_logits: (B, Q, H / 4, W / 4).
-        size: (h, w) of the grid.
-        valid: (B, H, W) bool, pixels that are not padding; None where all are.
-
-    Returns:
-        (B, Q, h, w) bool.
-    """
-    masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False) > 0
-    return masks if valid is None else masks & valid_cells(valid, size)[:, None]
 
 
 def ensemble_log_probs(
@@ -130,164 +112,62 @@ def ensemble_log_probs(
     return torch.cat([log_classes + any_class - total, void_logit - total], dim=-1)
 
 
-# --- out-of-vocabulary logits: how the dense CLIP feature is pooled, and with which text it is compared ---
-
-MAX_CHUNK_ACTIVATIONS = 2**25
-"""Largest activation of one chunk of masks, in numbers: 128 MiB in float32."""
-TRACED_CHUNK = 25
-"""Masks of an image in a chunk of a compiled or exported graph, where sizes may be unknown."""
+# --- out-of-vocabulary logits ---
 
 
-class HardMaskPooling(nn.Module):
-    """The mean over the cells that a mask covers, through CLIP's head (FC-CLIP, arXiv 2308.02487, section 3.3).
+class TextTransfer(nn.Module):
+    """MAFT+'s content-dependent transfer: cross-attention from text embeddings to an image.
+
+    Each row of the text classifier attends to the image and is moved by what it finds there. Rows do not see each
+    other, so that classes can be left out, added or cut into chunks without a change for the rest.
 
     Args:
-        upsample: factor by which the dense feature is upsampled before masks are thresholded.
-        needs_pixels: whether a mask that covers no cell has no out-of-vocabulary logits.
+        embed_dim: D, CLIP's embedding width.
+        heads: attention heads.
+        form: "post_norm" for `norm(text + update)`, as in MAFT+'s semantic checkpoints, or "res_post_norm" for
+            `text + norm(update)`, as in its panoptic ones. No tensor of a checkpoint shows it.
+
+    Raises:
+        ValueError: the embedding width is not a multiple of the heads and of 4.
     """
 
-    def __init__(self, upsample: int = 1, needs_pixels: bool = False):
+    def __init__(self, embed_dim: int, heads: int = 8, form: str = "post_norm"):
         super().__init__()
-        self.upsample = upsample
-        self.needs_pixels = needs_pixels
+        if embed_dim % heads or embed_dim % 4:
+            raise ValueError(f"{heads} attention heads and sine positions do not fit {embed_dim} channels")
+        self.form = form
+        self.attention = Attention(embed_dim, heads)
+        self.linear = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(
-        self,
-        dense: Tensor,
-        cell_embeds: Tensor | None,
-        mask_logits: Tensor,
-        valid: Tensor | None,
-        in_vocab_logits: Tensor,
-        clip: ClipBackbone,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embed masks.
+    def forward(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
+        """Transfer text embeddings to each image.
 
         Args:
-            dense: (B, C_5, h, w), the dense CLIP feature.
-            cell_embeds: not used.
-            mask_logits: (B, Q, H / 4, W / 4).
-            valid: (B, H, W) bool, pixels that are not padding; None where all are.
-            in_vocab_logits: not used.
-            clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
+            text_embeds: (N, D), unit rows, the same for all images.
+            image_embeds: (B, D, h, w), not normalized; MAFT+'s come from `shuffled_cells`.
 
         Returns:
-            (B, Q, D), not normalized, and (B, Q) bool, masks whose embedding counts; None where all do.
+            (B, N, D), not normalized: rows are about sqrt(D) long after `post_norm`.
         """
-        height, width = dense.shape[-2:]
-        size = (height * self.upsample, width * self.upsample)
-        masks = masks_on_grid(mask_logits, size, valid)
-        if self.upsample > 1:
-            dense = F.interpolate(dense, size=size, mode="bilinear", align_corners=False)
-        return clip.pool_masks(dense, masks), masks.flatten(2).any(dim=-1) if self.needs_pixels else None
+        cells = image_embeds.flatten(2).transpose(1, 2)
+        height, width = image_embeds.shape[-2:]
+        positions = sine_position_embedding(height, width, cells.shape[-1], like=cells).flatten(1).T
+        text = text_embeds.to(cells.dtype).expand(cells.shape[0], -1, -1)
+        attended, _ = self.attention(text, cells + positions, cells)
+        update = self.linear(attended)
+        return self.norm(text + update) if self.form == "post_norm" else text + self.norm(update)
 
 
-class AdapterMaskPooling(nn.Module):
-    """Means weighted by Mask-Adapter's maps, each through CLIP's head; their mean (arXiv 2412.04533, section 3.2).
+def shuffled_cells(dense: Tensor) -> Tensor:
+    """Read a dense feature (B, C, h, w) as (B, h w, C) in the order in which MAFT+ was trained to read it.
 
-    The network costs several times the image tower, so it can be left out where little depends on it: a query adds at
-    most (1 - p_void) times its largest mask probability to the score of any class in any pixel. Where that is at most
-    `min_score`, as for void queries and empty masks, the mask is pooled as by `HardMaskPooling`. A compiled or exported
-    graph, which cannot choose, runs the network for all queries.
-
-    Args:
-        adapter: the network.
-        threshold: mask probability above which a pixel is in the mask.
-        min_score: largest score up to which a query is left out; 0 leaves none out, as published.
+    The published code cuts each image's numbers, channel by channel, into h w consecutive pieces of C numbers, where
+    a transpose was meant. A piece mixes pixels of one channel or a few, padding among them, so that an image's result
+    depends on the size it was padded to.
     """
-
-    def __init__(self, adapter: MaskAdapter, threshold: float = 0.5, min_score: float = 0.0):
-        super().__init__()
-        self.adapter = adapter
-        self.threshold = threshold
-        self.min_score = min_score
-        self.hard = HardMaskPooling()
-
-    def forward(
-        self,
-        dense: Tensor,
-        cell_embeds: Tensor,
-        mask_logits: Tensor,
-        valid: Tensor | None,
-        in_vocab_logits: Tensor,
-        clip: ClipBackbone,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embed masks.
-
-        Args:
-            dense: (B, C_5, h, w), the dense CLIP feature.
-            cell_embeds: (B, D, h, w), what CLIP's head makes of each cell.
-            mask_logits: (B, Q, H / 4, W / 4).
-            valid: (B, H, W) bool, pixels that are not padding; None where all are.
-            in_vocab_logits: (B, Q, K + 1), of the decoder.
-            clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
-
-        Returns:
-            (B, Q, D), not normalized, and None: the embeddings of all masks count.
-        """
-        batch, queries = mask_logits.shape[:2]
-        masks = binary_masks(mask_logits, dense.shape[-2:], self.threshold, valid)
-        context = self.adapter.context(cell_embeds)
-        images = torch.arange(batch, device=dense.device)[:, None].expand(-1, queries)
-        if torch.compiler.is_compiling():
-            parts = zip(masks.split(TRACED_CHUNK, dim=1), images.split(TRACED_CHUNK, dim=1), strict=True)
-            embeds = [
-                self._embed_chunk(clip, dense, context, part.flatten(0, 1), index.flatten(), valid).unflatten(
-                    0, part.shape[:2]
-                )
-                for part, index in parts
-            ]
-            return torch.cat(embeds, dim=1), None
-        if not self.min_score:
-            every = self.embed(clip, dense, context, masks.flatten(0, 1), images.flatten(), valid)
-            return every.unflatten(0, (batch, queries)), None
-        class_probs = 1 - in_vocab_logits.float().softmax(dim=-1)[..., -1]
-        matters = class_probs * mask_logits.flatten(2).amax(dim=-1).sigmoid() > self.min_score
-        pooled, _ = self.hard(dense, None, mask_logits, valid, in_vocab_logits, clip=clip)
-        chosen = self.embed(clip, dense, context, masks[matters], images[matters], valid)
-        return pooled.masked_scatter(matters[..., None], chosen.to(pooled.dtype)), None
-
-    def embed(
-        self,
-        clip: ClipBackbone,
-        dense: Tensor,
-        context: Tensor,
-        masks: Tensor,
-        image_of_mask: Tensor,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """Embed masks chunk by chunk.
-
-        Args:
-            clip: has the head.
-            dense: (B, C_5, h, w).
-            context: (B, n, h, w), of the adapter.
-            masks: (R, 4 h, 4 w) float, as from `binary_masks`.
-            image_of_mask: (R,) int64, the image of each mask.
-            valid: (B, H, W) bool or None.
-
-        Returns:
-            (R, D), not normalized.
-        """
-        chunk = max(1, MAX_CHUNK_ACTIVATIONS // (4 * context[0].numel()))
-        embeds = [
-            self._embed_chunk(clip, dense, context, part, images, valid)
-            for part, images in zip(masks.split(chunk), image_of_mask.split(chunk), strict=True)
-        ]
-        return torch.cat(embeds)
-
-    def _embed_chunk(
-        self,
-        clip: ClipBackbone,
-        dense: Tensor,
-        context: Tensor,
-        masks: Tensor,
-        image_of_mask: Tensor,
-        valid: Tensor | None,
-    ) -> Tensor:
-        maps = self.adapter(context[image_of_mask], masks)
-        cells = None if valid is None else valid_cells(valid, dense.shape[-2:])[image_of_mask]
-        pooled = weighted_means(dense[image_of_mask], maps, cells)
-        return clip.project(pooled.to(dense.dtype)).mean(dim=-2)
+    channels, height, width = dense.shape[1:]
+    return dense.flatten(1).unflatten(1, (height * width, channels))
 
 
 class MaskClassifier(nn.Module):

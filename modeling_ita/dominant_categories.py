@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .classification import TextEmbeddings
 from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
 from .ops import integer_matrix
 from .set_criterion import ANY_CLASS, NO_CLASS
-from .text import VocabularyKey, normal_form
+from .text import TextEmbeddings, VocabularyKey, normal_form
 
 REGION_LEVEL = 0.5
 """A text query's region: cells where its class has at least this share of its highest probability."""

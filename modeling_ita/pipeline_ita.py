@@ -20,9 +20,9 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from .class_examples import encode_class_examples
 from .image_io import read_image
 from .postprocessing import DEFAULT_THRESHOLDS
+from .text import normal_form, normalize_vocabulary, parse_classes, with_distractors
 from .tiled_segmentation import TiledResult, segment_tiles
 from .tiling import Tiling, tiling_of
-from .text import normal_form, normalize_vocabulary, parse_classes, with_distractors
 
 NO_CLASS = -1  # label of pixels without a class in semantic maps
 SEGMENT_THRESHOLD = 0.9  # as in `ImageSegmentationPipeline`

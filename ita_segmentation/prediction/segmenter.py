@@ -14,8 +14,8 @@ from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.prediction.segments import Segment, areas_and_boxes, as_array, iterate_segments
 from ita_segmentation.visualization import resize_labels
 from modeling_ita.postprocessing import DEFAULT_THRESHOLDS
-from modeling_ita.tiling import Tiling
 from modeling_ita.text import normal_form, normalize_vocabulary, with_distractors
+from modeling_ita.tiling import Tiling
 
 TASKS = tuple(DEFAULT_THRESHOLDS)
 MAX_GUESSES = 3
