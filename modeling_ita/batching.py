@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .ops import integer_matrix
-from .set_criterion import NO_CLASS, Matches
+from .dominant_categories import NO_OWN_CLASS
+from .ops import IMAGE_STRIDE, MASK_STRIDE, integer_matrix
+from .set_criterion import Matches
 from .text import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
 
 
@@ -78,8 +79,7 @@ class SegmentOutput:
         mask_embeds: (B, Q, C_mask) of each prediction; None after merging.
         mask_features: (B, C_mask, H / 4, W / 4); None after merging.
         dominant: (B, k) int64, indices of the selected names; None if there was no selection, or after merging.
-        query_classes: (B, Q) int64, the class that each query answers for, `ANY_CLASS` or `NO_CLASS`; None if queries
-            answer for none.
+        query_classes: (B, Q) int64, of `TextQueries.query_classes`.
         hidden_states: if asked for, by the names `HIDDEN_STATES`.
         attentions: of the decoder, if asked for.
     """
@@ -100,12 +100,6 @@ class SegmentOutput:
             return {}
         return self.hidden_states | {"hidden_states": self.hidden_states[HIDDEN_STATES[-1]]}
 
-
-SIZE_DIVISOR = 32
-"""The image tower's largest stride: images are padded to multiples of it."""
-
-MASK_STRIDE = 4
-"""Network pixels in a row of one mask logit."""
 
 PADDED_MASK_LOGIT = -100.0
 """The mask logit of pixels and queries that a batch was padded with."""
@@ -283,7 +277,7 @@ def group_images(
 
 def padded_size(size: Sequence[int]) -> tuple[int, int]:
     """Round height and width up to multiples of 32."""
-    height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
+    height, width = (-(-side // IMAGE_STRIDE) * IMAGE_STRIDE for side in size)
     return height, width
 
 
@@ -357,7 +351,7 @@ def _merge_query_classes(parts: Sequence[Tensor | None], groups: list[Group]) ->
     if len(own) < len(parts):
         return None
     queries = max(part.shape[1] for part in own)
-    merged = own[0].new_full((sum(map(len, own)), queries), NO_CLASS)
+    merged = own[0].new_full((sum(map(len, own)), queries), NO_OWN_CLASS)
     for part, group in zip(own, groups, strict=True):
         merged[group.indices, : part.shape[1]] = part
     return merged

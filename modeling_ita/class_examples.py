@@ -17,20 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .batching import (
-    MASK_STRIDE,
-    PADDED_MASK_LOGIT,
-    SIZE_DIVISOR,
-    check_images,
-    crop,
-    padded_size,
-    valid_pixels,
-)
+from .batching import PADDED_MASK_LOGIT, check_images, crop, padded_size, valid_pixels
 from .classification import MaskClassifier
 from .clip_backbone import ClipBackbone
 from .configuration_ita import check_number
 from .image_io import printable, read_image, read_label_map
 from .mask_pooling import HardMaskPooling
+from .ops import IMAGE_STRIDE, MASK_STRIDE
 from .text import TextEmbeddings, Vocabulary, VocabularyKey, normal_form
 
 NAME_WORTH = 4
@@ -211,7 +204,7 @@ class ExamplesMixin:
         dense = clip(pixel_values).dense
         height, width = dense.shape[-2:]
         pooling = classifier.pooling
-        factor = pooling.upsample if isinstance(pooling, HardMaskPooling) else SIZE_DIVISOR // MASK_STRIDE
+        factor = pooling.upsample if isinstance(pooling, HardMaskPooling) else IMAGE_STRIDE // MASK_STRIDE
         logits = _mask_logits(F.adaptive_avg_pool2d(regions, (factor * height, factor * width)))
         cell_embeds = classifier.embed_cells(clip, dense) if classifier.needs_cell_embeds else None
         surely_shown = dense.new_tensor([0.0, float("-inf")]).expand(1, len(regions), 2)

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
 from .ops import integer_matrix
-from .set_criterion import ANY_CLASS, NO_CLASS
 from .text import TextEmbeddings, VocabularyKey, normal_form
 
+NO_OWN_CLASS, ANY_CLASS = -2, -1
+"""In the place of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
 REGION_LEVEL = 0.5
 """A text query's region: cells where its class has at least this share of its highest probability."""
 REGION_LOGITS = 4.0
@@ -36,7 +37,7 @@ class TextQueries:
     Attributes:
         queries: (B, k, C); None without dominant categories.
         names: (B, k) int64, indices of the selected names; None if they came from outside.
-        classes: (B, k) int64, the class that each answers for, or `NO_CLASS`; None if they answer for none.
+        classes: (B, k) int64, the class that each answers for, or `NO_OWN_CLASS`; None if they answer for none.
         regions: (B, k, h w) bool, cells of the dense feature where the decoder looks first; None for where masks are.
         class_bias: (B, k), added to the logit of the own class; None for nothing.
     """
@@ -71,7 +72,7 @@ def no_text_queries(*_: Any, **__: Any) -> TextQueries:
 def classes_of_names(
     vocabulary: VocabularyKey, names: Sequence[Sequence[str]] | None, device: torch.device
 ) -> Tensor | None:
-    """Give the class of each name, (B, k) int64, `NO_CLASS` for names of no class; None without names."""
+    """Give the class of each name, (B, k) int64, `NO_OWN_CLASS` for names of no class; None without names."""
     if names is None:
         return None
     return integer_matrix(_class_rows(vocabulary, tuple(map(tuple, names))), device)
@@ -83,7 +84,7 @@ def _class_rows(vocabulary: VocabularyKey, names: tuple[tuple[str, ...], ...]) -
     for index, synonyms in enumerate(vocabulary):
         for name in synonyms:
             class_of.setdefault(normal_form(name), index)
-    return [[class_of.get(normal_form(name), NO_CLASS) for name in row] for row in names]
+    return [[class_of.get(normal_form(name), NO_OWN_CLASS) for name in row] for row in names]
 
 
 class DominantCategories(nn.Module):
@@ -186,7 +187,7 @@ class DominantCategories(nn.Module):
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
             image_embeds: (B, D), to select by; None for those of the dense feature.
             given_embeds: (B, k', D), unit embeddings of dominant categories from outside; None to select them.
-            given_classes: (B, k') int64, their classes, or `NO_CLASS`.
+            given_classes: (B, k') int64, their classes, or `NO_OWN_CLASS`.
             clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
         """
         names, classes, regions, bias = None, given_classes, None, None
@@ -209,7 +210,7 @@ class DominantCategories(nn.Module):
             regions = (own >= REGION_LEVEL * own.amax(dim=-1, keepdim=True)) & is_valid[:, None]
             # Among few classes a probability says little.
             regions &= logits >= logits.amax(dim=-1, keepdim=True) - REGION_LOGITS
-            regions |= (classes == NO_CLASS)[..., None] & is_valid[:, None]
+            regions |= (classes == NO_OWN_CLASS)[..., None] & is_valid[:, None]
         if classes is not None and self.class_bias is not None:
             bias = self.class_bias.expand(classes.shape)
         return TextQueries(self.project(embeds), names, classes if by_cells else None, regions, bias)

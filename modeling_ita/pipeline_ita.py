@@ -24,7 +24,8 @@ from .text import normal_form, normalize_vocabulary, parse_classes, with_distrac
 from .tiled_segmentation import TiledResult, segment_tiles
 from .tiling import Tiling, tiling_of
 
-NO_CLASS = -1  # label of pixels without a class in semantic maps
+NO_CLASS = -1
+"""Label of pixels without a class in semantic maps of any number of classes."""
 SEGMENT_THRESHOLD = 0.9  # as in `ImageSegmentationPipeline`
 
 

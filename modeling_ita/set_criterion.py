@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_CLASS, ANY_CLASS = -2, -1
-"""In the place of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
+from .dominant_categories import ANY_CLASS
 
 _OWN_CLASS_COST = -3.0  # a query that answers for a class is preferred for it, unless its mask is far worse
 _OTHER_CLASS_COST = 1e5
@@ -82,7 +81,7 @@ def own_class_cost(query_classes: Tensor, target_classes: Tensor) -> Tensor:
     """Prefer queries for targets of their own class; others get them only where free queries run out.
 
     Args:
-        query_classes: (Q,) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`.
+        query_classes: (Q,) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_OWN_CLASS`.
         target_classes: (n,) int64.
 
     Returns:
@@ -270,7 +269,7 @@ class SetCriterion:
             class_labels: one int64 (n_i,) per image, values 0..K - 1; n_i may be 0.
             matched_masks: computes the mask logits of the matched queries again. Gradients then flow through these
                 alone; otherwise backward makes a gradient as large as all mask logits for the sake of a few.
-            query_classes: (B, Q) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`.
+            query_classes: (B, Q) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_OWN_CLASS`.
 
         Returns:
             `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the same with suffix `_0`, `_1`,
