@@ -23,7 +23,7 @@ from .clip_backbone import ClipBackbone
 from .configuration_ita import check_number
 from .image_io import printable, read_image, read_label_map
 from .mask_pooling import HardMaskPooling
-from .ops import IMAGE_STRIDE, MASK_STRIDE
+from .ops import IMAGE_STRIDE, MASK_STRIDE, pad_to
 from .text import TextEmbeddings, Vocabulary, VocabularyKey, normal_form
 
 NAME_WORTH = 4
@@ -52,7 +52,7 @@ class ClassExamples:
             vocabulary: K classes. Examples of other classes are passed over.
             scale: CLIP's logit scale, a scalar.
         """
-        class_of = _classes_by_name(vocabulary)
+        class_of = Vocabulary(vocabulary).class_of_normal_form
         own_rows = {name: row for name, row in self.rows.items() if name in class_of and self.weights[name]}
         if not own_rows:
             return text
@@ -81,14 +81,6 @@ def _mix(embeds: Tensor, is_own: Tensor, example: Tensor, weight: float) -> None
 def _mean_of_others(embeds: Tensor, has_example: Tensor) -> Tensor:
     """Average the embeddings of names without examples; of all where there are none."""
     return embeds[has_example.all() | ~has_example].mean(dim=0)
-
-
-def _classes_by_name(vocabulary: VocabularyKey) -> dict[str, int]:
-    class_of: dict[str, int] = {}
-    for index, synonyms in enumerate(vocabulary):
-        for name in synonyms:
-            class_of.setdefault(normal_form(name), index)
-    return class_of
 
 
 def check_examples(
@@ -145,7 +137,7 @@ def check_example_names(
     Raises:
         ValueError: it is not.
     """
-    tables = [_classes_by_name(vocabulary) for vocabulary in dict.fromkeys(vocabularies)]
+    tables = [Vocabulary(vocabulary).class_of_normal_form for vocabulary in dict.fromkeys(vocabularies)]
     for table in tables:
         owners: dict[int, str] = {}
         for name in names:
@@ -193,7 +185,7 @@ class ExamplesMixin:
         for image, regions, size in zip(pixel_values, masks, sizes, strict=True):
             padded = padded_size(size)
             valid = valid_pixels([size], padded, image.device)
-            filled = F.pad(regions, (0, padded[1] - size[1], 0, padded[0] - size[0])).to(image.device)
+            filled = pad_to(regions, padded).to(image.device)
             rows.append(self._embed_regions(crop(image[None], padded, valid), filled, valid))
         return rows
 

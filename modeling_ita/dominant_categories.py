@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
 from .ops import integer_matrix
-from .text import TextEmbeddings, VocabularyKey, normal_form
+from .text import TextEmbeddings, Vocabulary, VocabularyKey, normal_form
 
 NO_OWN_CLASS, ANY_CLASS = -2, -1
 """In the place of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
@@ -80,10 +80,7 @@ def classes_of_names(
 
 @torch.compiler.assume_constant_result
 def _class_rows(vocabulary: VocabularyKey, names: tuple[tuple[str, ...], ...]) -> list[list[int]]:
-    class_of: dict[str, int] = {}
-    for index, synonyms in enumerate(vocabulary):
-        for name in synonyms:
-            class_of.setdefault(normal_form(name), index)
+    class_of = Vocabulary(vocabulary).class_of_normal_form
     return [[class_of.get(normal_form(name), NO_OWN_CLASS) for name in row] for row in names]
 
 

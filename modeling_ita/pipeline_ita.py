@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from transformers import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .class_examples import encode_class_examples
 from .image_io import read_image
+from .ops import pad_to
 from .postprocessing import DEFAULT_THRESHOLDS
 from .text import normal_form, normalize_vocabulary, parse_classes, with_distractors
 from .tiled_segmentation import TiledResult, segment_tiles
@@ -59,20 +59,12 @@ def collate_images(items: Sequence[Any]) -> dict[str, Any]:
     Args:
         items: each {"pixel_values" (1, 3, h, w), "pixel_mask" (1, h, w), "target_size" [(height, width)]}.
     """
-    sides = [item["pixel_values"].shape[-2:] for item in items]
-    height, width = (max(side[axis] for side in sides) for axis in (0, 1))
-    return {
-        **{
-            key: torch.cat(
-                [
-                    pad(item[key], (0, width - side[1], 0, height - side[0]))
-                    for item, side in zip(items, sides, strict=True)
-                ]
-            )
-            for key in ("pixel_values", "pixel_mask")
-        },
-        "target_size": [item["target_size"] for item in items],
+    height, width = (max(item["pixel_values"].shape[axis] for item in items) for axis in (-2, -1))
+    batch: dict[str, Any] = {
+        key: torch.cat([pad_to(item[key], (height, width)) for item in items])
+        for key in ("pixel_values", "pixel_mask")
     }
+    return batch | {"target_size": [item["target_size"] for item in items]}
 
 
 INHERITED_PARAMETERS = {"subtask", "threshold", "mask_threshold", "overlap_mask_area_threshold", "timeout"}
@@ -368,14 +360,10 @@ class ITAZeroShotImageSegmentationPipeline(ITAImageSegmentationPipeline):
     """The same, with candidate labels only: a call without them, at it or at construction, raises ValueError."""
 
     def _forward(  # type: ignore[override]
-        self,
-        model_inputs: Any,
-        classes: list[list[str]] | None = None,
-        distractors: bool = True,
-        **options: Any,
+        self, model_inputs: Any, classes: list[list[str]] | None = None, **options: Any
     ) -> Any:
         if classes is None:
             raise ValueError(
                 'zero-shot-image-segmentation needs candidate_labels, such as candidate_labels=["cat", "sofa|couch"]'
             )
-        return super()._forward(model_inputs, classes, distractors, **options)
+        return super()._forward(model_inputs, classes, **options)

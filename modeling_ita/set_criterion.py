@@ -199,7 +199,7 @@ def labels_at_points(mask_labels: list[Tensor], matches: Matches, points: list[T
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum binary cross-entropy of logits (M, P) with labels in 0..1, mean over points, over masks: a scalar."""
+    """Sum over masks the binary cross-entropy of logits (M, P) with labels in 0..1, its mean over points: a scalar."""
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
 
 

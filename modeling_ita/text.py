@@ -64,6 +64,14 @@ class Vocabulary(list):
         return distinct([*self.names, OTHER])
 
     @property
+    def class_of_normal_form(self) -> dict[str, int]:
+        """For each name in normal form, the index of the first class that has it."""
+        class_of: dict[str, int] = {}
+        for name, index in zip(self.names, self.class_of_name, strict=True):
+            class_of.setdefault(normal_form(name), index)
+        return class_of
+
+    @property
     def is_duplicate(self) -> list[bool]:
         """For each class, whether an earlier one has the very same names."""
         first: dict[frozenset[str], int] = {}
