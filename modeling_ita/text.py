@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .text_cache import TextCache, open_cache
+from .text_cache import TextCache, cache_folder, digest_of
 
 if TYPE_CHECKING:
     from .clip_backbone import ClipBackbone  # which imports the configuration, which checks vocabularies
@@ -221,12 +221,7 @@ def check_templates(templates: Sequence[str]) -> Templates:
     if not templates:
         raise ValueError("no prompt template: give at least one, such as 'a photo of a {}.'")
     for template in templates:
-        if (
-            not isinstance(template, str)
-            or template.count("{}") != 1
-            or template.count("{") != 1
-            or template.count("}") != 1
-        ):
+        if not isinstance(template, str) or [template.count(part) for part in ("{}", "{", "}")] != [1, 1, 1]:
             raise ValueError(f"a prompt template has exactly one '{{}}' for the name, got {template!r:.100}")
     return tuple(templates)
 
@@ -342,11 +337,8 @@ class TextEncoder:
         if is_exporting:
             raise ValueError("call encode_vocabulary with the vocabulary of the graph before exporting it")
         classes = Vocabulary(vocabulary)
-        with (
-            _lock,
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # so that it can take part in training later
+        # Outside of inference mode, so that it can take part in training later.
+        with _lock, torch.inference_mode(False), torch.no_grad():
             candidates = classes.candidate_names
             names = list(dict.fromkeys([*classes.names, *candidates]))
             embeds = self._encode_names(memory, names, check_templates(templates))
@@ -406,16 +398,15 @@ class TextEncoder:
         return table
 
     def _open_cache(self, templates: Templates) -> TextCache | None:
+        folder = cache_folder()
+        if folder is None:
+            return None
         sample = self.clip.tokenizer(["Ten Cats' 3 Sofas"])[0].tolist()  # shows case, length and truncation
         description = [*templates, self.clip.device.type, str(sample)]
-        return open_cache(description, self.clip.text_tensors, self.clip.embed_dim)
+        return TextCache(folder / digest_of(description, self.clip.text_tensors()), self.clip.embed_dim)
 
     def _encode(self, names: Sequence[str], templates: Templates, progress: Any) -> tuple[Tensor, Tensor]:
-        """Encode names: prompt and name embeddings, (n, D) each, unit rows.
-
-        Raises:
-            ValueError: the text tower gives values that are not finite.
-        """
+        """Encode names: prompt and name embeddings, (n, D) each, unit rows."""
         tokens = [self._tokenize(name, templates) for name in names]
         prompt_embeds: list[Any] = [None] * len(names)
         name_embeds: list[Any] = [None] * len(names)

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,29 +67,12 @@ def digest_of(description: Sequence[str], tensors: Sequence[Tensor]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *description]).encode() + b"".join(parts)).hexdigest()[:32]
 
 
-def open_cache(
-    description: Sequence[str], tensors: Callable[[], Sequence[Tensor]], embed_dim: int
-) -> "TextCache | None":
-    """Open the cache of a text tower.
-
-    Args:
-        description: strings on which embeddings depend: templates, tokenizer, device.
-        tensors: gives the text tower's weights.
-        embed_dim: D, the width of the embeddings.
-
-    Returns:
-        None where the environment says that there is to be no cache.
-    """
-    folder = cache_folder()
-    return None if folder is None else TextCache(folder / digest_of(description, tensors()), embed_dim)
-
-
 class TextCache:
     """The names encoded with one text tower and one set of templates.
 
     Args:
         folder: of this tower and these templates; made when something is written.
-        embed_dim: D, the width of the embeddings.
+        embed_dim: D.
     """
 
     def __init__(self, folder: Path, embed_dim: int):
@@ -97,11 +80,7 @@ class TextCache:
         self.embed_dim = embed_dim
 
     def read(self, names: Sequence[str]) -> list[tuple[list[str], Tensor, Tensor]]:
-        """Read what is kept of the names.
-
-        Returns:
-            Blocks of (n names among those asked for, prompt embeddings (n, D), name embeddings (n, D)), no name twice.
-        """
+        """Read what is kept of the names: blocks of (n names, prompt and name embeddings, (n, D) each)."""
         wanted, blocks = set(names), []
         for path in sorted(self.folder.glob("*.safetensors")):
             if not wanted:
@@ -112,7 +91,7 @@ class TextCache:
                 self._discard(path, error)
                 continue
             if found:
-                wanted.difference_update(found)
+                wanted -= set(found)
                 blocks.append((found, prompt_embeds, name_embeds))
                 with contextlib.suppress(OSError):
                     os.utime(path)  # the order in which files are deleted
@@ -222,15 +201,9 @@ def encode_prefixes(tower: Any, tokens: list[list[int]]) -> Prefixes:
 
 
 def encode_rest(tower: Any, tokens: Tensor, prefixes: Prefixes) -> Tensor | None:
-    """Encode prompts by what comes after their beginnings.
+    """Encode prompts (T, L) by what comes after their T beginnings: the last block's output at the end token.
 
-    Args:
-        tower: has the weights.
-        tokens: (T, L) int64, a row for each beginning; the end token is the largest, and what follows it is not read.
-        prefixes: the encoded beginnings.
-
-    Returns:
-        (T, width), the last block's output at the end token; None if a row does not begin as it should.
+    The end token is the largest, and what follows it is not read. None if a prompt does not begin as it should.
     """
     if any(row[: len(own)].tolist() != own for row, own in zip(tokens, prefixes.tokens, strict=True)):
         return None
@@ -250,17 +223,10 @@ def encode_rest(tower: Any, tokens: Tensor, prefixes: Prefixes) -> Tensor | None
 def _run_blocks(
     tower: Any, x: Tensor, is_token: Tensor, allowed: Tensor, earlier: list[tuple[Tensor, Tensor]] | None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Run the blocks on tokens one after the other; they are in rows of one length for attention only.
+    """Run the blocks on the tokens (M, width) of all prompts; they are in rows of one length for attention only.
 
-    Args:
-        tower: has the blocks.
-        x: (M, width), the tokens of all prompts.
-        is_token: (T, L) bool with M that are True, where they lie in rows.
-        allowed: bool, broadcast to (T, heads, L, P + L), where each may look.
-        earlier: keys and values of the tokens before, (T, heads, P, c), of each layer.
-
-    Returns:
-        (M, width), and keys and values of each layer, (T, heads, L, c).
+    `is_token` (T, L) says where they lie in rows, `allowed` (T, heads, L, P + L) where each may look. Also gives the
+    keys and values of each layer, (T, heads, L, c), as `earlier` has those of the P tokens before.
     """
     kept = []
     for index, block in enumerate(tower.transformer.resblocks):
