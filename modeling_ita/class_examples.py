@@ -45,12 +45,9 @@ class ClassExamples:
     weights: dict[str, float]
 
     def add_to(self, text: TextEmbeddings, vocabulary: VocabularyKey, scale: Tensor) -> TextEmbeddings:
-        """Mix examples into the embeddings of a vocabulary; their classes count as unseen.
+        """Mix examples into the embeddings of a vocabulary's names; their classes count as unseen.
 
-        Args:
-            text: of the vocabulary's names.
-            vocabulary: K classes. Examples of other classes are passed over.
-            scale: CLIP's logit scale, a scalar.
+        Examples of other classes are passed over.
         """
         class_of = Vocabulary(vocabulary).class_of_normal_form
         own_rows = {name: row for name, row in self.rows.items() if name in class_of and self.weights[name]}
@@ -89,11 +86,11 @@ def check_examples(
     vocabularies: Sequence[VocabularyKey],
     embed_dim: int,
 ) -> ClassExamples | None:
-    """Check the examples of a call, and average those of each class.
+    """Check the examples and their weight, as `forward` takes them, and average those of each class.
 
     Args:
-        examples: class name -> (n, D), as `encode_examples` gives them; None for none.
-        weight: of the examples beside the names, 0..1; None for n / (n + 4) with n examples.
+        examples: class name -> (n, D).
+        weight: 0..1.
         vocabularies: of the images. A name has to be in one of them.
         embed_dim: D.
 
@@ -108,35 +105,24 @@ def check_examples(
     if not isinstance(examples, Mapping):
         raise ValueError(f"examples= maps names of classes to embeddings, got {type(examples).__name__}")
     for name, embeds in examples.items():
-        shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-        if (
-            not isinstance(embeds, Tensor)
-            or embeds.ndim != 2
-            or embeds.shape[1] != embed_dim
-            or not len(embeds)
-        ):
+        shape: Any = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        if not isinstance(embeds, Tensor) or shape[1:] != (embed_dim,) or not shape[0]:
             raise ValueError(
                 f"examples of {name!r:.100} are embeddings (n, {embed_dim}) of encode_examples, got {shape}"
             )
     check_example_names(examples, vocabularies)
-    rows = {
-        normal_form(name): F.normalize(rows.float().mean(dim=0), dim=-1) for name, rows in examples.items()
-    }
-    weights = {
-        normal_form(name): len(rows) / (len(rows) + NAME_WORTH) if weight is None else weight
-        for name, rows in examples.items()
-    }
-    return ClassExamples(rows, weights)
+    shown = ClassExamples({}, {})
+    for name, embeds in examples.items():
+        shown.rows[normal_form(name)] = F.normalize(embeds.float().mean(dim=0), dim=-1)
+        own_weight = len(embeds) / (len(embeds) + NAME_WORTH) if weight is None else weight
+        shown.weights[normal_form(name)] = own_weight
+    return shown
 
 
 def check_example_names(
     names: Sequence[str] | Mapping[str, Any], vocabularies: Sequence[VocabularyKey]
 ) -> None:
-    """Check that each class with examples is in one of the vocabularies, under one name.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Check that each class with examples is in one of the vocabularies, under one name; else raise ValueError."""
     tables = [Vocabulary(vocabulary).class_of_normal_form for vocabulary in dict.fromkeys(vocabularies)]
     for table in tables:
         owners: dict[int, str] = {}

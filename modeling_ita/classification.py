@@ -38,26 +38,12 @@ def class_logits(embeds: Tensor, text: TextEmbeddings, void_embed: Tensor, scale
 
 
 def compare(scaled: Tensor, text: TextEmbeddings, prompt_embeds: Tensor, void_embed: Tensor) -> Tensor:
-    """Multiply with text embeddings, the maximum over a class's names; void last.
+    """Multiply scaled embeddings (B, Q, D) with those of names, the maximum over a class's names: (B, Q, K + 1).
 
-    Args:
-        scaled: (B, Q, D), unit embeddings times the logit scale.
-        text: says which names make a class.
-        prompt_embeds: (N, D), or (B, N, D) where each image has its own.
-        void_embed: (1, D) or (B, 1, D).
-
-    Returns:
-        (B, Q, K + 1).
+    Where each image has text embeddings of its own, they are (B, N, D) and (B, 1, D).
     """
     void_logit = scaled @ void_embed.mT
-    classes = names = scaled @ prompt_embeds.mT
-    num_classes = text.is_seen.shape[0]
-    # An exported graph is to serve vocabularies with synonyms, whether the one at hand has any or not.
-    if torch.compiler.is_exporting() or len(text.class_of_name) > num_classes:
-        index = text.class_of_name.expand_as(names)
-        classes = names.new_full((*names.shape[:-1], num_classes), float("-inf"))
-        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
-    return torch.cat([classes, void_logit], dim=-1)
+    return torch.cat([text.max_over_names(scaled @ prompt_embeds.mT), void_logit], dim=-1)
 
 
 def ensemble_log_probs(
@@ -211,15 +197,7 @@ class MaskClassifier(nn.Module):
         self.requires_grad_(False)
 
     def embed_cells(self, clip: ClipBackbone, dense: Tensor) -> Tensor:
-        """Embed each cell by CLIP's head, in the order in which the network was trained to read them.
-
-        Args:
-            clip: has the head.
-            dense: (B, C_5, h, w).
-
-        Returns:
-            (B, D, h, w), not normalized.
-        """
+        """Embed each cell of (B, C_5, h, w) by CLIP's head, (B, D, h, w), in the order that the network learned."""
         cells = dense.flatten(2).transpose(1, 2) if self.text_transfer is None else shuffled_cells(dense)
         return clip.project(cells).transpose(1, 2).unflatten(2, dense.shape[-2:])
 
@@ -259,18 +237,7 @@ class MaskClassifier(nn.Module):
         void_embed: Tensor,
         cell_embeds: Tensor | None,
     ) -> Tensor:
-        """Compute the class logits of mask embeddings by CLIP's logit scale.
-
-        Args:
-            clip: the frozen CLIP.
-            embeds: (B, Q, D), of any length.
-            text: the vocabulary, K classes.
-            void_embed: (1, D), of any length.
-            cell_embeds: (B, D, h, w), what the text is transferred to; not used without a transfer.
-
-        Returns:
-            (B, Q, K + 1), void last.
-        """
+        """Compute the class logits (B, Q, K + 1) of mask embeddings (B, Q, D) by CLIP's logit scale, void last."""
         if self.text_transfer is None or cell_embeds is None:
             return class_logits(embeds, text, void_embed, clip.logit_scale)
         # Logits are in the thousands, which half precision is too coarse for.

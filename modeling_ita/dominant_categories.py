@@ -107,14 +107,10 @@ class DominantCategories(nn.Module):
             nn.init.constant_(self.class_bias, 2.0)
 
     def select(self, image_embeds: Tensor, name_embeds: Tensor) -> Tensor:
-        """Select the names that are nearest to each image by cosine similarity.
-
-        Args:
-            image_embeds: (B, D), of any length.
-            name_embeds: (M, D), unit embeddings of names without a template; rows of zeros are padding, selected last.
+        """Select the names (M, D) that are nearest to each image (B, D) by cosine similarity.
 
         Returns:
-            Indices of the dominant categories, nearest first, (B, min(k, M)) int64.
+            Indices of names, nearest first, (B, min(k, M)) int64. Rows of zeros are padding, selected last.
         """
         similarity = F.normalize(image_embeds.float(), dim=-1) @ name_embeds.float().T
         similarity = similarity.masked_fill(~name_embeds.any(dim=-1), float("-inf"))
@@ -123,13 +119,7 @@ class DominantCategories(nn.Module):
     def classify_cells(
         self, cell_embeds: Tensor, is_valid: Tensor, text: TextEmbeddings, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Classify each cell of the dense feature by itself.
-
-        Args:
-            cell_embeds: (B, S, D), CLIP's embeddings of the cells, of any length.
-            is_valid: (B, S) bool, cells that hold at least one pixel of the image.
-            text: K classes, N names.
-            scale: CLIP's logit scale, a scalar.
+        """Classify each of S cells of the dense feature by itself, as `ClipBackbone.embed_cells` gives them.
 
         Returns:
             Class probabilities (B, S, K), zero in cells that are not valid and for duplicates; class logits (B, S, K),
@@ -137,10 +127,7 @@ class DominantCategories(nn.Module):
         """
         names = scale * F.normalize(cell_embeds.float(), dim=-1) @ text.prompt_embeds.float().T
         names = names.masked_fill(~is_valid[..., None], float("-inf"))
-        index = text.class_of_name.expand_as(names)
-        classes = names.new_full((*names.shape[:-1], text.is_duplicate.shape[0]), float("-inf"))
-        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
-        classes = classes.masked_fill(text.is_duplicate, float("-inf"))
+        classes = text.max_over_names(names).masked_fill(text.is_duplicate, float("-inf"))
         probs = classes.softmax(dim=-1).masked_fill(~is_valid[..., None] | text.is_duplicate, 0)
         return probs, classes, names.amax(dim=1)
 
@@ -151,11 +138,6 @@ class DominantCategories(nn.Module):
 
         The mean over an image shows little but its largest region. A class scores its highest probability over the
         cells. (Ours; not in the published code.)
-
-        Args:
-            cell_probs: (B, S, K), of `classify_cells`.
-            name_logits: (B, N), of `classify_cells`.
-            text: K classes, N names.
 
         Returns:
             Indices of names, the best class first, (B, min(k, K)) int64 into the N names, and their classes.

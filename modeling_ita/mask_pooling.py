@@ -129,15 +129,9 @@ def binary_masks(
 
 
 def weighted_means(dense: Tensor, maps: Tensor, cells: Tensor | None = None) -> Tensor:
-    """Average a dense feature over all cells, weighted by each activation map's sigmoid.
+    """Average (R, C_5, h, w) over cells, weighted by the sigmoid of maps (R, M, h, w): (R, M, C_5) float32.
 
-    Args:
-        dense: (R, C_5, h, w).
-        maps: (R, M, h, w) logits.
-        cells: (R, h, w) bool, the cells that take part; None for all.
-
-    Returns:
-        (R, M, C_5) float32.
+    `cells` (R, h, w) says which take part; None for all.
     """
     with torch.autocast(dense.device.type, enabled=False):
         logits = F.logsigmoid(maps.float())  # the sigmoid itself may underflow
@@ -254,19 +248,7 @@ class AdapterMaskPooling(nn.Module):
         image_of_mask: Tensor,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """Embed masks chunk by chunk.
-
-        Args:
-            clip: has the head.
-            dense: (B, C_5, h, w).
-            context: (B, n, h, w), of the adapter.
-            masks: (R, 4 h, 4 w) float, as from `binary_masks`.
-            image_of_mask: (R,) int64, the image of each mask.
-            valid: (B, H, W) bool or None.
-
-        Returns:
-            (R, D), not normalized.
-        """
+        """Embed R masks of `binary_masks`, each of the image of its index, chunk by chunk: (R, D), not normalized."""
         chunk = max(1, MAX_CHUNK_ACTIVATIONS // (4 * context[0].numel()))
         embeds = [
             self._embed_chunk(clip, dense, context, part, images, valid)

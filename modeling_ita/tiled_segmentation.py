@@ -9,6 +9,7 @@ one where their masks agree in the pixels that both tiles see. Stuff is one segm
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class TiledResult:
 
     segmentation: Tensor
     segments_info: list[dict[str, Any]] = field(default_factory=list)
-    masks: list[tuple[tuple[int, int, int, int], Any]] | None = None
+    masks: list[tuple[Box, np.ndarray]] | None = None
     scores: dict[int, float] = field(default_factory=dict)
     dominant_categories: list[str] = field(default_factory=list)
     class_probabilities: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -125,11 +126,8 @@ def segment_tiles(
         result.segmentation, result.scores = merger.labels.cpu(), merger.scores()
         return result
     merged = merger.result()
-    result.segmentation, result.segments_info = (
-        torch.from_numpy(merged["segmentation"]),
-        merged["segments_info"],
-    )
-    result.masks = merged.get("masks")
+    result.segmentation = torch.from_numpy(merged["segmentation"])
+    result.segments_info, result.masks = merged["segments_info"], merged.get("masks")
     if labels is not None:
         for segment in result.segments_info:
             segment["label"] = labels[segment["label_id"]]
@@ -249,7 +247,7 @@ class SegmentMerger:
             box (top, left, bottom, right) and the mask within it, (height, width) bool.
         """
         groups: dict[int, list[Piece]] = {}
-        for piece in (piece for pieces in self._pieces for piece in pieces):
+        for piece in chain.from_iterable(self._pieces):
             groups.setdefault(self._first(piece.number), []).append(piece)
         if not self._is_panoptic:
             return self._instances(list(groups.values()))
