@@ -60,11 +60,7 @@ class ITAForOpenVocabSegmentationOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-HIDDEN_STATES = (
-    "encoder_hidden_states",
-    "pixel_decoder_hidden_states",
-    "transformer_decoder_hidden_states",
-)
+HIDDEN_STATES = ("encoder_hidden_states", "pixel_decoder_hidden_states", "transformer_decoder_hidden_states")
 """Hidden states of the image tower, at strides 4, 8, 16, 32; of detail enhancement, at 32, 16, 8; of the decoder."""
 
 

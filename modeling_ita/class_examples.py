@@ -1,4 +1,4 @@
-"""Classes given by examples: regions of images, in the place of a class's names or beside them.
+"""Classes given by examples: regions of images instead of a class's names or beside them.
 
 CLIP embeds a region of an image, the dense feature pooled over a mask, in the space of names. (Ours; the paper has
 names alone.) But images and names lie apart there (the modality gap, Liang et al., arXiv 2203.02053), and images are
@@ -47,7 +47,7 @@ class ClassExamples:
     def add_to(self, text: TextEmbeddings, vocabulary: VocabularyKey, scale: Tensor) -> TextEmbeddings:
         """Mix examples into the embeddings of a vocabulary's names; their classes count as unseen.
 
-        Examples of other classes are passed over.
+        Examples of other classes are ignored.
         """
         class_of = Vocabulary(vocabulary).class_of_normal_form
         own_rows = {name: row for name, row in self.rows.items() if name in class_of and self.weights[name]}

@@ -68,7 +68,7 @@ def ensemble_log_probs(
         alpha: weight of the out-of-vocabulary logits for seen classes, 0..1.
         beta: the same for unseen classes.
         has_pixels: (B, Q) bool, masks whose out-of-vocabulary logits count; None where all do.
-        objectness_weight: how far CLIP says whether a mask shows something, in the place of the decoder, which takes
+        objectness_weight: how far CLIP says whether a mask shows something, instead of the decoder, which takes
             what it has never seen for void. The log-odds of `1 - p_void` are mixed with those of CLIP's most probable
             class by this weight times the probability that the class is unseen. (Ours; 0 as published.)
 

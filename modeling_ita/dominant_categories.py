@@ -23,7 +23,7 @@ from .ops import integer_matrix
 from .text import TextEmbeddings, Vocabulary, VocabularyKey, normal_form
 
 NO_OWN_CLASS, ANY_CLASS = -2, -1
-"""In the place of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
+"""Instead of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
 REGION_LEVEL = 0.5
 """A text query's region: cells where its class has at least this share of its highest probability."""
 REGION_LOGITS = 4.0

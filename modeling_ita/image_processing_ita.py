@@ -18,21 +18,11 @@ from torchvision.transforms import InterpolationMode
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature, get_size_dict
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    PILImageResampling,
-    SizeDict,
-)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
-from .image_io import (
-    array_to_rgb,
-    image_to_rgb,
-    read_image,
-    read_label_maps,
-)
+from .image_io import array_to_rgb, image_to_rgb, read_image, read_label_maps
 from .ops import common_size, label_masks, output_size, pad_to, resize_labels
 from .postprocessing import (
     DEFAULT_THRESHOLDS,
@@ -457,7 +447,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Check the arguments of a processor, whether they come from a call or from `preprocessor_config.json`.
 
     Args:
-        settings: values by name; None and unknown names are passed over.
+        settings: values by name; None and unknown names are ignored.
 
     Raises:
         ValueError: in one line that names the first one with a wrong type or an impossible value.

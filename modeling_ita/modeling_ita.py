@@ -211,8 +211,8 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
 
         Args:
             vocabulary: each class a name or a list of synonyms; None for the checkpoint's own.
-            templates: prompt templates in the place of the configuration's.
-            train_vocabulary: classes seen in training in the place of the configuration's.
+            templates: prompt templates instead of the configuration's.
+            train_vocabulary: classes seen in training instead of the configuration's.
 
         Raises:
             ValueError: no vocabulary, a malformed one, or a template without exactly one `{}`.
@@ -259,14 +259,14 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
             pixel_values: (B, 3, H, W) float, normalized RGB, padded at the bottom and on the right.
             pixel_mask: (B, H, W), 1 for pixels and 0 for padding; None if nothing is padded.
             vocabulary: the classes of all images, each a name or a list of synonyms; None for the checkpoint's own.
-            vocabularies: one vocabulary for each image, in the place of `vocabulary`.
+            vocabularies: one vocabulary for each image, instead of `vocabulary`.
             mask_labels: for each image (n, H, W), its n ground-truth masks; losses are computed.
             class_labels: for each image (n,) int64, the classes of its masks.
-            dominant_categories: names in the place of the k nearest: one list for all images, or one for each.
-            templates: prompt templates in the place of the configuration's.
-            train_vocabulary: classes seen in training in the place of the configuration's.
-            ensemble_alpha: weight of CLIP's class logits for seen classes in the place of the configuration's.
-            ensemble_beta: weight of CLIP's class logits for unseen classes in the place of the configuration's.
+            dominant_categories: names instead of the k nearest: one list for all images, or one for each.
+            templates: prompt templates instead of the configuration's.
+            train_vocabulary: classes seen in training instead of the configuration's.
+            ensemble_alpha: weight of CLIP's class logits for seen classes instead of the configuration's.
+            ensemble_beta: weight of CLIP's class logits for unseen classes instead of the configuration's.
             examples: class name -> (n, D), of `encode_examples`, that join the class's names.
             example_weight: of n examples beside the names, 0..1 (n / (n + 4)); at 1 the names say nothing.
             output_hidden_states: whether to return hidden states.

@@ -23,7 +23,7 @@ from .dominant_categories import ANY_CLASS
 
 _OWN_CLASS_COST = -3.0  # a query that answers for a class is preferred for it, unless its mask is far worse
 _OTHER_CLASS_COST = 1e5
-_FINITE_COST = 1e6  # in the place of a cost that is NaN or infinite: larger than any finite cost
+_FINITE_COST = 1e6  # instead of a cost that is NaN or infinite: larger than any finite cost
 
 
 @dataclass

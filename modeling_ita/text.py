@@ -299,7 +299,7 @@ class _Memory:
 class TextEncoder:
     """Encodes vocabularies with the frozen text tower and keeps what it encoded; large ones on disk, too.
 
-    The embedding of a name does not depend on the company it came in, to the bit: its prompts make a batch of their
+    The embedding of a name does not depend on the other names, to the bit: its prompts make a batch of their
     own, or, on an accelerator, take part in batches of one shape. What is kept in memory is dropped when the text
     tower's weights change. Threads may share an encoder: one at a time encodes, and an entry is complete or absent.
     Copies and pickles start with nothing in memory.
@@ -377,7 +377,7 @@ class TextEncoder:
     def _current_memory(self) -> _Memory:
         tower, memory = self.clip.text_fingerprint(), self._memory
         if memory.tower != tower:
-            # Threads that are still encoding with the former weights go on filling what nobody reads any more.
+            # Threads that are still encoding with the former weights go on filling the former memory.
             memory = self._memory = _Memory(tower)
         return memory
 

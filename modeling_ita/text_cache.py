@@ -1,6 +1,6 @@
 """What keeps the text tower from doing work twice: embeddings on disk, and beginnings that prompts share.
 
-A large vocabulary is encoded once in a machine's life. The embeddings of a name depend on the text tower's weights, on
+A large vocabulary is encoded once on each machine. The embeddings of a name depend on the text tower's weights, on
 the tokenizer and on the prompt templates: a folder is named by a digest of those, and holds files of names with their
 embeddings. A file is written under another name and then renamed, so it is complete or absent; it carries a digest of
 its content. One that fails it, or does not hold what it should, is deleted (or, where it cannot be, passed over), and
@@ -34,7 +34,7 @@ FOLDER_VARIABLE = "ITA_TEXT_CACHE"
 LIMIT_VARIABLE = "ITA_TEXT_CACHE_MB"
 """Environment variable: the most megabytes that the cache may take; 1024 without it."""
 
-FORMAT = "2"  # goes into every digest: to be counted up when the same names would be encoded to other numbers
+FORMAT = "2"  # part of every digest: to be increased when the same names would get other embeddings
 
 
 def cache_folder() -> Path | None:
@@ -125,7 +125,7 @@ class TextCache:
         return [names[row] for row in rows], prompt_embeds[rows], name_embeds[rows]
 
     def write(self, names: Sequence[str], prompt_embeds: Tensor, name_embeds: Tensor) -> None:
-        """Keep n names with their embeddings (n, D); a disk that is full or read-only costs a warning, no more."""
+        """Keep n names with their embeddings (n, D); where the disk is full or read-only, only warn."""
         encoded = torch.frombuffer(bytearray(json.dumps(list(names)).encode()), dtype=torch.uint8)
         tensors = {
             "names": encoded,

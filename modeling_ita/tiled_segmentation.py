@@ -196,7 +196,9 @@ class SegmentMerger:
         ]
         self._size, self._is_panoptic = size, is_panoptic
         self._pieces: list[list[Piece]] = []
-        self._parents: list[int] = [0]  # of each piece's number, towards the first piece that it is one with
+        self._parents: list[int] = [
+            0
+        ]  # union-find: of each piece's number, towards the first piece of its segment
         self._stuff: dict[int, tuple[int, float]] = {}  # of each class the number and the highest score
         self._map = np.zeros(size, dtype=np.int32)
 
@@ -309,8 +311,8 @@ class SegmentMerger:
     def _join(self, own: list[Piece], others: list[Piece], region: Box, other_region: Box) -> None:
         """Join the segments of two tiles that agree in the pixels that both see: best agreement first.
 
-        A network may find a thing twice in one tile, so several may be one with the same. Those of different classes
-        are joined where a border cuts one of them and neither has its like.
+        A network may find a thing twice in one tile, so several may be joined with the same one. Those of different
+        classes are joined where a border cuts one of them and neither is joined with one of its own class.
         """
         shared = _intersection(region, other_region)
         if shared is None:
