@@ -31,7 +31,7 @@ from ita_segmentation.errors import ITAError
 from ita_segmentation.evaluation.benchmarks import load_benchmark
 from ita_segmentation.evaluation.evaluator import decode_sample
 from ita_segmentation.evaluation.ita_predictor import ITAPredictor
-from modeling_ita.mask_pooling import HardMaskPooling
+from modeling_ita.classification import HardMaskPooling
 
 ALPHAS, BETAS = (0.3, 0.5, 0.7), (0.8, 0.9, 0.97)
 COLUMNS = ("miou", "miou_seen", "miou_unseen", "pq", "pq_seen", "pq_unseen", "small_seen", "small_unseen")

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .batching import PADDED_MASK_LOGIT, check_images, crop, padded_size, valid_pixels
-from .classification import MaskClassifier
+from .classification import HardMaskPooling, MaskClassifier
 from .clip_backbone import ClipBackbone
 from .configuration_ita import check_number
 from .image_io import printable, read_image, read_label_map
-from .mask_pooling import HardMaskPooling
 from .ops import IMAGE_STRIDE, MASK_STRIDE, pad_to
 from .text import TextEmbeddings, Vocabulary, VocabularyKey, normal_form
 

@@ -34,14 +34,13 @@ from .batching import (
 )
 from .checkpoint_code import RemoteCodeMixin, check_weights_index
 from .class_examples import ClassExamples, ExamplesMixin, check_examples
-from .classification import MaskClassifier, class_logits, ensemble_log_probs
+from .classification import ConvNeXtBlock, MaskClassifier, class_logits, ensemble_log_probs
 from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
 from .configuration_ita import ITAConfig
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
 from .dominant_categories import DominantCategories, classes_of_names, no_text_queries
 from .image_text_aggregation import Attention, ImageTextAggregation
-from .mask_pooling import ConvNeXtBlock
 from .ops import load_blocks_at_once
 from .set_criterion import SetCriterion
 from .text import Classes, TextEmbeddings, TextEncoder, Vocabulary, VocabularyKey, normalize_vocabulary

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, mask_pooling
-from modeling_ita.mask_pooling import (
+from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, classification
+from modeling_ita.classification import (
     AdapterMaskPooling,
     HardMaskPooling,
     MaskAdapter,
@@ -58,7 +58,7 @@ def pool(pooling, clip, images, valid=None):
 def test_a_mask_is_pooled_alike_in_any_company(clip, pooling, images, monkeypatch):
     together = pool(pooling, clip, images)
     assert together.shape == (2, 5, 8)
-    monkeypatch.setattr(mask_pooling, "MAX_CHUNK_ACTIVATIONS", 3 * 4 * 12 * 2 * 3)  # three masks
+    monkeypatch.setattr(classification, "MAX_CHUNK_ACTIVATIONS", 3 * 4 * 12 * 2 * 3)  # three masks
     torch.testing.assert_close(pool(pooling, clip, images), together)
     order = [3, 1]
     fewer = [part[1:] if part.shape[1] > 5 else part[1:, order] for part in images]
@@ -69,7 +69,7 @@ def test_a_mask_is_pooled_alike_in_any_company(clip, pooling, images, monkeypatc
 def test_the_form_for_graphs_gives_the_same(clip, pooling, images, monkeypatch):
     eager = pool(pooling, clip, images)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(mask_pooling, "TRACED_CHUNK", 2)
+    monkeypatch.setattr(classification, "TRACED_CHUNK", 2)
     torch.testing.assert_close(pool(pooling, clip, images), eager)
 
 
