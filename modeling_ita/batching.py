@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from .dominant_categories import NO_OWN_CLASS
 from .ops import IMAGE_STRIDE, MASK_STRIDE, integer_matrix, pad_to
 from .set_criterion import Matches
-from .text import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
+from .text import Vocabulary, VocabularyKey, VocabularyLike, normalize_vocabulary
 
 
 @dataclass
@@ -124,9 +124,9 @@ class Group:
 
 @torch.compiler.assume_constant_result
 def batch_vocabularies(
-    vocabulary: Classes | None,
-    vocabularies: Sequence[Classes] | None,
-    default: Classes | None,
+    vocabulary: VocabularyLike | None,
+    vocabularies: Sequence[VocabularyLike] | None,
+    default: VocabularyLike | None,
     batch_size: int,
 ) -> list[VocabularyKey]:
     """Give each image of a batch its vocabulary, in hashable form; `default` where neither argument is given.
@@ -385,7 +385,7 @@ def matched_mask_logits(
     return compute
 
 
-def check_labels(
+def check_mask_labels(
     mask_labels: list[Tensor] | None,
     class_labels: list[Tensor] | None,
     sizes: list[tuple[int, int]],

@@ -136,7 +136,7 @@ BASE_MODELS = {
 INHERITED = ("license", "license_name", "license_link", "datasets", "base_model", "language")
 EXAMPLE_IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"  # two cats on a sofa
 EXAMPLE_LABELS = ("cat", "remote control", "sofa|couch")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+EXAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TRAINING_ARGUMENTS = {
     "learning_rate": "learning rate",
     "lr_scheduler_type": "schedule",
@@ -153,7 +153,7 @@ TRAINING_ARGUMENTS = {
     "seed": "seed",
 }
 
-TEMPLATE = """---
+CARD_TEMPLATE = """---
 {{ card_data }}
 ---
 
@@ -319,7 +319,7 @@ def may_be_replaced(text: str) -> bool:
     return "automatically generated" in text and text.count(_BLANK) == form.count(_BLANK)
 
 
-def class_names(config: Mapping[str, Any]) -> list[str]:
+def own_class_names(config: Mapping[str, Any]) -> list[str]:
     """Return the first name of each of the checkpoint's own classes; [] if it has none."""
     if config.get("vocabulary"):
         entries = config["vocabulary"]
@@ -368,12 +368,12 @@ def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _examples(folder: Path) -> list[str]:
     images = sorted((folder / "examples").glob("*"))
-    return [f"examples/{path.name}" for path in images if path.suffix.lower() in IMAGE_SUFFIXES][:4]
+    return [f"examples/{path.name}" for path in images if path.suffix.lower() in EXAMPLE_SUFFIXES][:4]
 
 
 def _labels(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Candidate labels for the example images."""
-    names = class_names(config)
+    names = own_class_names(config)
     return names[:5] if names and _examples(folder) else list(EXAMPLE_LABELS)
 
 
@@ -382,11 +382,11 @@ def _render(data: ModelCardData, folder: Path, config: Mapping[str, Any], name: 
     examples, labels = _examples(folder), _labels(folder, config)
     card = ModelCard.from_template(
         data,
-        template_str=TEMPLATE,
+        template_str=CARD_TEMPLATE,
         name=name,
         title=name.rpartition("/")[2],
         config=config,
-        classes=class_names(config),
+        classes=own_class_names(config),
         image=f"{name}/{examples[0]}" if examples and "/" not in name else "image.jpg",
         labels=json.dumps(labels, ensure_ascii=False),
         vocabulary=json.dumps([label.split("|") for label in labels], ensure_ascii=False),

@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from .image_io import array_to_rgb, image_to_rgb, read_image, read_label_maps
-from .ops import common_size, label_masks, output_size, pad_to, resize_labels
+from .ops import common_size, label_masks, output_size, pad_to, resize_label_map
 from .postprocessing import (
     DEFAULT_THRESHOLDS,
     IGNORE_INDEX,
@@ -182,7 +182,7 @@ class ITAImageProcessor(TorchvisionBackend):
             )
         maps = read_label_maps(segmentation_maps, tensors)
         if do_resize and maps is not None:
-            maps = [resize_labels(labels, target) for labels, target in zip(maps, sizes, strict=True)]
+            maps = [resize_label_map(labels, target) for labels, target in zip(maps, sizes, strict=True)]
 
         padded = common_size(sizes, pad_size, size_divisor or 1)
         pixels, pixel_masks = [], []
@@ -383,7 +383,7 @@ def _reduced(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     return image.reduce(factor)
 
 
-MIN_SIDE, MAX_SIDE = 4, 16_384  # of `size` and `pad_size`
+MIN_SIZE, MAX_SIZE = 4, 16_384  # of `size` and `pad_size`
 SIZE_KEYS = (
     {"shortest_edge", "longest_edge"},
     {"shortest_edge"},
@@ -398,7 +398,7 @@ def _is_number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
-def _is_integer(value: Any, least: int = MIN_SIDE, most: int = MAX_SIDE) -> bool:
+def _is_integer(value: Any, least: int = MIN_SIZE, most: int = MAX_SIZE) -> bool:
     return isinstance(value, (int, np.integer)) and _is_number(value, least, most)
 
 
@@ -426,9 +426,9 @@ SETTINGS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ("size", "pad_size"),
         _is_size,
         "an integer, {height, width}, {shortest_edge, longest_edge} or {max_height, max_width} "
-        f"of {MIN_SIDE}..{MAX_SIDE}",
+        f"of {MIN_SIZE}..{MAX_SIZE}",
     ),
-    (("max_size",), _is_integer, f"an integer of {MIN_SIDE}..{MAX_SIDE}"),
+    (("max_size",), _is_integer, f"an integer of {MIN_SIZE}..{MAX_SIZE}"),
     (("size_divisor",), lambda value: _is_integer(value, 1, 1024), "an integer of 1..1024"),
     (
         ("resample",),

@@ -23,7 +23,7 @@ from .batching import (
     batch_vocabularies,
     check_dominant_categories,
     check_images,
-    check_labels,
+    check_mask_labels,
     class_ids_of,
     dominant_names,
     group_images,
@@ -43,7 +43,7 @@ from .dominant_categories import DominantCategories, classes_of_names, no_text_q
 from .image_text_aggregation import Attention, ImageTextAggregation
 from .ops import load_blocks_at_once
 from .set_criterion import SetCriterion
-from .text import Classes, TextEmbeddings, TextEncoder, Vocabulary, VocabularyKey, normalize_vocabulary
+from .text import TextEmbeddings, TextEncoder, Vocabulary, VocabularyKey, VocabularyLike, normalize_vocabulary
 
 CLIP_MODULES = r"clip_backbone\..*"
 """A pattern of the names of all of CLIP's modules, for `exclude_modules` of a peft configuration."""
@@ -281,7 +281,7 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         sizes = check_images(pixel_values, pixel_mask)
         classes = batch_vocabularies(vocabulary, vocabularies, config.own_classes, len(sizes))
         counts = [len(own) for own in classes]
-        masks = check_labels(mask_labels, class_labels, sizes, pixel_values.shape[-2:], counts)
+        masks = check_mask_labels(mask_labels, class_labels, sizes, pixel_values.shape[-2:], counts)
         given = check_dominant_categories(dominant_categories, len(sizes), config.num_dominant_categories)
         shown = check_examples(examples, example_weight, classes, self.clip_backbone.embed_dim)
         options = {
@@ -414,7 +414,7 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         self,
         group: Group,
         templates: Sequence[str] | None,
-        train_vocabulary: Classes | None,
+        train_vocabulary: VocabularyLike | None,
         examples: ClassExamples | None,
     ) -> dict[str, Any]:
         """Give what `segment` takes of the images of one size with one vocabulary."""
@@ -432,7 +432,7 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         self,
         vocabulary: VocabularyKey,
         templates: Sequence[str] | None,
-        train_vocabulary: Classes | None,
+        train_vocabulary: VocabularyLike | None,
         examples: ClassExamples | None = None,
     ) -> TextEmbeddings:
         config = self.config

@@ -163,7 +163,7 @@ def pad_to(values: Tensor, size: tuple[int, int]) -> Tensor:
     return pad(values, (0, size[1] - values.shape[-1], 0, size[0] - values.shape[-2]))
 
 
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_label_map(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize labels (h, w) to (*size); each pixel gets the label nearest to its center, exact for any integer."""
     rows, columns = (
         ((torch.arange(new, device=labels.device) + 0.5) * (old / new)).long().clamp(max=old - 1)

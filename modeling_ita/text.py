@@ -38,7 +38,7 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 Templates = tuple[str, ...]
 
-Classes = Iterable[str | Iterable[str]]
+VocabularyLike = Iterable[str | Iterable[str]]
 """A vocabulary as callers give it: a class is a name, comma-separated names, or a list of names."""
 
 VocabularyKey = tuple[tuple[str, ...], ...]
@@ -105,7 +105,7 @@ def distinct(names: Iterable[str]) -> list[str]:
     return list(first.values())
 
 
-def normalize_vocabulary(classes: Classes) -> Vocabulary:
+def normalize_vocabulary(classes: VocabularyLike) -> Vocabulary:
     """Check a vocabulary and bring it to one form.
 
     Args:
@@ -166,7 +166,7 @@ def parse_classes(text: str) -> Vocabulary:
 
 
 def with_distractors(
-    classes: Classes | None, own: Vocabulary | None, train_vocabulary: Classes | None = None
+    classes: VocabularyLike | None, own: Vocabulary | None, train_vocabulary: VocabularyLike | None = None
 ) -> tuple[Vocabulary, int]:
     """Add classes that compete with a few given ones, so that an image can show none of those.
 
@@ -322,7 +322,10 @@ class TextEncoder:
 
     @torch.compiler.assume_constant_result
     def encode(
-        self, vocabulary: VocabularyKey, templates: Sequence[str], train_vocabulary: Classes | None = None
+        self,
+        vocabulary: VocabularyKey,
+        templates: Sequence[str],
+        train_vocabulary: VocabularyLike | None = None,
     ) -> TextEmbeddings:
         """Encode a vocabulary, or take it from memory. In a graph being traced the embeddings become constants.
 

@@ -28,10 +28,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-FOLDER_VARIABLE = "ITA_TEXT_CACHE"
+CACHE_FOLDER_VARIABLE = "ITA_TEXT_CACHE"
 """Environment variable: the folder of the cache, or "off"; without it, `ita_text` in the Hugging Face home."""
 
-LIMIT_VARIABLE = "ITA_TEXT_CACHE_MB"
+CACHE_LIMIT_VARIABLE = "ITA_TEXT_CACHE_MB"
 """Environment variable: the most megabytes that the cache may take; 1024 without it."""
 
 FORMAT = "2"  # part of every digest: to be increased when the same names would get other embeddings
@@ -39,7 +39,7 @@ FORMAT = "2"  # part of every digest: to be increased when the same names would 
 
 def cache_folder() -> Path | None:
     """Give the folder of the cache, or None where the environment says that there is to be none."""
-    chosen = os.environ.get(FOLDER_VARIABLE)
+    chosen = os.environ.get(CACHE_FOLDER_VARIABLE)
     if chosen is None:
         return Path(HF_HOME) / "ita_text"
     return None if chosen.strip().lower() in ("", "0", "off", "false", "no") else Path(chosen)
@@ -48,9 +48,9 @@ def cache_folder() -> Path | None:
 def cache_limit() -> int:
     """Give the most bytes that the cache may take."""
     try:
-        return int(float(os.environ.get(LIMIT_VARIABLE, "1024")) * 1e6)
+        return int(float(os.environ.get(CACHE_LIMIT_VARIABLE, "1024")) * 1e6)
     except (ValueError, OverflowError):
-        logger.warning_once(f"{LIMIT_VARIABLE} is not a number of megabytes: 1024 is used")
+        logger.warning_once(f"{CACHE_LIMIT_VARIABLE} is not a number of megabytes: 1024 is used")
         return 1_024_000_000
 
 
