@@ -6,6 +6,7 @@ was padded to changes nothing.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -325,7 +326,8 @@ def _merge(parts: Sequence[Tensor], groups: list[Group], fill: float, size: tupl
         return parts[0]
     merged = parts[0].new_full((sum(map(len, parts)), *shape), fill)
     for part, group in zip(parts, groups, strict=True):
-        merged[(group.indices, *map(slice, part.shape[1:]))] = part
+        place: Any = (group.indices, *map(slice, part.shape[1:]))
+        merged[place] = part
     return merged
 
 

@@ -199,15 +199,13 @@ class ITAImageProcessor(TorchvisionBackend):
         features = BatchFeature(data, tensor_type=return_tensors)
         if maps is not None:
             ids = instance_id_to_semantic_id
-            per_image = ids if isinstance(ids, Sequence) else [ids] * len(maps)
-            if len(per_image) != len(maps):
+            ids = ids if isinstance(ids, Sequence) else [ids] * len(maps)  # type: ignore[list-item]
+            if len(ids) != len(maps):
                 raise ValueError(
-                    f"{len(maps)} segmentation maps, but {len(per_image)} `instance_id_to_semantic_id`"
+                    f"{len(maps)} segmentation maps, but {len(ids)} `instance_id_to_semantic_id`"
                 )
-            labels = [
-                label_masks(one, ids_of_one, ignore_index, do_reduce_labels)
-                for one, ids_of_one in zip(maps, per_image, strict=True)
-            ]
+            pairs = zip(maps, ids, strict=True)
+            labels = [label_masks(one, own, ignore_index, do_reduce_labels) for one, own in pairs]
             features["mask_labels"] = [pad_to(masks, padded) for masks, _ in labels]
             features["class_labels"] = [classes for _, classes in labels]
         return features
@@ -243,12 +241,12 @@ class ITAImageProcessor(TorchvisionBackend):
         check_fractions(threshold=threshold)
         results: list[Any] = []
         for image in split_outputs(outputs, target_sizes):
-            result: Any = semantic_map(
-                **image.logits_and_sizes,
-                threshold=threshold,
-                num_classes=num_classes,
-                ignore_index=ignore_index,
-            )
+            options: dict[str, Any] = {
+                "threshold": threshold,
+                "num_classes": num_classes,
+                "ignore_index": ignore_index,
+            }
+            result: Any = semantic_map(**image.logits_and_sizes, **options)
             if return_segmentation_scores:
                 scores = semantic_scores(**image.logits_and_sizes)[:num_classes]
                 result = SemanticSegmentationPostProcessorOutput(
@@ -286,18 +284,17 @@ class ITAImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: if there are not as many sizes as images.
         """
-        check_fractions(
-            threshold=threshold,
-            mask_threshold=mask_threshold,
-            overlap_mask_area_threshold=overlap_mask_area_threshold,
-        )
+        fractions: dict[str, Any] = {
+            "threshold": threshold,
+            "mask_threshold": mask_threshold,
+            "overlap_mask_area_threshold": overlap_mask_area_threshold,
+        }
+        check_fractions(**fractions)
         results = []
         for image in split_outputs(outputs, target_sizes):
             segmentation, segments = panoptic_segments(
                 **image.logits_and_sizes,
-                threshold=threshold,
-                mask_threshold=mask_threshold,
-                overlap_mask_area_threshold=overlap_mask_area_threshold,
+                **fractions,
                 stuff_ids=image.stuff_ids if label_ids_to_fuse is None else label_ids_to_fuse,
                 num_classes=num_classes,
             )

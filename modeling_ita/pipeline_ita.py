@@ -228,10 +228,10 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         model_inputs.update(options)
         if classes is not None:
             model: Any = self.model
-            own, trained = model.default_vocabulary, model.config.train_vocabulary
-            model_inputs["vocabulary"] = (
-                with_distractors(classes, own, trained)[0] if distractors else classes
-            )
+            if distractors:
+                own, trained = model.default_vocabulary, model.config.train_vocabulary
+                classes, _ = with_distractors(classes, own, trained)
+            model_inputs["vocabulary"] = classes
         return model_inputs if "image" in model_inputs else super()._forward(model_inputs)
 
     def postprocess(  # type: ignore[override]
@@ -271,10 +271,8 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         names: Any = model.config.id2label if classes is None else [synonyms[0] for synonyms in classes]
         if threshold is None:
             threshold = DEFAULT_THRESHOLDS["semantic"] if subtask == "semantic" else SEGMENT_THRESHOLD
-        options: dict[str, Any] = {
-            "threshold": threshold,
-            "num_classes": None if classes is None else len(classes),
-        }
+        num_classes = None if classes is None else len(classes)
+        options: dict[str, Any] = {"threshold": threshold, "num_classes": num_classes}
         if subtask == "semantic":
             options["ignore_index"] = NO_CLASS
         else:

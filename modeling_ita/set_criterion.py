@@ -158,7 +158,8 @@ def assign(costs: list[Tensor], num_queries: int) -> Matches:
             queries += [image * num_queries + row for row in rows]
             targets += columns
     both = torch.tensor([queries, targets], dtype=torch.int64).to(device)
-    return Matches(*both.view(2, num_predictions, sum(sizes)), sizes, num_queries)
+    by_prediction = both.view(2, num_predictions, sum(sizes))
+    return Matches(by_prediction[0], by_prediction[1], sizes, num_queries)
 
 
 @torch.no_grad()
