@@ -22,7 +22,7 @@ from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
 from .image_text_aggregation import Attention
 from .ops import sine_position_embedding, valid_cells
-from .text import TextEmbeddings
+from .text import TextEmbeddings, max_over_names
 
 IMPOSSIBLE = -1e4
 """A logit whose probability is zero in float32."""
@@ -54,7 +54,7 @@ def compare(scaled: Tensor, text: TextEmbeddings, prompt_embeds: Tensor, void_em
     Where each image has text embeddings of its own, they are (B, N, D) and (B, 1, D).
     """
     void_logit = scaled @ void_embed.mT
-    return torch.cat([text.max_over_names(scaled @ prompt_embeds.mT), void_logit], dim=-1)
+    return torch.cat([max_over_names(scaled @ prompt_embeds.mT, text), void_logit], dim=-1)
 
 
 def ensemble_log_probs(

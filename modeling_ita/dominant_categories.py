@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
 from .ops import integer_matrix
-from .text import TextEmbeddings, Vocabulary, VocabularyKey, normal_form
+from .text import TextEmbeddings, Vocabulary, VocabularyKey, max_over_names, normal_form
 
 NO_OWN_CLASS, ANY_CLASS = -2, -1
 """Instead of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
@@ -127,7 +127,7 @@ class DominantCategories(nn.Module):
         """
         names = scale * F.normalize(cell_embeds.float(), dim=-1) @ text.prompt_embeds.float().T
         names = names.masked_fill(~is_valid[..., None], float("-inf"))
-        classes = text.max_over_names(names).masked_fill(text.is_duplicate, float("-inf"))
+        classes = max_over_names(names, text).masked_fill(text.is_duplicate, float("-inf"))
         probs = classes.softmax(dim=-1).masked_fill(~is_valid[..., None] | text.is_duplicate, 0)
         return probs, classes, names.amax(dim=1)
 

@@ -250,15 +250,16 @@ class TextEmbeddings:
     is_seen: Tensor
     is_duplicate: Tensor
 
-    def max_over_names(self, logits: Tensor) -> Tensor:
-        """Give each class the highest logit of its names: (..., N) -> (..., K)."""
-        num_classes = len(self.is_seen)
-        # An exported graph is to serve vocabularies with synonyms, whether the one at hand has any or not.
-        if not torch.compiler.is_exporting() and len(self.class_of_name) == num_classes:
-            return logits
+
+def max_over_names(logits: Tensor, text: TextEmbeddings) -> Tensor:
+    """Give each class the highest logit of its names: (..., N) -> (..., K)."""
+    num_classes = text.is_seen.shape[0]
+    # An exported graph is to serve vocabularies with synonyms, whether the one at hand has any or not.
+    if torch.compiler.is_exporting() or len(text.class_of_name) > num_classes:
         classes = logits.new_full((*logits.shape[:-1], num_classes), float("-inf"))
-        index = self.class_of_name.expand_as(logits)
+        index = text.class_of_name.expand_as(logits)
         return classes.scatter_reduce(-1, index, logits, "amax", include_self=False)
+    return logits
 
 
 MAX_CACHED_NAMES = 65_536
