@@ -28,7 +28,7 @@ from ita_segmentation.evaluation.evaluator import decode_sample
 from ita_segmentation.evaluation.ita_predictor import ITAPredictor
 from ita_segmentation.evaluation.scores import BenchmarkScores
 from modeling_ita import normal_form
-from modeling_ita.set_criterion import ANY_CLASS
+from modeling_ita.dominant_categories import ANY_CLASS
 
 RANKS = (5, 10, 20)
 SCORES = ("miou", "miou_seen", "miou_unseen", "pq", "pq_seen", "pq_unseen")

@@ -28,7 +28,7 @@ from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.errors import ITAError
 from ita_segmentation.export.network import INPUTS, to_onnx
 from ita_segmentation.images import read_image
-from modeling_ita.classification import TextEmbeddings
+from modeling_ita import TextEmbeddings
 from modeling_ita.postprocessing import semantic_map
 
 Inputs = dict[str, torch.Tensor]

@@ -20,7 +20,7 @@ def read_vocabulary(path: Path) -> list[list[str]]:
     Raises:
         ITAError: it is neither, or holds no class or an empty name.
     """
-    from modeling_ita.vocabulary import normalize_vocabulary
+    from modeling_ita.text import normalize_vocabulary
 
     text = read_text(path)
     try:

@@ -22,7 +22,7 @@ from ita_segmentation.errors import ITAError, one_line
 from modeling_ita.clip_backbone import resolve_clip_config
 from modeling_ita.configuration_ita import ITAConfig
 from modeling_ita.modeling_ita import ITAForOpenVocabSegmentation
-from modeling_ita.vocabulary import Vocabulary, normalize_vocabulary
+from modeling_ita.text import Vocabulary, normalize_vocabulary
 
 _CLIP = "backbone.clip_model."
 _PIXEL_DECODER = "sem_seg_head.pixel_decoder."

@@ -18,12 +18,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTAT
 from transformers.pipelines import PIPELINE_REGISTRY, ImageSegmentationPipeline
 
 from .batching import ITAForOpenVocabSegmentationOutput
-from .classification import TextEmbeddings
 from .configuration_ita import ITAConfig
 from .image_processing_ita import ITAImageProcessor
 from .modeling_ita import ITAForOpenVocabSegmentation, ITAPreTrainedModel
 from .pipeline_ita import ITAImageSegmentationPipeline, ITAZeroShotImageSegmentationPipeline
-from .vocabulary import Vocabulary, normal_form, normalize_vocabulary, parse_classes, with_distractors
+from .text import (
+    TextEmbeddings,
+    Vocabulary,
+    normal_form,
+    normalize_vocabulary,
+    parse_classes,
+    with_distractors,
+)
 
 AutoConfig.register(ITAConfig.model_type, ITAConfig, exist_ok=True)
 AutoImageProcessor.register(

@@ -4,17 +4,19 @@ Each group goes through the network by itself, cropped to its own size rounded u
 was padded to changes nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .ops import integer_matrix
-from .set_criterion import NO_CLASS, Matches
-from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
+from .dominant_categories import NO_OWN_CLASS
+from .ops import IMAGE_STRIDE, MASK_STRIDE, integer_matrix, pad_to
+from .set_criterion import Matches
+from .text import Vocabulary, VocabularyKey, VocabularyLike, normalize_vocabulary
 
 
 @dataclass
@@ -59,11 +61,7 @@ class ITAForOpenVocabSegmentationOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-HIDDEN_STATES = (
-    "encoder_hidden_states",
-    "pixel_decoder_hidden_states",
-    "transformer_decoder_hidden_states",
-)
+HIDDEN_STATES = ("encoder_hidden_states", "pixel_decoder_hidden_states", "transformer_decoder_hidden_states")
 """Hidden states of the image tower, at strides 4, 8, 16, 32; of detail enhancement, at 32, 16, 8; of the decoder."""
 
 
@@ -78,8 +76,7 @@ class SegmentOutput:
         mask_embeds: (B, Q, C_mask) of each prediction; None after merging.
         mask_features: (B, C_mask, H / 4, W / 4); None after merging.
         dominant: (B, k) int64, indices of the selected names; None if there was no selection, or after merging.
-        query_classes: (B, Q) int64, the class that each query answers for, `ANY_CLASS` or `NO_CLASS`; None if queries
-            answer for none.
+        query_classes: (B, Q) int64, of `TextQueries.query_classes`.
         hidden_states: if asked for, by the names `HIDDEN_STATES`.
         attentions: of the decoder, if asked for.
     """
@@ -100,12 +97,6 @@ class SegmentOutput:
             return {}
         return self.hidden_states | {"hidden_states": self.hidden_states[HIDDEN_STATES[-1]]}
 
-
-SIZE_DIVISOR = 32
-"""The image tower's largest stride: images are padded to multiples of it."""
-
-MASK_STRIDE = 4
-"""Network pixels in a row of one mask logit."""
 
 PADDED_MASK_LOGIT = -100.0
 """The mask logit of pixels and queries that a batch was padded with."""
@@ -134,18 +125,12 @@ class Group:
 
 @torch.compiler.assume_constant_result
 def batch_vocabularies(
-    vocabulary: Classes | None,
-    vocabularies: Sequence[Classes] | None,
-    default: Classes | None,
+    vocabulary: VocabularyLike | None,
+    vocabularies: Sequence[VocabularyLike] | None,
+    default: VocabularyLike | None,
     batch_size: int,
 ) -> list[VocabularyKey]:
-    """Give each image of a batch its vocabulary, in hashable form.
-
-    Args:
-        vocabulary: one vocabulary for all images, whatever the size of the batch.
-        vocabularies: one vocabulary for each image.
-        default: the model's own, where neither is given.
-        batch_size: B.
+    """Give each image of a batch its vocabulary, in hashable form; `default` where neither argument is given.
 
     Raises:
         ValueError: both are given, or none at all; one is malformed; or there are not as many as images.
@@ -181,11 +166,7 @@ def class_ids_of(vocabulary: VocabularyKey, names: Sequence[str]) -> list[int]:
 
 
 def check_images(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[int, int]]:
-    """Check images, and find each one's height and width without padding.
-
-    Args:
-        pixel_values: (B, 3, H, W) float.
-        pixel_mask: (B, H, W), 1 for pixels and 0 for padding; None if nothing is padded.
+    """Check images (B, 3, H, W) and their mask (B, H, W), and find each one's height and width without padding.
 
     Raises:
         ValueError: wrong shapes or dtypes, no image, an image without a pixel, values that are NaN or infinite, or
@@ -225,10 +206,7 @@ def check_images(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[
 def check_dominant_categories(names: Sequence | None, batch: int, most: int) -> list[list[str]] | None:
     """Give each image the dominant categories that come from outside: one list of names for all, or one per image.
 
-    Args:
-        names: None to select them.
-        batch: B.
-        most: k, how many the network takes; 0 if it takes none, and names are not looked at.
+    They are not looked at where the network takes none (`most` is 0).
 
     Raises:
         ValueError: not a list of names, too many of them, or not as many lists as images.
@@ -275,7 +253,7 @@ def group_images(
         valid = valid_pixels(own, padded, pixel_values.device)
         if is_traced and pixel_mask is not None:
             mask = pixel_mask if is_whole else pixel_mask[indices]
-            valid = F.pad(mask.bool(), (0, padded[1] - mask.shape[-1], 0, padded[0] - mask.shape[-2]))
+            valid = pad_to(mask.bool(), padded)
         given = None if dominant_categories is None else [dominant_categories[index] for index in indices]
         groups.append(Group(indices, crop(pixels, padded, valid), valid, own, vocabulary, given))
     return groups
@@ -283,15 +261,13 @@ def group_images(
 
 def padded_size(size: Sequence[int]) -> tuple[int, int]:
     """Round height and width up to multiples of 32."""
-    height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
+    height, width = (-(-side // IMAGE_STRIDE) * IMAGE_STRIDE for side in size)
     return height, width
 
 
 def crop(pixel_values: Tensor, padded: tuple[int, int], valid: Tensor | None) -> Tensor:
     """Cut (or pad) images to one padded size, zero where they are not valid."""
-    height, width = padded
-    pixels = pixel_values[:, :, :height, :width]
-    pixels = F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))
+    pixels = pad_to(pixel_values[:, :, : padded[0], : padded[1]], padded)
     return pixels if valid is None else pixels.masked_fill(~valid[:, None], 0)
 
 
@@ -315,76 +291,52 @@ def valid_sizes(pixel_mask: Tensor | None, sizes: list[tuple[int, int]], device:
 
 
 def merge(parts: list[SegmentOutput], groups: list[Group], padded: tuple[int, int]) -> SegmentOutput:
-    """Merge the groups' outputs to a batch of images padded to `padded`, in the batch's order."""
+    """Merge the groups' outputs to a batch of images padded to `padded`, in the batch's order.
+
+    It is filled up with classes that are impossible, queries that are void, and pixels that belong to no mask.
+    """
+    size = padded[0] // MASK_STRIDE, padded[1] // MASK_STRIDE
+
+    def each(of_parts: Iterable[Sequence[Tensor]], fill: float, size: tuple[int, ...] = ()) -> list[Tensor]:
+        return [_merge(one, groups, fill, size) for one in zip(*of_parts, strict=True)]
+
     log_probs = [part.log_probs for part in parts if part.log_probs is not None]
-
-    def states(of_parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return tuple(_merge_states(one, groups) for one in zip(*of_parts, strict=True))
-
-    hidden = [part.hidden_states for part in parts if part.hidden_states is not None]
+    query_classes = [part.query_classes for part in parts if part.query_classes is not None]
+    states = [part.hidden_states for part in parts if part.hidden_states is not None]
     attentions = [part.attentions for part in parts if part.attentions is not None]
     return SegmentOutput(
         [_merge_classes(one, groups) for one in zip(*(part.class_logits for part in parts), strict=True)],
-        [
-            _merge_masks(one, groups, padded)
-            for one in zip(*(part.mask_logits for part in parts), strict=True)
-        ],
+        each((part.mask_logits for part in parts), PADDED_MASK_LOGIT, size),
         _merge_classes(log_probs, groups) if log_probs else None,
-        query_classes=_merge_query_classes([part.query_classes for part in parts], groups),
-        hidden_states={name: states([one[name] for one in hidden]) for name in HIDDEN_STATES}
-        if hidden
+        query_classes=_merge(query_classes, groups, NO_OWN_CLASS)
+        if len(query_classes) == len(parts)
         else None,
-        attentions=states(attentions) if attentions else None,
+        hidden_states={name: tuple(each([own[name] for own in states], 0)) for name in HIDDEN_STATES}
+        if states
+        else None,
+        attentions=tuple(each(attentions, 0)) if attentions else None,
     )
 
 
-def _merge_classes(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
-    """Merge (b, q, k + 1) to (B, Q, K + 1), padded with classes that are impossible and queries that are void."""
-    if len(parts) == 1:
-        return parts[0]
-    queries, classes = (max(part.shape[dim] for part in parts) for dim in (1, 2))
-    merged = parts[0].new_full((sum(map(len, parts)), queries, classes), float("-inf"))
-    merged[..., -1] = 0
-    for part, group in zip(parts, groups, strict=True):
-        rows = F.pad(part[..., :-1], (0, classes - part.shape[-1]), value=float("-inf"))
-        merged[group.indices, : part.shape[1]] = torch.cat([rows, part[..., -1:]], dim=-1)
-    return merged
-
-
-def _merge_query_classes(parts: Sequence[Tensor | None], groups: list[Group]) -> Tensor | None:
-    """Merge (b, q) to (B, Q), padded with queries that answer for no class."""
-    own = [part for part in parts if part is not None]
-    if len(own) < len(parts):
-        return None
-    queries = max(part.shape[1] for part in own)
-    merged = own[0].new_full((sum(map(len, own)), queries), NO_CLASS)
-    for part, group in zip(own, groups, strict=True):
-        merged[group.indices, : part.shape[1]] = part
-    return merged
-
-
-def _merge_masks(parts: Sequence[Tensor], groups: list[Group], padded: tuple[int, int]) -> Tensor:
-    """Merge (b, q, h, w) to (B, Q, H / 4, W / 4), padded with pixels and queries that belong to no mask."""
-    height, width = padded[0] // MASK_STRIDE, padded[1] // MASK_STRIDE
-    if len(parts) == 1 and parts[0].shape[-2:] == (height, width):
-        return parts[0]
-    queries = max(part.shape[1] for part in parts)
-    merged = parts[0].new_full((sum(map(len, parts)), queries, height, width), PADDED_MASK_LOGIT)
-    for part, group in zip(parts, groups, strict=True):
-        merged[group.indices, : part.shape[1], : part.shape[2], : part.shape[3]] = part
-    return merged
-
-
-def _merge_states(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
-    """Merge hidden states or attentions (b, ...) to (B, ...), zero where a group has none."""
-    if len(parts) == 1:
-        return parts[0]
+def _merge(parts: Sequence[Tensor], groups: list[Group], fill: float, size: tuple[int, ...] = ()) -> Tensor:
+    """Merge (b, ...) to (B, ...), filled up to the largest sizes, the last dimensions to `size` where it is given."""
     shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-    merged = parts[0].new_zeros(sum(map(len, parts)), *shape)
+    shape[len(shape) - len(size) :] = size
+    if len(parts) == 1 and list(parts[0].shape[1:]) == shape:
+        return parts[0]
+    merged = parts[0].new_full((sum(map(len, parts)), *shape), fill)
     for part, group in zip(parts, groups, strict=True):
-        missing = [most - own for most, own in zip(shape[::-1], part.shape[:0:-1], strict=True)]
-        merged[group.indices] = F.pad(part, [margin for more in missing for margin in (0, more)])
+        place: Any = (group.indices, *map(slice, part.shape[1:]))
+        merged[place] = part
     return merged
+
+
+def _merge_classes(parts: Sequence[Tensor], groups: list[Group]) -> Tensor:
+    """Merge (b, q, k + 1) to (B, Q, K + 1), void last."""
+    if len(parts) == 1:
+        return parts[0]
+    classes = _merge([part[..., :-1] for part in parts], groups, float("-inf"))
+    return torch.cat([classes, _merge([part[..., -1:] for part in parts], groups, 0)], dim=-1)
 
 
 def dominant_names(
@@ -393,11 +345,6 @@ def dominant_names(
     """Give each image of the batch its dominant categories, nearest first; None in a graph being traced.
 
     The host waits here for the first time, when all groups are queued on the device.
-
-    Args:
-        parts: of the groups, with the indices of selected names.
-        groups: have the names that came from outside.
-        selectable_names: gives the names of a vocabulary that the indices mean.
     """
     if torch.compiler.is_compiling():
         return None
@@ -416,15 +363,8 @@ def matched_mask_logits(
 ) -> Callable[[Matches], Tensor]:
     """Give a function that computes the mask logits of matched queries again, in float32, for the loss.
 
-    Gradients then flow through the few masks that are matched, not through all.
-
-    Args:
-        parts: of the groups; their mask embeddings and mask features.
-        groups: in the same order.
-        padded: height and width of the padded batch.
-
-    Returns:
-        `Matches` -> (L, M, H / 4, W / 4), the images' masks one after the other, as `merge` would give them.
+    Gradients then flow through the few masks that are matched, not through all. It maps `Matches` to (L, M, H / 4,
+    W / 4), the images' masks one after the other, as `merge` would give them.
     """
     height, width = padded[0] // MASK_STRIDE, padded[1] // MASK_STRIDE
 
@@ -447,7 +387,7 @@ def matched_mask_logits(
     return compute
 
 
-def check_labels(
+def check_mask_labels(
     mask_labels: list[Tensor] | None,
     class_labels: list[Tensor] | None,
     sizes: list[tuple[int, int]],
@@ -464,7 +404,7 @@ def check_labels(
         num_classes: of each image's vocabulary.
 
     Returns:
-        For each image (n, H', W'), the batch's height and width rounded up to multiples of 32; None without labels.
+        Masks padded to multiples of 32; None without labels.
 
     Raises:
         ValueError: one of the two is missing, there are not as many labels as images, masks are of neither the image's
@@ -492,5 +432,4 @@ def check_labels(
         raise ValueError(
             f"class_labels must be at least 0 and below the number of classes, got {classes.tolist()}"
         )
-    height, width = padded_size(padded)
-    return [F.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2])) for masks in mask_labels]
+    return [pad_to(masks, padded_size(padded)) for masks in mask_labels]

@@ -1,8 +1,8 @@
 """What a checkpoint holds beside weights and configuration, so that it works where this package is not installed.
 
 When a model is saved, transformers copies its module and all modules that this one imports relatively, directly or
-not (`custom_object_save`). The imports below are therefore also what brings the pipelines, the image processor and the
-handler of an Inference Endpoint along.
+not (`custom_object_save`). Because of the imports below, the pipelines, the image processor and the handler of an
+Inference Endpoint are among them.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class RemoteCodeMixin:
     def save_pretrained(
         self, save_directory: Any, *args: Any, card_metadata: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Save weights and configuration as `PreTrainedModel.save_pretrained` does, with all that a stranger needs.
+        """Save as `PreTrainedModel.save_pretrained` does, with all that is needed where this package is not installed.
 
         The image processor and the example images of the checkpoint that the model was loaded from are saved too,
         where `save_directory` has none.
@@ -69,7 +69,7 @@ class RemoteCodeMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             folder, source = Path(save_directory), self.config._name_or_path
-            _bring_along(source, folder)
+            _copy_processor_and_examples(source, folder)
             (folder / "requirements.txt").write_text(ENDPOINT_REQUIREMENTS, encoding="utf-8")
             write_model_card(folder, self.config.to_dict(), source=source, metadata=card_metadata)
 
@@ -79,8 +79,8 @@ class RemoteCodeMixin:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
 
-def _bring_along(source: str, folder: Path) -> None:
-    """Save image processor and example images of the checkpoint `source` (a folder or a Hub id) into `folder`."""
+def _copy_processor_and_examples(source: str, folder: Path) -> None:
+    """Copy image processor and example images of the checkpoint `source` (a folder or a Hub id) into `folder`."""
     if not source:
         return
     if not (folder / "preprocessor_config.json").exists():
@@ -92,11 +92,7 @@ def _bring_along(source: str, folder: Path) -> None:
 
 
 def check_weights_index(checkpoint: Any) -> None:
-    """Check that the index of a checkpoint folder's weights names files inside the folder only.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Check that the index of a checkpoint folder's weights names only files inside it; else raise ValueError."""
     index = Path(str(checkpoint)) / "model.safetensors.index.json"
     if checkpoint is None or not index.is_file():
         return
@@ -112,9 +108,9 @@ def check_weights_index(checkpoint: Any) -> None:
 
 # --- the model card: front matter for the Hub, and a text with code that runs ---
 #
-# The last line of a card holds a digest of its text. While they agree, nobody has changed the text, and it may be
-# written anew. Any other card belongs to the person who wrote it: its text stays, and only keys that its front matter
-# lacks are added.
+# The last line of a generated card holds a digest of its text. While they agree, the text is as it was generated, and
+# may be generated anew. Any other card has an author: its text stays, and only keys that its front matter lacks are
+# added.
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +136,7 @@ BASE_MODELS = {
 INHERITED = ("license", "license_name", "license_link", "datasets", "base_model", "language")
 EXAMPLE_IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"  # two cats on a sofa
 EXAMPLE_LABELS = ("cat", "remote control", "sofa|couch")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+EXAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TRAINING_ARGUMENTS = {
     "learning_rate": "learning rate",
     "lr_scheduler_type": "schedule",
@@ -157,7 +153,7 @@ TRAINING_ARGUMENTS = {
     "seed": "seed",
 }
 
-TEMPLATE = """---
+CARD_TEMPLATE = """---
 {{ card_data }}
 ---
 
@@ -248,7 +244,7 @@ def write_model_card(
     source: str | Path | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the model card of a checkpoint, or add what the front matter of a person's card lacks.
+    """Write the model card of a checkpoint, or add to the front matter of a card that was written by hand.
 
     Args:
         folder: the checkpoint. Images in `examples/` are the widget's; `trainer_state.json` and `training_args.json`
@@ -312,18 +308,18 @@ def read_card(path: Path) -> ModelCard | None:
 def is_generated(text: str) -> bool:
     """Tell whether a card's text (without front matter) was written here and has not been changed since."""
     found = _MARK.search(text)
-    return found is not None and found.group(1) == _digest(text[: found.start()])
+    return found is not None and found[1] == _digest(text[: found.start()])
 
 
 def may_be_replaced(text: str) -> bool:
-    """Tell whether nobody wrote this card: generated here, or the form of a first push that was not filled in."""
+    """Tell whether a card has no author: generated here, or transformers' form that was not filled in."""
     if is_generated(text):
         return True
     form = ModelCard.from_template(ModelCardData(), model_description="").text
     return "automatically generated" in text and text.count(_BLANK) == form.count(_BLANK)
 
 
-def class_names(config: Mapping[str, Any]) -> list[str]:
+def own_class_names(config: Mapping[str, Any]) -> list[str]:
     """Return the first name of each of the checkpoint's own classes; [] if it has none."""
     if config.get("vocabulary"):
         entries = config["vocabulary"]
@@ -356,6 +352,7 @@ def _inherited(source: str | Path | None, folder: Path) -> dict[str, Any]:
 
 def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     base = BASE_MODELS.get(str(config.get("clip_model_name")))
+    labels = _labels(folder, config)
     return {
         "license": LICENSE,
         "library_name": "transformers",
@@ -363,11 +360,7 @@ def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         **({"base_model": base} if base else {}),
         "tags": list(TAGS),
         "widget": [
-            {
-                "src": source,
-                "example_title": Path(source).stem,
-                "parameters": {"candidate_labels": _labels(folder, config)},
-            }
+            {"src": source, "example_title": Path(source).stem, "parameters": {"candidate_labels": [*labels]}}
             for source in _examples(folder) or [EXAMPLE_IMAGE]
         ],
     }
@@ -375,12 +368,12 @@ def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _examples(folder: Path) -> list[str]:
     images = sorted((folder / "examples").glob("*"))
-    return [f"examples/{path.name}" for path in images if path.suffix.lower() in IMAGE_SUFFIXES][:4]
+    return [f"examples/{path.name}" for path in images if path.suffix.lower() in EXAMPLE_SUFFIXES][:4]
 
 
 def _labels(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Candidate labels for the example images."""
-    names = class_names(config)
+    names = own_class_names(config)
     return names[:5] if names and _examples(folder) else list(EXAMPLE_LABELS)
 
 
@@ -389,11 +382,11 @@ def _render(data: ModelCardData, folder: Path, config: Mapping[str, Any], name: 
     examples, labels = _examples(folder), _labels(folder, config)
     card = ModelCard.from_template(
         data,
-        template_str=TEMPLATE,
+        template_str=CARD_TEMPLATE,
         name=name,
         title=name.rpartition("/")[2],
         config=config,
-        classes=class_names(config),
+        classes=own_class_names(config),
         image=f"{name}/{examples[0]}" if examples and "/" not in name else "image.jpg",
         labels=json.dumps(labels, ensure_ascii=False),
         vocabulary=json.dumps([label.split("|") for label in labels], ensure_ascii=False),

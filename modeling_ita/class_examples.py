@@ -1,4 +1,4 @@
-"""Classes given by examples: regions of images, in the place of a class's names or beside them.
+"""Classes given by examples: regions of images instead of a class's names or beside them.
 
 CLIP embeds a region of an image, the dense feature pooled over a mask, in the space of names. (Ours; the paper has
 names alone.) But images and names lie apart there (the modality gap, Liang et al., arXiv 2203.02053), and images are
@@ -17,20 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .batching import (
-    MASK_STRIDE,
-    PADDED_MASK_LOGIT,
-    SIZE_DIVISOR,
-    check_images,
-    crop,
-    padded_size,
-    valid_pixels,
-)
-from .classification import HardMaskPooling, MaskClassifier, TextEmbeddings
+from .batching import PADDED_MASK_LOGIT, check_images, crop, padded_size, valid_pixels
+from .classification import HardMaskPooling, MaskClassifier
 from .clip_backbone import ClipBackbone
 from .configuration_ita import check_number
 from .image_io import printable, read_image, read_label_map
-from .vocabulary import Vocabulary, VocabularyKey, normal_form
+from .ops import IMAGE_STRIDE, MASK_STRIDE, pad_to
+from .text import TextEmbeddings, Vocabulary, VocabularyKey, normal_form
 
 NAME_WORTH = 4
 """Names count as much as so many examples: n examples have the weight n / (n + 4), unless a call says otherwise."""
@@ -51,14 +44,11 @@ class ClassExamples:
     weights: dict[str, float]
 
     def add_to(self, text: TextEmbeddings, vocabulary: VocabularyKey, scale: Tensor) -> TextEmbeddings:
-        """Mix examples into the embeddings of a vocabulary; their classes count as unseen.
+        """Mix examples into the embeddings of a vocabulary's names; their classes count as unseen.
 
-        Args:
-            text: of the vocabulary's names.
-            vocabulary: K classes. Examples of other classes are passed over.
-            scale: CLIP's logit scale, a scalar.
+        Examples of other classes are ignored.
         """
-        class_of = _classes_by_name(vocabulary)
+        class_of = Vocabulary(vocabulary).class_of_normal_form
         own_rows = {name: row for name, row in self.rows.items() if name in class_of and self.weights[name]}
         if not own_rows:
             return text
@@ -89,25 +79,17 @@ def _mean_of_others(embeds: Tensor, has_example: Tensor) -> Tensor:
     return embeds[has_example.all() | ~has_example].mean(dim=0)
 
 
-def _classes_by_name(vocabulary: VocabularyKey) -> dict[str, int]:
-    class_of: dict[str, int] = {}
-    for index, synonyms in enumerate(vocabulary):
-        for name in synonyms:
-            class_of.setdefault(normal_form(name), index)
-    return class_of
-
-
 def check_examples(
     examples: Mapping[str, Tensor] | None,
     weight: float | None,
     vocabularies: Sequence[VocabularyKey],
     embed_dim: int,
 ) -> ClassExamples | None:
-    """Check the examples of a call, and average those of each class.
+    """Check the examples and their weight, as `forward` takes them, and average those of each class.
 
     Args:
-        examples: class name -> (n, D), as `encode_examples` gives them; None for none.
-        weight: of the examples beside the names, 0..1; None for n / (n + 4) with n examples.
+        examples: class name -> (n, D).
+        weight: 0..1.
         vocabularies: of the images. A name has to be in one of them.
         embed_dim: D.
 
@@ -122,36 +104,25 @@ def check_examples(
     if not isinstance(examples, Mapping):
         raise ValueError(f"examples= maps names of classes to embeddings, got {type(examples).__name__}")
     for name, embeds in examples.items():
-        shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-        if (
-            not isinstance(embeds, Tensor)
-            or embeds.ndim != 2
-            or embeds.shape[1] != embed_dim
-            or not len(embeds)
-        ):
+        shape: Any = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        if not isinstance(embeds, Tensor) or shape[1:] != (embed_dim,) or not shape[0]:
             raise ValueError(
                 f"examples of {name!r:.100} are embeddings (n, {embed_dim}) of encode_examples, got {shape}"
             )
     check_example_names(examples, vocabularies)
-    rows = {
-        normal_form(name): F.normalize(rows.float().mean(dim=0), dim=-1) for name, rows in examples.items()
-    }
-    weights = {
-        normal_form(name): len(rows) / (len(rows) + NAME_WORTH) if weight is None else weight
-        for name, rows in examples.items()
-    }
-    return ClassExamples(rows, weights)
+    shown = ClassExamples({}, {})
+    for name, embeds in examples.items():
+        shown.rows[normal_form(name)] = F.normalize(embeds.float().mean(dim=0), dim=-1)
+        own_weight = len(embeds) / (len(embeds) + NAME_WORTH) if weight is None else weight
+        shown.weights[normal_form(name)] = own_weight
+    return shown
 
 
 def check_example_names(
     names: Sequence[str] | Mapping[str, Any], vocabularies: Sequence[VocabularyKey]
 ) -> None:
-    """Check that each class with examples is in one of the vocabularies, under one name.
-
-    Raises:
-        ValueError: it is not.
-    """
-    tables = [_classes_by_name(vocabulary) for vocabulary in dict.fromkeys(vocabularies)]
+    """Check that each class with examples is in one of the vocabularies, under one name; else raise ValueError."""
+    tables = [Vocabulary(vocabulary).class_of_normal_form for vocabulary in dict.fromkeys(vocabularies)]
     for table in tables:
         owners: dict[int, str] = {}
         for name in names:
@@ -199,7 +170,7 @@ class ExamplesMixin:
         for image, regions, size in zip(pixel_values, masks, sizes, strict=True):
             padded = padded_size(size)
             valid = valid_pixels([size], padded, image.device)
-            filled = F.pad(regions, (0, padded[1] - size[1], 0, padded[0] - size[0])).to(image.device)
+            filled = pad_to(regions, padded).to(image.device)
             rows.append(self._embed_regions(crop(image[None], padded, valid), filled, valid))
         return rows
 
@@ -210,7 +181,7 @@ class ExamplesMixin:
         dense = clip(pixel_values).dense
         height, width = dense.shape[-2:]
         pooling = classifier.pooling
-        factor = pooling.upsample if isinstance(pooling, HardMaskPooling) else SIZE_DIVISOR // MASK_STRIDE
+        factor = pooling.upsample if isinstance(pooling, HardMaskPooling) else IMAGE_STRIDE // MASK_STRIDE
         logits = _mask_logits(F.adaptive_avg_pool2d(regions, (factor * height, factor * width)))
         cell_embeds = classifier.embed_cells(clip, dense) if classifier.needs_cell_embeds else None
         surely_shown = dense.new_tensor([0.0, float("-inf")]).expand(1, len(regions), 2)

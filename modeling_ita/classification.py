@@ -1,14 +1,18 @@
-"""Open-vocabulary classification: class logits, mask pooling on the CLIP feature, and the ensemble of both.
+"""Open-vocabulary classification of masks: class logits of the decoder, class logits of CLIP, and their ensemble.
 
 In-vocabulary logits come from the decoder, which was trained on seen classes; out-of-vocabulary logits from CLIP's
 dense feature pooled over each mask, which knows every class (FC-CLIP, arXiv 2308.02487, section 3.3).
 
-`ITAConfig.mask_pooling` chooses between the mean over the cells that a mask covers (FC-CLIP, ITA) and Mask-Adapter's
-learned weights; `ITAConfig.text_transfer` adds MAFT+'s text embeddings that depend on the image. In their published
-forms all of them are frozen while a segmenter trains.
+`ITAConfig.mask_pooling` chooses between the mean over the cells that a mask covers (FC-CLIP, ITA) and Mask-Adapter, a
+small convolutional network that looks at image and mask and gives several maps of weights over all cells (Li et al.,
+CVPR 2025, arXiv 2412.04533). `ITAConfig.text_transfer` adds MAFT+'s text embeddings that depend on the image (Jiao et
+al., arXiv 2408.00744). All of them are frozen while a segmenter trains, as published.
+
+Symbols in shapes: B images, Q queries, K classes, N names, R masks, M maps per mask, D CLIP's embedding width, n and m
+the adapter's widths; the dense feature (B, C_5, h, w) has stride 32.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +20,20 @@ from torch.nn import functional as F
 
 from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
-from .mask_adapter import MaskAdapter, binary_masks, weighted_means
-from .ops import valid_cells
-from .text_transfer import TextTransfer, shuffled_cells
+from .image_text_aggregation import Attention
+from .ops import sine_position_embedding, valid_cells
+from .text import TextEmbeddings, max_over_names
 
 IMPOSSIBLE = -1e4
 """A logit whose probability is zero in float32."""
-
-
-@dataclass
-class TextEmbeddings:
-    """A vocabulary as the network takes it: tensors alone, so that it can be an input of a compiled graph.
-
-    K classes, N names (a class has one or more), M candidate names, D CLIP's embedding width.
-
-    Attributes:
-        prompt_embeds: (N, D), a unit row per name, the mean over the prompt templates.
-        class_of_name: (N,) int64, the class of each name; increasing.
-        name_embeds: (M, D), unit embeddings of the candidate names without a template; what dominant categories are
-            selected from.
-        is_seen: (K,) bool, classes that share a name with the training vocabulary.
-        is_duplicate: (K,) bool, classes that stand in the vocabulary once more.
-    """
-
-    prompt_embeds: Tensor
-    class_of_name: Tensor
-    name_embeds: Tensor
-    is_seen: Tensor
-    is_duplicate: Tensor
+MAX_CHUNK_ACTIVATIONS = 2**25
+"""Largest activation of one chunk of masks, in numbers: 128 MiB in float32."""
+TRACED_CHUNK = 25
+"""Masks of an image in a chunk of a compiled or exported graph, where sizes may be unknown."""
 
 
 def class_logits(embeds: Tensor, text: TextEmbeddings, void_embed: Tensor, scale: Tensor) -> Tensor:
-    """Compare embeddings with a vocabulary: scaled cosine, the maximum over a class's names; void last.
+    """Compare embeddings with a vocabulary: scaled cosine, the maximum over a class's names.
 
     Args:
         embeds: (B, Q, D), of any length.
@@ -56,48 +42,19 @@ def class_logits(embeds: Tensor, text: TextEmbeddings, void_embed: Tensor, scale
         scale: the logit scale, a scalar.
 
     Returns:
-        (B, Q, K + 1).
+        (B, Q, K + 1), void last.
     """
     void_embed = F.normalize(void_embed.to(embeds.dtype), dim=-1)
     return compare(scale * F.normalize(embeds, dim=-1), text, text.prompt_embeds.to(embeds.dtype), void_embed)
 
 
 def compare(scaled: Tensor, text: TextEmbeddings, prompt_embeds: Tensor, void_embed: Tensor) -> Tensor:
-    """Multiply with text embeddings, the maximum over a class's names; void last.
+    """Multiply scaled embeddings (B, Q, D) with those of names, the maximum over a class's names: (B, Q, K + 1).
 
-    Args:
-        scaled: (B, Q, D), unit embeddings times the logit scale.
-        text: says which names make a class.
-        prompt_embeds: (N, D), or (B, N, D) where each image has its own.
-        void_embed: (1, D) or (B, 1, D).
-
-    Returns:
-        (B, Q, K + 1).
+    Where each image has text embeddings of its own, they are (B, N, D) and (B, 1, D).
     """
     void_logit = scaled @ void_embed.mT
-    classes = names = scaled @ prompt_embeds.mT
-    num_classes = text.is_seen.shape[0]
-    # An exported graph is to serve vocabularies with synonyms, whether the one at hand has any or not.
-    if torch.compiler.is_exporting() or len(text.class_of_name) > num_classes:
-        index = text.class_of_name.expand_as(names)
-        classes = names.new_full((*names.shape[:-1], num_classes), float("-inf"))
-        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
-    return torch.cat([classes, void_logit], dim=-1)
-
-
-def masks_on_grid(mask_logits: Tensor, size: tuple[int, int], valid: Tensor | None) -> Tensor:
-    """Find the cells of the dense CLIP feature that each mask covers: resize the logits first, threshold second.
-
-    Args:
-        mask_logits: (B, Q, H / 4, W / 4).
-        size: (h, w) of the grid.
-        valid: (B, H, W) bool, pixels that are not padding; None where all are.
-
-    Returns:
-        (B, Q, h, w) bool.
-    """
-    masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False) > 0
-    return masks if valid is None else masks & valid_cells(valid, size)[:, None]
+    return torch.cat([max_over_names(scaled @ prompt_embeds.mT, text), void_logit], dim=-1)
 
 
 def ensemble_log_probs(
@@ -122,7 +79,7 @@ def ensemble_log_probs(
         alpha: weight of the out-of-vocabulary logits for seen classes, 0..1.
         beta: the same for unseen classes.
         has_pixels: (B, Q) bool, masks whose out-of-vocabulary logits count; None where all do.
-        objectness_weight: how far CLIP says whether a mask shows something, in the place of the decoder, which takes
+        objectness_weight: how far CLIP says whether a mask shows something, instead of the decoder, which takes
             what it has never seen for void. The log-odds of `1 - p_void` are mixed with those of CLIP's most probable
             class by this weight times the probability that the class is unseen. (Ours; 0 as published.)
 
@@ -152,16 +109,123 @@ def ensemble_log_probs(
     return torch.cat([log_classes + any_class - total, void_logit - total], dim=-1)
 
 
-# --- out-of-vocabulary logits: how the dense CLIP feature is pooled, and with which text it is compared ---
+# --- pooling of the dense CLIP feature over masks ---
 
-MAX_CHUNK_ACTIVATIONS = 2**25
-"""Largest activation of one chunk of masks, in numbers: 128 MiB in float32."""
-TRACED_CHUNK = 25
-"""Masks of an image in a chunk of a compiled or exported graph, where sizes may be unknown."""
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalization over the channels of each cell of (R, C, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, C, h, w) -> (R, C, h, w)."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depth-wise convolution and a two-layer perceptron with a scaled residual (arXiv 2201.03545)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.linear1 = nn.Linear(channels, 4 * channels)
+        self.linear2 = nn.Linear(4 * channels, channels)
+        self.scale = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the scale, so that the block starts close to the identity."""
+        nn.init.constant_(self.scale, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, C, h, w) -> (R, C, h, w)."""
+        update = self.norm(self.depthwise(x).movedim(1, -1))
+        update = self.scale * self.linear2(F.gelu(self.linear1(update)))
+        return x + update.movedim(-1, 1)
+
+
+class MaskAdapter(nn.Module):
+    """Masks and image embeddings -> semantic activation maps.
+
+    Args:
+        embed_dim: D.
+        mask_channels: m, the width of the mask tokens.
+        channels: n, the width of the blocks.
+        num_maps: M, the maps of each mask.
+    """
+
+    def __init__(self, embed_dim: int, mask_channels: int = 16, channels: int = 768, num_maps: int = 16):
+        super().__init__()
+        self.mask_tokens = nn.Sequential(
+            nn.Conv2d(1, mask_channels // 4, 3, stride=2, padding=1),
+            ChannelNorm(mask_channels // 4, eps=1e-6),
+            nn.GELU(),
+            nn.Conv2d(mask_channels // 4, mask_channels, 3, stride=2, padding=1),
+            ChannelNorm(mask_channels, eps=1e-6),
+            nn.GELU(),
+        )
+        self.mask_projection = nn.Conv2d(mask_channels, embed_dim, 1)
+        self.fuse = nn.Conv2d(embed_dim, channels, 1)
+        self.block1, self.block2, self.block3 = (ConvNeXtBlock(channels) for _ in range(3))
+        self.norm = ChannelNorm(channels, eps=1e-5)
+        self.maps = nn.Conv2d(channels, num_maps, 1)
+
+    def context(self, cell_embeds: Tensor) -> Tensor:
+        """Fuse what CLIP's head makes of each cell, (B, D, h, w) of any floating dtype, to (B, n, h, w)."""
+        return self.fuse(cell_embeds.to(self.fuse.weight.dtype))
+
+    def forward(self, context: Tensor, masks: Tensor) -> Tensor:
+        """Compute the semantic activation maps of masks.
+
+        Args:
+            context: (R, n, h, w), of each mask's image.
+            masks: (R, 4 h, 4 w) float in 0..1, from `binary_masks`.
+
+        Returns:
+            (R, M, h, w) logits.
+        """
+        # `fuse` of the sum of image and projected mask tokens, as published; but that of the image is computed once for
+        # all its masks, and the projection, which is linear too, is multiplied with `fuse`.
+        fuse = self.fuse.weight.flatten(1)
+        weight = fuse @ self.mask_projection.weight.flatten(1)
+        bias = fuse @ self.mask_projection.get_parameter("bias")
+        tokens = self.mask_tokens(masks[:, None].to(context.dtype))
+        x = context + F.conv2d(tokens, weight[..., None, None], bias)
+        # Channels last: what is an image for convolutions is a list of cells for linear layers, without a copy.
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.block3(self.block2(self.block1(x)))
+        return self.maps(self.norm(x))
+
+
+def binary_masks(
+    mask_logits: Tensor, size: Sequence[int], threshold: float, valid: Tensor | None = None
+) -> Tensor:
+    """Threshold masks (B, Q, H / 4, W / 4) first and resize them second: the adapter's input.
+
+    For a dense feature of size (h, w) it is (B, Q, 4 h, 4 w) float, between 0 and 1 where pixels of the mask and others
+    share a cell.
+    """
+    masks = mask_logits.sigmoid() > threshold
+    if valid is not None:
+        masks = masks & valid_cells(valid, mask_logits.shape[-2:])[:, None]
+    return F.interpolate(masks.float(), size=(4 * size[0], 4 * size[1]), mode="bilinear", align_corners=False)
+
+
+def weighted_means(dense: Tensor, maps: Tensor, cells: Tensor | None = None) -> Tensor:
+    """Average (R, C_5, h, w) over cells, weighted by the sigmoid of maps (R, M, h, w): (R, M, C_5) float32.
+
+    `cells` (R, h, w) says which take part; None for all.
+    """
+    with torch.autocast(dense.device.type, enabled=False):
+        logits = F.logsigmoid(maps.float())  # the sigmoid itself may underflow
+        if cells is not None:
+            logits = logits.masked_fill(~cells[:, None], float("-inf"))
+        return logits.flatten(2).softmax(dim=-1) @ dense.float().flatten(2).transpose(1, 2)
 
 
 class HardMaskPooling(nn.Module):
     """The mean over the cells that a mask covers, through CLIP's head (FC-CLIP, arXiv 2308.02487, section 3.3).
+
+    Mask logits are resized first and thresholded second.
 
     Args:
         upsample: factor by which the dense feature is upsampled before masks are thresholded.
@@ -186,10 +250,10 @@ class HardMaskPooling(nn.Module):
 
         Args:
             dense: (B, C_5, h, w), the dense CLIP feature.
-            cell_embeds: not used.
+            cell_embeds: (B, D, h, w), what CLIP's head makes of each cell; for `AdapterMaskPooling`.
             mask_logits: (B, Q, H / 4, W / 4).
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
-            in_vocab_logits: not used.
+            in_vocab_logits: (B, Q, K + 1), of the decoder; for `AdapterMaskPooling`.
             clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
 
         Returns:
@@ -197,7 +261,8 @@ class HardMaskPooling(nn.Module):
         """
         height, width = dense.shape[-2:]
         size = (height * self.upsample, width * self.upsample)
-        masks = masks_on_grid(mask_logits, size, valid)
+        masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False) > 0
+        masks = masks if valid is None else masks & valid_cells(valid, size)[:, None]
         if self.upsample > 1:
             dense = F.interpolate(dense, size=size, mode="bilinear", align_corners=False)
         return clip.pool_masks(dense, masks), masks.flatten(2).any(dim=-1) if self.needs_pixels else None
@@ -233,19 +298,7 @@ class AdapterMaskPooling(nn.Module):
         in_vocab_logits: Tensor,
         clip: ClipBackbone,
     ) -> tuple[Tensor, Tensor | None]:
-        """Embed masks.
-
-        Args:
-            dense: (B, C_5, h, w), the dense CLIP feature.
-            cell_embeds: (B, D, h, w), what CLIP's head makes of each cell.
-            mask_logits: (B, Q, H / 4, W / 4).
-            valid: (B, H, W) bool, pixels that are not padding; None where all are.
-            in_vocab_logits: (B, Q, K + 1), of the decoder.
-            clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
-
-        Returns:
-            (B, Q, D), not normalized, and None: the embeddings of all masks count.
-        """
+        """Embed masks, as `HardMaskPooling`; all of them count."""
         batch, queries = mask_logits.shape[:2]
         masks = binary_masks(mask_logits, dense.shape[-2:], self.threshold, valid)
         context = self.adapter.context(cell_embeds)
@@ -277,19 +330,7 @@ class AdapterMaskPooling(nn.Module):
         image_of_mask: Tensor,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """Embed masks chunk by chunk.
-
-        Args:
-            clip: has the head.
-            dense: (B, C_5, h, w).
-            context: (B, n, h, w), of the adapter.
-            masks: (R, 4 h, 4 w) float, as from `binary_masks`.
-            image_of_mask: (R,) int64, the image of each mask.
-            valid: (B, H, W) bool or None.
-
-        Returns:
-            (R, D), not normalized.
-        """
+        """Embed R masks of `binary_masks`, each of the image of its index, chunk by chunk: (R, D), not normalized."""
         chunk = max(1, MAX_CHUNK_ACTIVATIONS // (4 * context[0].numel()))
         embeds = [
             self._embed_chunk(clip, dense, context, part, images, valid)
@@ -310,6 +351,66 @@ class AdapterMaskPooling(nn.Module):
         cells = None if valid is None else valid_cells(valid, dense.shape[-2:])[image_of_mask]
         pooled = weighted_means(dense[image_of_mask], maps, cells)
         return clip.project(pooled.to(dense.dtype)).mean(dim=-2)
+
+
+# --- text embeddings that depend on the image ---
+
+
+class TextTransfer(nn.Module):
+    """MAFT+'s content-dependent transfer: cross-attention from text embeddings to an image.
+
+    Each row of the text classifier attends to the image and is moved by what it finds there. Rows do not see each
+    other, so that classes can be left out, added or cut into chunks without a change for the rest.
+
+    Args:
+        embed_dim: D, CLIP's embedding width.
+        heads: attention heads.
+        form: "post_norm" for `norm(text + update)`, as in MAFT+'s semantic checkpoints, or "res_post_norm" for
+            `text + norm(update)`, as in its panoptic ones. No tensor of a checkpoint shows it.
+
+    Raises:
+        ValueError: the embedding width is not a multiple of the heads and of 4.
+    """
+
+    def __init__(self, embed_dim: int, heads: int = 8, form: str = "post_norm"):
+        super().__init__()
+        if embed_dim % heads or embed_dim % 4:
+            raise ValueError(f"{heads} attention heads and sine positions do not fit {embed_dim} channels")
+        self.form = form
+        self.attention = Attention(embed_dim, heads)
+        self.linear = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
+        """Transfer text embeddings to each image.
+
+        Args:
+            text_embeds: (N, D), unit rows, the same for all images.
+            image_embeds: (B, D, h, w), not normalized; MAFT+'s come from `shuffled_cells`.
+
+        Returns:
+            (B, N, D), not normalized: rows are about sqrt(D) long after `post_norm`.
+        """
+        cells = image_embeds.flatten(2).transpose(1, 2)
+        height, width = image_embeds.shape[-2:]
+        positions = sine_position_embedding(height, width, cells.shape[-1], like=cells).flatten(1).T
+        text = text_embeds.to(cells.dtype).expand(cells.shape[0], -1, -1)
+        attended, _ = self.attention(text, cells + positions, cells)
+        update = self.linear(attended)
+        return self.norm(text + update) if self.form == "post_norm" else text + self.norm(update)
+
+
+def shuffled_cells(dense: Tensor) -> Tensor:
+    """Read a dense feature (B, C, h, w) as (B, h w, C) in the order in which MAFT+ was trained to read it.
+
+    The published code cuts each image's numbers, channel by channel, into h w consecutive pieces of C numbers, where
+    a transpose was meant. A piece mixes pixels of one channel or a few, so results depend on an image's padding.
+    """
+    channels, height, width = dense.shape[1:]
+    return dense.flatten(1).unflatten(1, (height * width, channels))
+
+
+# --- out-of-vocabulary logits ---
 
 
 class MaskClassifier(nn.Module):
@@ -353,15 +454,7 @@ class MaskClassifier(nn.Module):
         self.requires_grad_(False)
 
     def embed_cells(self, clip: ClipBackbone, dense: Tensor) -> Tensor:
-        """Embed each cell by CLIP's head, in the order in which the network was trained to read them.
-
-        Args:
-            clip: has the head.
-            dense: (B, C_5, h, w).
-
-        Returns:
-            (B, D, h, w), not normalized.
-        """
+        """Embed each cell of (B, C_5, h, w) by CLIP's head, (B, D, h, w), in the order that the network learned."""
         cells = dense.flatten(2).transpose(1, 2) if self.text_transfer is None else shuffled_cells(dense)
         return clip.project(cells).transpose(1, 2).unflatten(2, dense.shape[-2:])
 
@@ -375,16 +468,7 @@ class MaskClassifier(nn.Module):
         in_vocab_logits: Tensor,
         clip: ClipBackbone,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute out-of-vocabulary logits.
-
-        Args:
-            dense: (B, C_5, h, w), the dense CLIP feature.
-            mask_logits: (B, Q, H / 4, W / 4).
-            valid: (B, H, W) bool, pixels that are not padding; None where all are.
-            text: the vocabulary, K classes.
-            void_embed: (1, D), of any length.
-            in_vocab_logits: (B, Q, K + 1), of the decoder.
-            clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
+        """Compute out-of-vocabulary logits of masks; see `HardMaskPooling.forward` and `class_logits`.
 
         Returns:
             (B, Q, K + 1), and (B, Q) bool, masks whose logits count; None where all do.
@@ -401,18 +485,7 @@ class MaskClassifier(nn.Module):
         void_embed: Tensor,
         cell_embeds: Tensor | None,
     ) -> Tensor:
-        """Compute the class logits of mask embeddings by CLIP's logit scale.
-
-        Args:
-            clip: the frozen CLIP.
-            embeds: (B, Q, D), of any length.
-            text: the vocabulary, K classes.
-            void_embed: (1, D), of any length.
-            cell_embeds: (B, D, h, w), what the text is transferred to; not used without a transfer.
-
-        Returns:
-            (B, Q, K + 1), void last.
-        """
+        """Compute the class logits (B, Q, K + 1) of mask embeddings (B, Q, D) by CLIP's logit scale, void last."""
         if self.text_transfer is None or cell_embeds is None:
             return class_logits(embeds, text, void_embed, clip.logit_scale)
         # Logits are in the thousands, which half precision is too coarse for.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from .vocabulary import check_templates, normalize_vocabulary
+from .text import check_templates, normalize_vocabulary
 
 if TYPE_CHECKING:
     # transformers keeps one class of configuration for each version of the code that this file imports, and finds the
@@ -303,9 +303,8 @@ class ITAConfig(PreTrainedConfig):
             )
         width, queries = self.hidden_dim, self.num_learned_queries + self.num_dominant_categories
         parameters = self.encoder_layers * width * (4 * width + 2 * self.encoder_ffn_dim)
-        parameters += (
-            self.decoder_layers * width * (8 * width + 2 * self.decoder_ffn_dim) + 2 * queries * width
-        )
+        parameters += self.decoder_layers * width * (8 * width + 2 * self.decoder_ffn_dim)
+        parameters += 2 * queries * width
         if parameters > MAX_PARAMETERS:
             raise ValueError(f"the sizes make a network of {parameters:.0e} parameters, which is too large")
         if queries < 1:
@@ -349,26 +348,18 @@ class ITAConfig(PreTrainedConfig):
 
 
 def _checked_labels(id2label: Any) -> dict[int, str]:
-    """Give labels in the order of their indices, which JSON turns into strings.
-
-    Raises:
-        ValueError: not a mapping from integers to strings.
-    """
+    """Give labels in the order of their indices, which JSON turns into strings."""
     try:
         labels = {int(index): label for index, label in id2label.items()}
+        if not all(isinstance(label, str) for label in labels.values()):
+            raise TypeError("a label is no string")
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"id2label must map integers to names, got {id2label!r:.100}") from error
-    if not all(isinstance(label, str) for label in labels.values()):
-        raise ValueError(f"id2label must map integers to names, got {id2label!r:.100}")
     return dict(sorted(labels.items()))
 
 
 def check_number(name: str, value: float, least: float, most: float) -> float:
-    """Check that a number is finite and within a range.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Check that a number is finite and within a range; else raise ValueError."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not least <= value <= most:
         raise ValueError(f"{name} must be a number from {least} to {most}, got {value!r:.100}")

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .classification import TextEmbeddings
 from .clip_backbone import ClipBackbone
 from .configuration_ita import ITAConfig
 from .ops import integer_matrix
-from .set_criterion import ANY_CLASS, NO_CLASS
-from .vocabulary import VocabularyKey, normal_form
+from .text import TextEmbeddings, Vocabulary, VocabularyKey, max_over_names, normal_form
 
+NO_OWN_CLASS, ANY_CLASS = -2, -1
+"""Instead of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
 REGION_LEVEL = 0.5
 """A text query's region: cells where its class has at least this share of its highest probability."""
 REGION_LOGITS = 4.0
@@ -37,7 +37,7 @@ class TextQueries:
     Attributes:
         queries: (B, k, C); None without dominant categories.
         names: (B, k) int64, indices of the selected names; None if they came from outside.
-        classes: (B, k) int64, the class that each answers for, or `NO_CLASS`; None if they answer for none.
+        classes: (B, k) int64, the class that each answers for, or `NO_OWN_CLASS`; None if they answer for none.
         regions: (B, k, h w) bool, cells of the dense feature where the decoder looks first; None for where masks are.
         class_bias: (B, k), added to the logit of the own class; None for nothing.
     """
@@ -72,7 +72,7 @@ def no_text_queries(*_: Any, **__: Any) -> TextQueries:
 def classes_of_names(
     vocabulary: VocabularyKey, names: Sequence[Sequence[str]] | None, device: torch.device
 ) -> Tensor | None:
-    """Give the class of each name, (B, k) int64, `NO_CLASS` for names of no class; None without names."""
+    """Give the class of each name, (B, k) int64, `NO_OWN_CLASS` for names of no class; None without names."""
     if names is None:
         return None
     return integer_matrix(_class_rows(vocabulary, tuple(map(tuple, names))), device)
@@ -80,11 +80,8 @@ def classes_of_names(
 
 @torch.compiler.assume_constant_result
 def _class_rows(vocabulary: VocabularyKey, names: tuple[tuple[str, ...], ...]) -> list[list[int]]:
-    class_of: dict[str, int] = {}
-    for index, synonyms in enumerate(vocabulary):
-        for name in synonyms:
-            class_of.setdefault(normal_form(name), index)
-    return [[class_of.get(normal_form(name), NO_CLASS) for name in row] for row in names]
+    class_of = Vocabulary(vocabulary).class_of_normal_form
+    return [[class_of.get(normal_form(name), NO_OWN_CLASS) for name in row] for row in names]
 
 
 class DominantCategories(nn.Module):
@@ -110,14 +107,10 @@ class DominantCategories(nn.Module):
             nn.init.constant_(self.class_bias, 2.0)
 
     def select(self, image_embeds: Tensor, name_embeds: Tensor) -> Tensor:
-        """Select the names that are nearest to each image by cosine similarity.
-
-        Args:
-            image_embeds: (B, D), of any length.
-            name_embeds: (M, D), unit embeddings of names without a template; rows of zeros are padding, selected last.
+        """Select the names (M, D) that are nearest to each image (B, D) by cosine similarity.
 
         Returns:
-            Indices of the dominant categories, nearest first, (B, min(k, M)) int64.
+            Indices of names, nearest first, (B, min(k, M)) int64. Rows of zeros are padding, selected last.
         """
         similarity = F.normalize(image_embeds.float(), dim=-1) @ name_embeds.float().T
         similarity = similarity.masked_fill(~name_embeds.any(dim=-1), float("-inf"))
@@ -126,13 +119,7 @@ class DominantCategories(nn.Module):
     def classify_cells(
         self, cell_embeds: Tensor, is_valid: Tensor, text: TextEmbeddings, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Classify each cell of the dense feature by itself.
-
-        Args:
-            cell_embeds: (B, S, D), CLIP's embeddings of the cells, of any length.
-            is_valid: (B, S) bool, cells that hold at least one pixel of the image.
-            text: K classes, N names.
-            scale: CLIP's logit scale, a scalar.
+        """Classify each of S cells of the dense feature by itself, as `ClipBackbone.embed_cells` gives them.
 
         Returns:
             Class probabilities (B, S, K), zero in cells that are not valid and for duplicates; class logits (B, S, K),
@@ -140,10 +127,7 @@ class DominantCategories(nn.Module):
         """
         names = scale * F.normalize(cell_embeds.float(), dim=-1) @ text.prompt_embeds.float().T
         names = names.masked_fill(~is_valid[..., None], float("-inf"))
-        index = text.class_of_name.expand_as(names)
-        classes = names.new_full((*names.shape[:-1], text.is_duplicate.shape[0]), float("-inf"))
-        classes = classes.scatter_reduce(-1, index, names, "amax", include_self=False)
-        classes = classes.masked_fill(text.is_duplicate, float("-inf"))
+        classes = max_over_names(names, text).masked_fill(text.is_duplicate, float("-inf"))
         probs = classes.softmax(dim=-1).masked_fill(~is_valid[..., None] | text.is_duplicate, 0)
         return probs, classes, names.amax(dim=1)
 
@@ -154,11 +138,6 @@ class DominantCategories(nn.Module):
 
         The mean over an image shows little but its largest region. A class scores its highest probability over the
         cells. (Ours; not in the published code.)
-
-        Args:
-            cell_probs: (B, S, K), of `classify_cells`.
-            name_logits: (B, N), of `classify_cells`.
-            text: K classes, N names.
 
         Returns:
             Indices of names, the best class first, (B, min(k, K)) int64 into the N names, and their classes.
@@ -187,7 +166,7 @@ class DominantCategories(nn.Module):
             valid: (B, H, W) bool, pixels that are not padding; None where all are.
             image_embeds: (B, D), to select by; None for those of the dense feature.
             given_embeds: (B, k', D), unit embeddings of dominant categories from outside; None to select them.
-            given_classes: (B, k') int64, their classes, or `NO_CLASS`.
+            given_classes: (B, k') int64, their classes, or `NO_OWN_CLASS`.
             clip: the frozen CLIP; by name, so that accelerate does not move it like an input.
         """
         names, classes, regions, bias = None, given_classes, None, None
@@ -210,7 +189,7 @@ class DominantCategories(nn.Module):
             regions = (own >= REGION_LEVEL * own.amax(dim=-1, keepdim=True)) & is_valid[:, None]
             # Among few classes a probability says little.
             regions &= logits >= logits.amax(dim=-1, keepdim=True) - REGION_LOGITS
-            regions |= (classes == NO_CLASS)[..., None] & is_valid[:, None]
+            regions |= (classes == NO_OWN_CLASS)[..., None] & is_valid[:, None]
         if classes is not None and self.class_bias is not None:
             bias = self.class_bias.expand(classes.shape)
         return TextQueries(self.project(embeds), names, classes if by_cells else None, regions, bias)

@@ -93,18 +93,11 @@ def read_image(
     shown = printable(name)
     if isinstance(source, str) and is_url(source):
         return _decode(io.BytesIO(fetch_url(source, timeout, allow_private_addresses)), shown)
-    if _is_file(name):
+    if os.path.isfile(name):
         return _decode(name, shown)
     if isinstance(source, str) and (encoded := _base64_bytes(source)) is not None:
         return _decode(io.BytesIO(encoded), "the image")
     raise ValueError(f"no such image: '{shown}' (a path, a URL of http or https, or base64 text)")
-
-
-def _is_file(name: str | bytes) -> bool:
-    try:
-        return os.path.isfile(name)
-    except (OSError, ValueError):  # too long, or with a null character
-        return False
 
 
 def _base64_bytes(text: str) -> bytes | None:
@@ -160,14 +153,14 @@ def _first_bytes(file: Any) -> bytes:
         return stream.read(16)
 
 
-# --- to RGB -------------------------------------------------------------------------------------------------------
+# --- to RGB ---
 
 
 def image_to_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB as a viewer shows it: upright, transparency over white, 16 bits and floats scaled to 8.
 
     Raises:
-        ValueError: for a mode that has no agreed look (such as "LAB"), and for non-finite floats.
+        ValueError: for a mode that is not displayed without a color profile ("LAB"), and for non-finite floats.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -256,7 +249,7 @@ def _as_tensor(array: np.ndarray | Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
 
 
-# --- label maps ---------------------------------------------------------------------------------------------------
+# --- label maps ---
 
 
 def read_label_map(source: Any) -> Tensor:
@@ -298,15 +291,14 @@ def read_label_maps(segmentation_maps: Any | None, images: list[Tensor]) -> list
     """
     if segmentation_maps is None:
         return None
-    is_array = isinstance(segmentation_maps, (np.ndarray, Tensor))
-    if is_array and segmentation_maps.ndim == 3 and len(images) == 1:
-        segmentation_maps = [segmentation_maps]
-    flat = segmentation_maps
-    if not isinstance(flat, (list, tuple)):
-        flat = list(flat) if is_array and flat.ndim > 2 else [flat]
-    if len(flat) != len(images):
-        raise ValueError(f"{len(images)} images, but {len(flat)} segmentation maps")
-    maps = [read_label_map(one) for one in flat]
+    found = segmentation_maps
+    if not isinstance(found, (list, tuple)):
+        is_array = isinstance(found, (np.ndarray, Tensor))
+        is_batch = is_array and found.ndim > 2 and not (found.ndim == 3 and len(images) == 1)
+        found = list(found) if is_batch else [found]
+    if len(found) != len(images):
+        raise ValueError(f"{len(images)} images, but {len(found)} segmentation maps")
+    maps = [read_label_map(one) for one in found]
     for labels, image in zip(maps, images, strict=True):
         if labels.shape != image.shape[-2:]:
             sizes = tuple(labels.shape), tuple(image.shape[-2:])
@@ -372,8 +364,6 @@ def fetch_url(url: str, timeout: float | None = None, allow_private_addresses: b
         raise ValueError(
             f"{shown} cannot be fetched: HTTP {error.code} {printable(str(error.reason))}"
         ) from error
-    except TimeoutError as error:
-        raise ValueError(f"{shown} cannot be fetched: it takes more than {seconds:g} seconds") from error
     except (OSError, ValueError, ArithmeticError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, TimeoutError):
@@ -468,7 +458,7 @@ def remaining_seconds(deadline: float) -> float:
 
 
 def is_public_address(address: str) -> bool:
-    """Tell whether an IP address is on the public internet: unicast, and in no range that leads elsewhere."""
+    """Tell whether an IP address is on the public internet: unicast, and in no range that embeds an IPv4 address."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address) and (ip.sixtofour or ip.teredo or ip in NAT64):
         return False  # carries an IPv4 address, which may be private

@@ -18,22 +18,12 @@ from torchvision.transforms import InterpolationMode
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature, get_size_dict
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    PILImageResampling,
-    SizeDict,
-)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
-from .image_io import (
-    array_to_rgb,
-    image_to_rgb,
-    read_image,
-    read_label_maps,
-)
-from .ops import common_size, label_masks, output_size, pad_to, resize_labels
+from .image_io import array_to_rgb, image_to_rgb, read_image, read_label_maps
+from .ops import common_size, label_masks, output_size, pad_to, resize_label_map
 from .postprocessing import (
     DEFAULT_THRESHOLDS,
     IGNORE_INDEX,
@@ -192,7 +182,7 @@ class ITAImageProcessor(TorchvisionBackend):
             )
         maps = read_label_maps(segmentation_maps, tensors)
         if do_resize and maps is not None:
-            maps = [resize_labels(labels, target) for labels, target in zip(maps, sizes, strict=True)]
+            maps = [resize_label_map(labels, target) for labels, target in zip(maps, sizes, strict=True)]
 
         padded = common_size(sizes, pad_size, size_divisor or 1)
         pixels, pixel_masks = [], []
@@ -209,15 +199,13 @@ class ITAImageProcessor(TorchvisionBackend):
         features = BatchFeature(data, tensor_type=return_tensors)
         if maps is not None:
             ids = instance_id_to_semantic_id
-            per_image = ids if isinstance(ids, Sequence) else [ids] * len(maps)
-            if len(per_image) != len(maps):
+            ids = ids if isinstance(ids, Sequence) else [ids] * len(maps)  # type: ignore[list-item]
+            if len(ids) != len(maps):
                 raise ValueError(
-                    f"{len(maps)} segmentation maps, but {len(per_image)} `instance_id_to_semantic_id`"
+                    f"{len(maps)} segmentation maps, but {len(ids)} `instance_id_to_semantic_id`"
                 )
-            labels = [
-                label_masks(one, ids_of_one, ignore_index, do_reduce_labels)
-                for one, ids_of_one in zip(maps, per_image, strict=True)
-            ]
+            pairs = zip(maps, ids, strict=True)
+            labels = [label_masks(one, own, ignore_index, do_reduce_labels) for one, own in pairs]
             features["mask_labels"] = [pad_to(masks, padded) for masks, _ in labels]
             features["class_labels"] = [classes for _, classes in labels]
         return features
@@ -239,7 +227,7 @@ class ITAImageProcessor(TorchvisionBackend):
             target_sizes: (height, width) of each image's result; by default the network input's.
             return_segmentation_scores: return the scores of all classes, too, which take much memory.
             threshold: pixels whose best class has a probability below it get `ignore_index`; see `semantic_map`.
-            num_classes: classes from this index on are distractors (see `vocabulary.with_distractors`), whose pixels
+            num_classes: classes from this index on are distractors (see `text.with_distractors`), whose pixels
                 get `ignore_index`.
             ignore_index: label of pixels that show none of the classes.
 
@@ -253,12 +241,12 @@ class ITAImageProcessor(TorchvisionBackend):
         check_fractions(threshold=threshold)
         results: list[Any] = []
         for image in split_outputs(outputs, target_sizes):
-            result: Any = semantic_map(
-                **image.logits_and_sizes,
-                threshold=threshold,
-                num_classes=num_classes,
-                ignore_index=ignore_index,
-            )
+            options: dict[str, Any] = {
+                "threshold": threshold,
+                "num_classes": num_classes,
+                "ignore_index": ignore_index,
+            }
+            result: Any = semantic_map(**image.logits_and_sizes, **options)
             if return_segmentation_scores:
                 scores = semantic_scores(**image.logits_and_sizes)[:num_classes]
                 result = SemanticSegmentationPostProcessorOutput(
@@ -296,18 +284,17 @@ class ITAImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: if there are not as many sizes as images.
         """
-        check_fractions(
-            threshold=threshold,
-            mask_threshold=mask_threshold,
-            overlap_mask_area_threshold=overlap_mask_area_threshold,
-        )
+        fractions: dict[str, Any] = {
+            "threshold": threshold,
+            "mask_threshold": mask_threshold,
+            "overlap_mask_area_threshold": overlap_mask_area_threshold,
+        }
+        check_fractions(**fractions)
         results = []
         for image in split_outputs(outputs, target_sizes):
             segmentation, segments = panoptic_segments(
                 **image.logits_and_sizes,
-                threshold=threshold,
-                mask_threshold=mask_threshold,
-                overlap_mask_area_threshold=overlap_mask_area_threshold,
+                **fractions,
                 stuff_ids=image.stuff_ids if label_ids_to_fuse is None else label_ids_to_fuse,
                 num_classes=num_classes,
             )
@@ -393,7 +380,7 @@ def _reduced(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     return image.reduce(factor)
 
 
-MIN_SIDE, MAX_SIDE = 4, 16_384  # of `size` and `pad_size`
+MIN_SIZE, MAX_SIZE = 4, 16_384  # of `size` and `pad_size`
 SIZE_KEYS = (
     {"shortest_edge", "longest_edge"},
     {"shortest_edge"},
@@ -408,7 +395,7 @@ def _is_number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
-def _is_integer(value: Any, least: int = MIN_SIDE, most: int = MAX_SIDE) -> bool:
+def _is_integer(value: Any, least: int = MIN_SIZE, most: int = MAX_SIZE) -> bool:
     return isinstance(value, (int, np.integer)) and _is_number(value, least, most)
 
 
@@ -436,9 +423,9 @@ SETTINGS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ("size", "pad_size"),
         _is_size,
         "an integer, {height, width}, {shortest_edge, longest_edge} or {max_height, max_width} "
-        f"of {MIN_SIDE}..{MAX_SIDE}",
+        f"of {MIN_SIZE}..{MAX_SIZE}",
     ),
-    (("max_size",), _is_integer, f"an integer of {MIN_SIDE}..{MAX_SIDE}"),
+    (("max_size",), _is_integer, f"an integer of {MIN_SIZE}..{MAX_SIZE}"),
     (("size_divisor",), lambda value: _is_integer(value, 1, 1024), "an integer of 1..1024"),
     (
         ("resample",),
@@ -457,7 +444,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Check the arguments of a processor, whether they come from a call or from `preprocessor_config.json`.
 
     Args:
-        settings: values by name; None and unknown names are passed over.
+        settings: values by name; None and unknown names are ignored.
 
     Raises:
         ValueError: in one line that names the first one with a wrong type or an impossible value.

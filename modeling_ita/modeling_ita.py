@@ -23,7 +23,7 @@ from .batching import (
     batch_vocabularies,
     check_dominant_categories,
     check_images,
-    check_labels,
+    check_mask_labels,
     class_ids_of,
     dominant_names,
     group_images,
@@ -34,18 +34,16 @@ from .batching import (
 )
 from .checkpoint_code import RemoteCodeMixin, check_weights_index
 from .class_examples import ClassExamples, ExamplesMixin, check_examples
-from .classification import MaskClassifier, TextEmbeddings, class_logits, ensemble_log_probs
+from .classification import ConvNeXtBlock, MaskClassifier, class_logits, ensemble_log_probs
 from .clip_backbone import ClipBackbone, build_backbone, resolve_clip_config
 from .configuration_ita import ITAConfig
 from .deformable_attention import DeformableAttention
 from .detail_enhancement import DetailEnhancement
 from .dominant_categories import DominantCategories, classes_of_names, no_text_queries
 from .image_text_aggregation import Attention, ImageTextAggregation
-from .mask_adapter import ConvNeXtBlock
 from .ops import load_blocks_at_once
 from .set_criterion import SetCriterion
-from .text import TextEncoder
-from .vocabulary import Classes, Vocabulary, VocabularyKey, normalize_vocabulary
+from .text import TextEmbeddings, TextEncoder, Vocabulary, VocabularyKey, VocabularyLike, normalize_vocabulary
 
 CLIP_MODULES = r"clip_backbone\..*"
 """A pattern of the names of all of CLIP's modules, for `exclude_modules` of a peft configuration."""
@@ -212,8 +210,8 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
 
         Args:
             vocabulary: each class a name or a list of synonyms; None for the checkpoint's own.
-            templates: prompt templates in the place of the configuration's.
-            train_vocabulary: classes seen in training in the place of the configuration's.
+            templates: prompt templates instead of the configuration's.
+            train_vocabulary: classes seen in training instead of the configuration's.
 
         Raises:
             ValueError: no vocabulary, a malformed one, or a template without exactly one `{}`.
@@ -260,14 +258,14 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
             pixel_values: (B, 3, H, W) float, normalized RGB, padded at the bottom and on the right.
             pixel_mask: (B, H, W), 1 for pixels and 0 for padding; None if nothing is padded.
             vocabulary: the classes of all images, each a name or a list of synonyms; None for the checkpoint's own.
-            vocabularies: one vocabulary for each image, in the place of `vocabulary`.
+            vocabularies: one vocabulary for each image, instead of `vocabulary`.
             mask_labels: for each image (n, H, W), its n ground-truth masks; losses are computed.
             class_labels: for each image (n,) int64, the classes of its masks.
-            dominant_categories: names in the place of the k nearest: one list for all images, or one for each.
-            templates: prompt templates in the place of the configuration's.
-            train_vocabulary: classes seen in training in the place of the configuration's.
-            ensemble_alpha: weight of CLIP's class logits for seen classes in the place of the configuration's.
-            ensemble_beta: weight of CLIP's class logits for unseen classes in the place of the configuration's.
+            dominant_categories: names instead of the k nearest: one list for all images, or one for each.
+            templates: prompt templates instead of the configuration's.
+            train_vocabulary: classes seen in training instead of the configuration's.
+            ensemble_alpha: weight of CLIP's class logits for seen classes instead of the configuration's.
+            ensemble_beta: weight of CLIP's class logits for unseen classes instead of the configuration's.
             examples: class name -> (n, D), of `encode_examples`, that join the class's names.
             example_weight: of n examples beside the names, 0..1 (n / (n + 4)); at 1 the names say nothing.
             output_hidden_states: whether to return hidden states.
@@ -283,7 +281,7 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         sizes = check_images(pixel_values, pixel_mask)
         classes = batch_vocabularies(vocabulary, vocabularies, config.own_classes, len(sizes))
         counts = [len(own) for own in classes]
-        masks = check_labels(mask_labels, class_labels, sizes, pixel_values.shape[-2:], counts)
+        masks = check_mask_labels(mask_labels, class_labels, sizes, pixel_values.shape[-2:], counts)
         given = check_dominant_categories(dominant_categories, len(sizes), config.num_dominant_categories)
         shown = check_examples(examples, example_weight, classes, self.clip_backbone.embed_dim)
         options = {
@@ -416,7 +414,7 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         self,
         group: Group,
         templates: Sequence[str] | None,
-        train_vocabulary: Classes | None,
+        train_vocabulary: VocabularyLike | None,
         examples: ClassExamples | None,
     ) -> dict[str, Any]:
         """Give what `segment` takes of the images of one size with one vocabulary."""
@@ -434,7 +432,7 @@ class ITAForOpenVocabSegmentation(ExamplesMixin, ITAPreTrainedModel):
         self,
         vocabulary: VocabularyKey,
         templates: Sequence[str] | None,
-        train_vocabulary: Classes | None,
+        train_vocabulary: VocabularyLike | None,
         examples: ClassExamples | None = None,
     ) -> TextEmbeddings:
         config = self.config

@@ -163,7 +163,7 @@ def pad_to(values: Tensor, size: tuple[int, int]) -> Tensor:
     return pad(values, (0, size[1] - values.shape[-1], 0, size[0] - values.shape[-2]))
 
 
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_label_map(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize labels (h, w) to (*size); each pixel gets the label nearest to its center, exact for any integer."""
     rows, columns = (
         ((torch.arange(new, device=labels.device) + 0.5) * (old / new)).long().clamp(max=old - 1)
@@ -194,27 +194,18 @@ def label_masks(
     """
     if do_reduce_labels and ignore_index is None:
         raise ValueError("`do_reduce_labels` needs an `ignore_index`")
-    found = [label for label in labels.unique().tolist() if label != ignore_index]
-    if instance_id_to_semantic_id is None:
-        classes = found
-    else:
-        missing = [label for label in found if label not in instance_id_to_semantic_id]
-        if do_reduce_labels:
-            missing = [label for label in missing if label != 0]
-        if missing:
-            raise ValueError(f"`instance_id_to_semantic_id` lacks the labels {missing}")
-        classes = [instance_id_to_semantic_id.get(label, 0) for label in found]
-    if do_reduce_labels:
-        pairs = [
-            (label, class_id - 1)
-            for label, class_id in zip(found, classes, strict=True)
-            if class_id and label
-        ]
-    else:
-        pairs = list(zip(found, classes, strict=True))
-    wanted = torch.tensor([label for label, _ in pairs], dtype=torch.int64, device=labels.device)
+    found = [one for one in labels.unique().tolist() if one != ignore_index and (one or not do_reduce_labels)]
+    class_of = instance_id_to_semantic_id
+    if class_of is None:
+        class_of = {label: label for label in found}
+    missing = [label for label in found if label not in class_of]
+    if missing:
+        raise ValueError(f"`instance_id_to_semantic_id` lacks the labels {missing}")
+    kept = [label for label in found if class_of[label] or not do_reduce_labels]
+    wanted = torch.tensor(kept, dtype=torch.int64, device=labels.device)
+    classes = [class_of[label] - int(do_reduce_labels) for label in kept]
     masks = (labels[None] == wanted[:, None, None]).float()
-    return masks, torch.tensor([class_id for _, class_id in pairs], dtype=torch.int64, device=labels.device)
+    return masks, torch.tensor(classes, dtype=torch.int64, device=labels.device)
 
 
 # --- weights that accelerate keeps on another device or on the disk until they are needed (`device_map`) ---

@@ -12,19 +12,20 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from transformers import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .class_examples import encode_class_examples
 from .image_io import read_image
+from .ops import pad_to
 from .postprocessing import DEFAULT_THRESHOLDS
+from .text import normal_form, normalize_vocabulary, parse_classes, with_distractors
 from .tiled_segmentation import TiledResult, segment_tiles
 from .tiling import Tiling, tiling_of
-from .vocabulary import normal_form, normalize_vocabulary, parse_classes, with_distractors
 
-NO_CLASS = -1  # label of pixels without a class in semantic maps
+NO_CLASS = -1
+"""Label of pixels without a class in semantic maps of any number of classes."""
 SEGMENT_THRESHOLD = 0.9  # as in `ImageSegmentationPipeline`
 
 
@@ -58,20 +59,12 @@ def collate_images(items: Sequence[Any]) -> dict[str, Any]:
     Args:
         items: each {"pixel_values" (1, 3, h, w), "pixel_mask" (1, h, w), "target_size" [(height, width)]}.
     """
-    sides = [item["pixel_values"].shape[-2:] for item in items]
-    height, width = (max(side[axis] for side in sides) for axis in (0, 1))
-    return {
-        **{
-            key: torch.cat(
-                [
-                    pad(item[key], (0, width - side[1], 0, height - side[0]))
-                    for item, side in zip(items, sides, strict=True)
-                ]
-            )
-            for key in ("pixel_values", "pixel_mask")
-        },
-        "target_size": [item["target_size"] for item in items],
+    height, width = (max(item["pixel_values"].shape[axis] for item in items) for axis in (-2, -1))
+    batch: dict[str, Any] = {
+        key: torch.cat([pad_to(item[key], (height, width)) for item in items])
+        for key in ("pixel_values", "pixel_mask")
     }
+    return batch | {"target_size": [item["target_size"] for item in items]}
 
 
 INHERITED_PARAMETERS = {"subtask", "threshold", "mask_threshold", "overlap_mask_area_threshold", "timeout"}
@@ -91,7 +84,7 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
     sizes, `batch_size` images go through the network together.
 
     What shows none of the candidate labels is left out: where they are fewer than the checkpoint's own classes, those
-    compete as distractors (see `vocabulary.with_distractors`), and pixels or segments with a score below `threshold`
+    compete as distractors (see `text.with_distractors`), and pixels or segments with a score below `threshold`
     are dropped. With `threshold=0` and `distractors=False` every pixel gets a class in the subtask "semantic", which
     is the benchmarks' protocol.
 
@@ -235,10 +228,10 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         model_inputs.update(options)
         if classes is not None:
             model: Any = self.model
-            own, trained = model.default_vocabulary, model.config.train_vocabulary
-            model_inputs["vocabulary"] = (
-                with_distractors(classes, own, trained)[0] if distractors else classes
-            )
+            if distractors:
+                own, trained = model.default_vocabulary, model.config.train_vocabulary
+                classes, _ = with_distractors(classes, own, trained)
+            model_inputs["vocabulary"] = classes
         return model_inputs if "image" in model_inputs else super()._forward(model_inputs)
 
     def postprocess(  # type: ignore[override]
@@ -278,10 +271,8 @@ class ITAImageSegmentationPipeline(ImageSegmentationPipeline):
         names: Any = model.config.id2label if classes is None else [synonyms[0] for synonyms in classes]
         if threshold is None:
             threshold = DEFAULT_THRESHOLDS["semantic"] if subtask == "semantic" else SEGMENT_THRESHOLD
-        options: dict[str, Any] = {
-            "threshold": threshold,
-            "num_classes": None if classes is None else len(classes),
-        }
+        num_classes = None if classes is None else len(classes)
+        options: dict[str, Any] = {"threshold": threshold, "num_classes": num_classes}
         if subtask == "semantic":
             options["ignore_index"] = NO_CLASS
         else:
@@ -367,14 +358,10 @@ class ITAZeroShotImageSegmentationPipeline(ITAImageSegmentationPipeline):
     """The same, with candidate labels only: a call without them, at it or at construction, raises ValueError."""
 
     def _forward(  # type: ignore[override]
-        self,
-        model_inputs: Any,
-        classes: list[list[str]] | None = None,
-        distractors: bool = True,
-        **options: Any,
+        self, model_inputs: Any, classes: list[list[str]] | None = None, **options: Any
     ) -> Any:
         if classes is None:
             raise ValueError(
                 'zero-shot-image-segmentation needs candidate_labels, such as candidate_labels=["cat", "sofa|couch"]'
             )
-        return super()._forward(model_inputs, classes, distractors, **options)
+        return super()._forward(model_inputs, classes, **options)

@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_CLASS, ANY_CLASS = -2, -1
-"""In the place of the class that a query answers for: none of the vocabulary's, and whichever it finds."""
+from .dominant_categories import ANY_CLASS
 
 _OWN_CLASS_COST = -3.0  # a query that answers for a class is preferred for it, unless its mask is far worse
 _OTHER_CLASS_COST = 1e5
-_FINITE_COST = 1e6  # in the place of a cost that is NaN or infinite: larger than any finite cost
+_FINITE_COST = 1e6  # instead of a cost that is NaN or infinite: larger than any finite cost
 
 
 @dataclass
@@ -79,14 +78,9 @@ def sample_at_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def own_class_cost(query_classes: Tensor, target_classes: Tensor) -> Tensor:
-    """Prefer queries for targets of their own class; others get them only where free queries run out.
+    """Give what a pair of query (Q,) and target (n,) costs for not being of one class, (Q, n) float32.
 
-    Args:
-        query_classes: (Q,) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`.
-        target_classes: (n,) int64.
-
-    Returns:
-        (Q, n) float32, added to the cost of a pair.
+    Targets go to queries of their own class, and to others only where free queries run out.
     """
     is_own = query_classes[:, None] == target_classes
     is_free = (query_classes == ANY_CLASS)[:, None].expand_as(is_own)
@@ -101,10 +95,7 @@ def sort_by_row(points: Tensor) -> Tensor:
 
 
 def linear_assignment(cost: Tensor) -> tuple[list[int], list[int]]:
-    """Find the cheapest one-to-one assignment of rows to columns of a host cost matrix (Q, n).
-
-    Returns:
-        Row and column indices, each of length min(Q, n), in the order of columns.
+    """Find the cheapest one-to-one assignment of rows to columns of a host cost matrix (Q, n), in order of columns.
 
     Raises:
         ImportError: scipy is not installed.
@@ -132,11 +123,7 @@ def check_lists(
     mask_labels: list[Tensor],
     class_labels: list[Tensor],
 ) -> None:
-    """Check that predictions pair with predictions, images with images and masks with classes.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Check that predictions pair with predictions, images with images and masks with classes."""
     if len(class_logits) != len(mask_logits) or not class_logits:
         raise ValueError(
             f"{len(class_logits)} class predictions do not pair with {len(mask_logits)} mask predictions"
@@ -156,15 +143,7 @@ def check_lists(
 
 
 def assign(costs: list[Tensor], num_queries: int) -> Matches:
-    """Match the queries of every prediction and image to masks at the lowest cost.
-
-    Args:
-        costs: (L, Q, n_i) of each image, on any device; all cross to the host together.
-        num_queries: Q.
-
-    Raises:
-        ImportError: scipy is not installed.
-    """
+    """Match the queries of every prediction and image to masks at the lowest cost, (L, Q, n_i) of each image."""
     device, num_predictions = costs[0].device, len(costs[0])
     flat = torch.cat([cost.flatten() for cost in costs]).cpu()
     on_host = [
@@ -172,8 +151,7 @@ def assign(costs: list[Tensor], num_queries: int) -> Matches:
         for part, cost in zip(flat.split([c.numel() for c in costs]), costs, strict=True)
     ]
     sizes = [min(cost.shape[1:]) for cost in costs]
-    queries: list[int] = []
-    targets: list[int] = []
+    queries, targets = [], []
     for prediction in range(num_predictions):
         for image, cost in enumerate(on_host):
             rows, columns = linear_assignment(cost[prediction])
@@ -200,7 +178,7 @@ def labels_at_points(mask_labels: list[Tensor], matches: Matches, points: list[T
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum binary cross-entropy of logits (M, P) with labels in 0..1, mean over points, over masks: a scalar."""
+    """Sum over masks the binary cross-entropy of logits (M, P) with labels in 0..1, its mean over points: a scalar."""
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
 
 
@@ -270,7 +248,7 @@ class SetCriterion:
             class_labels: one int64 (n_i,) per image, values 0..K - 1; n_i may be 0.
             matched_masks: computes the mask logits of the matched queries again. Gradients then flow through these
                 alone; otherwise backward makes a gradient as large as all mask logits for the sake of a few.
-            query_classes: (B, Q) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_CLASS`.
+            query_classes: (B, Q) int64, the class that each query answers for, or `ANY_CLASS`, or `NO_OWN_CLASS`.
 
         Returns:
             `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and the same with suffix `_0`, `_1`,
@@ -310,11 +288,9 @@ class SetCriterion:
         }
 
     def normalizers(self, class_logits: Tensor, class_labels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute what losses are divided by, averaged over processes: two float32 scalars.
+        """Compute what losses are divided by: the number of masks, at least 1, and the weight of queries in `loss_ce`.
 
-        Returns:
-            The number of ground-truth masks, at least 1, and the weight of all queries in the class loss: of this
-            batch, or the means over the batches of the step (see `begin_step`).
+        Both are averaged over processes, and over the batches of a step (see `begin_step`): float32 scalars.
         """
         batches = self._step_mask_counts or [list(map(len, class_labels))]
         counts = [count for batch in batches for count in batch]
@@ -339,14 +315,12 @@ class SetCriterion:
         class_labels: list[Tensor],
         query_classes: Tensor | None = None,
     ) -> Matches:
-        """Match every prediction and image by the Hungarian algorithm.
+        """Match every prediction and image by the Hungarian algorithm; arguments as of `__call__`, on one device.
 
-        Arguments as of `__call__`, on one device. An image's points are the same for its predictions and its
-        targets, in all predictions. Costs are computed on the device and cross to the host together, once.
+        An image's points are the same for its predictions and its targets, in all predictions.
         """
         batch_size, num_queries = class_logits[-1].shape[:2]
-        points = draw_points(batch_size, self.num_points, class_logits[-1].device)
-        points = sort_by_row(points)
+        points = sort_by_row(draw_points(batch_size, self.num_points, class_logits[-1].device))
         costs = []
         for image, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
             if not len(masks):
@@ -369,16 +343,13 @@ class SetCriterion:
     def pair_costs(
         self, class_logits: Tensor, mask_points: Tensor, target_classes: Tensor, target_points: Tensor
     ) -> Tensor:
-        """Give the finite cost of each query and target.
+        """Give the finite cost of each query and target, (Q, n) float32.
 
         Args:
             class_logits: (Q, K + 1).
             mask_points: (Q, P) mask logits at points; overwritten.
             target_classes: (n,) int64.
             target_points: (n, P) in 0..1.
-
-        Returns:
-            (Q, n) float32.
         """
         cost_class = -class_logits.float().softmax(-1).index_select(1, target_classes)
 
@@ -416,29 +387,22 @@ class SetCriterion:
     def mask_losses(
         self, matched: list[Tensor], mask_labels: list[Tensor], matches: Matches
     ) -> tuple[Tensor, Tensor]:
-        """Compute binary cross-entropy and dice loss of matched mask logits, (M, h, w) of each prediction, at points.
-
-        Returns:
-            Two of (L,), summed over masks.
-        """
+        """Sum binary cross-entropy and dice loss of matched mask logits, (M, h, w) each, at points: two of (L,)."""
         if not sum(matches.sizes):  # nothing to learn; the zeros still belong to the graph
             zeros = torch.stack([maps.float().sum() for maps in matched])
             return zeros, zeros
         points = [self.uncertain_points(maps.detach()) for maps in matched]
         labels = labels_at_points(mask_labels, matches, points)
         logits = [sample_at_points(maps, own) for maps, own in zip(matched, points, strict=True)]
-        pairs = list(zip(logits, labels, strict=True))
-        return (
-            torch.stack([cross_entropy_sum(x, t) for x, t in pairs]),
-            torch.stack([dice_sum(x, t) for x, t in pairs]),
-        )
+        losses = (map(loss, logits, labels) for loss in (cross_entropy_sum, dice_sum))
+        cross_entropy, dice = (torch.stack(list(of_layers)) for of_layers in losses)
+        return cross_entropy, dice
 
     @torch.no_grad()
     def uncertain_points(self, mask_logits: Tensor) -> Tensor:
         """Choose points where masks are most uncertain, and random ones: (M, h, w) -> (M, P, 2) in 0..1.
 
-        Uncertainty is -|logit|, greatest where a logit is NaN. The uncertain points are the top of
-        oversampled random candidates.
+        Uncertainty is -|logit|, greatest where a logit is NaN; candidates are drawn at random.
         """
         num_masks, device = len(mask_logits), mask_logits.device
         candidates = draw_points(num_masks, self.num_candidates, device)

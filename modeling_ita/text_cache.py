@@ -1,6 +1,6 @@
 """What keeps the text tower from doing work twice: embeddings on disk, and beginnings that prompts share.
 
-A large vocabulary is encoded once in a machine's life. The embeddings of a name depend on the text tower's weights, on
+A large vocabulary is encoded once on each machine. The embeddings of a name depend on the text tower's weights, on
 the tokenizer and on the prompt templates: a folder is named by a digest of those, and holds files of names with their
 embeddings. A file is written under another name and then renamed, so it is complete or absent; it carries a digest of
 its content. One that fails it, or does not hold what it should, is deleted (or, where it cannot be, passed over), and
@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +28,18 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-FOLDER_VARIABLE = "ITA_TEXT_CACHE"
+CACHE_FOLDER_VARIABLE = "ITA_TEXT_CACHE"
 """Environment variable: the folder of the cache, or "off"; without it, `ita_text` in the Hugging Face home."""
 
-LIMIT_VARIABLE = "ITA_TEXT_CACHE_MB"
+CACHE_LIMIT_VARIABLE = "ITA_TEXT_CACHE_MB"
 """Environment variable: the most megabytes that the cache may take; 1024 without it."""
 
-FORMAT = "2"  # goes into every digest: to be counted up when the same names would be encoded to other numbers
+FORMAT = "2"  # part of every digest: to be increased when the same names would get other embeddings
 
 
 def cache_folder() -> Path | None:
     """Give the folder of the cache, or None where the environment says that there is to be none."""
-    chosen = os.environ.get(FOLDER_VARIABLE)
+    chosen = os.environ.get(CACHE_FOLDER_VARIABLE)
     if chosen is None:
         return Path(HF_HOME) / "ita_text"
     return None if chosen.strip().lower() in ("", "0", "off", "false", "no") else Path(chosen)
@@ -48,9 +48,9 @@ def cache_folder() -> Path | None:
 def cache_limit() -> int:
     """Give the most bytes that the cache may take."""
     try:
-        return int(float(os.environ.get(LIMIT_VARIABLE, "1024")) * 1e6)
+        return int(float(os.environ.get(CACHE_LIMIT_VARIABLE, "1024")) * 1e6)
     except (ValueError, OverflowError):
-        logger.warning_once(f"{LIMIT_VARIABLE} is not a number of megabytes: 1024 is used")
+        logger.warning_once(f"{CACHE_LIMIT_VARIABLE} is not a number of megabytes: 1024 is used")
         return 1_024_000_000
 
 
@@ -67,29 +67,12 @@ def digest_of(description: Sequence[str], tensors: Sequence[Tensor]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *description]).encode() + b"".join(parts)).hexdigest()[:32]
 
 
-def open_cache(
-    description: Sequence[str], tensors: Callable[[], Sequence[Tensor]], embed_dim: int
-) -> "TextCache | None":
-    """Open the cache of a text tower.
-
-    Args:
-        description: strings on which embeddings depend: templates, tokenizer, device.
-        tensors: gives the text tower's weights.
-        embed_dim: D, the width of the embeddings.
-
-    Returns:
-        None where the environment says that there is to be no cache.
-    """
-    folder = cache_folder()
-    return None if folder is None else TextCache(folder / digest_of(description, tensors()), embed_dim)
-
-
 class TextCache:
     """The names encoded with one text tower and one set of templates.
 
     Args:
         folder: of this tower and these templates; made when something is written.
-        embed_dim: D, the width of the embeddings.
+        embed_dim: D.
     """
 
     def __init__(self, folder: Path, embed_dim: int):
@@ -97,11 +80,7 @@ class TextCache:
         self.embed_dim = embed_dim
 
     def read(self, names: Sequence[str]) -> list[tuple[list[str], Tensor, Tensor]]:
-        """Read what is kept of the names.
-
-        Returns:
-            Blocks of (n names among those asked for, prompt embeddings (n, D), name embeddings (n, D)), no name twice.
-        """
+        """Read what is kept of the names: blocks of (n names, prompt and name embeddings, (n, D) each)."""
         wanted, blocks = set(names), []
         for path in sorted(self.folder.glob("*.safetensors")):
             if not wanted:
@@ -112,7 +91,7 @@ class TextCache:
                 self._discard(path, error)
                 continue
             if found:
-                wanted.difference_update(found)
+                wanted -= set(found)
                 blocks.append((found, prompt_embeds, name_embeds))
                 with contextlib.suppress(OSError):
                     os.utime(path)  # the order in which files are deleted
@@ -146,7 +125,7 @@ class TextCache:
         return [names[row] for row in rows], prompt_embeds[rows], name_embeds[rows]
 
     def write(self, names: Sequence[str], prompt_embeds: Tensor, name_embeds: Tensor) -> None:
-        """Keep n names with their embeddings (n, D); a disk that is full or read-only costs a warning, no more."""
+        """Keep n names with their embeddings (n, D); where the disk is full or read-only, only warn."""
         encoded = torch.frombuffer(bytearray(json.dumps(list(names)).encode()), dtype=torch.uint8)
         tensors = {
             "names": encoded,
@@ -222,15 +201,9 @@ def encode_prefixes(tower: Any, tokens: list[list[int]]) -> Prefixes:
 
 
 def encode_rest(tower: Any, tokens: Tensor, prefixes: Prefixes) -> Tensor | None:
-    """Encode prompts by what comes after their beginnings.
+    """Encode prompts (T, L) by what comes after their T beginnings: the last block's output at the end token.
 
-    Args:
-        tower: has the weights.
-        tokens: (T, L) int64, a row for each beginning; the end token is the largest, and what follows it is not read.
-        prefixes: the encoded beginnings.
-
-    Returns:
-        (T, width), the last block's output at the end token; None if a row does not begin as it should.
+    The end token is the largest, and what follows it is not read. None if a prompt does not begin as it should.
     """
     if any(row[: len(own)].tolist() != own for row, own in zip(tokens, prefixes.tokens, strict=True)):
         return None
@@ -250,17 +223,10 @@ def encode_rest(tower: Any, tokens: Tensor, prefixes: Prefixes) -> Tensor | None
 def _run_blocks(
     tower: Any, x: Tensor, is_token: Tensor, allowed: Tensor, earlier: list[tuple[Tensor, Tensor]] | None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Run the blocks on tokens one after the other; they are in rows of one length for attention only.
+    """Run the blocks on the tokens (M, width) of all prompts; they are in rows of one length for attention only.
 
-    Args:
-        tower: has the blocks.
-        x: (M, width), the tokens of all prompts.
-        is_token: (T, L) bool with M that are True, where they lie in rows.
-        allowed: bool, broadcast to (T, heads, L, P + L), where each may look.
-        earlier: keys and values of the tokens before, (T, heads, P, c), of each layer.
-
-    Returns:
-        (M, width), and keys and values of each layer, (T, heads, L, c).
+    `is_token` (T, L) says where they lie in rows, `allowed` (T, heads, L, P + L) where each may look. Also gives the
+    keys and values of each layer, (T, heads, L, c), as `earlier` has those of the P tokens before.
     """
     kept = []
     for index, block in enumerate(tower.transformer.resblocks):

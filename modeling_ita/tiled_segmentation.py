@@ -9,6 +9,7 @@ one where their masks agree in the pixels that both tiles see. Stuff is one segm
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class TiledResult:
 
     segmentation: Tensor
     segments_info: list[dict[str, Any]] = field(default_factory=list)
-    masks: list[tuple[tuple[int, int, int, int], Any]] | None = None
+    masks: list[tuple[Box, np.ndarray]] | None = None
     scores: dict[int, float] = field(default_factory=dict)
     dominant_categories: list[str] = field(default_factory=list)
     class_probabilities: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -125,11 +126,8 @@ def segment_tiles(
         result.segmentation, result.scores = merger.labels.cpu(), merger.scores()
         return result
     merged = merger.result()
-    result.segmentation, result.segments_info = (
-        torch.from_numpy(merged["segmentation"]),
-        merged["segments_info"],
-    )
-    result.masks = merged.get("masks")
+    result.segmentation = torch.from_numpy(merged["segmentation"])
+    result.segments_info, result.masks = merged["segments_info"], merged.get("masks")
     if labels is not None:
         for segment in result.segments_info:
             segment["label"] = labels[segment["label_id"]]
@@ -198,7 +196,9 @@ class SegmentMerger:
         ]
         self._size, self._is_panoptic = size, is_panoptic
         self._pieces: list[list[Piece]] = []
-        self._parents: list[int] = [0]  # of each piece's number, towards the first piece that it is one with
+        self._parents: list[int] = [
+            0
+        ]  # union-find: of each piece's number, towards the first piece of its segment
         self._stuff: dict[int, tuple[int, float]] = {}  # of each class the number and the highest score
         self._map = np.zeros(size, dtype=np.int32)
 
@@ -249,7 +249,7 @@ class SegmentMerger:
             box (top, left, bottom, right) and the mask within it, (height, width) bool.
         """
         groups: dict[int, list[Piece]] = {}
-        for piece in (piece for pieces in self._pieces for piece in pieces):
+        for piece in chain.from_iterable(self._pieces):
             groups.setdefault(self._first(piece.number), []).append(piece)
         if not self._is_panoptic:
             return self._instances(list(groups.values()))
@@ -311,8 +311,8 @@ class SegmentMerger:
     def _join(self, own: list[Piece], others: list[Piece], region: Box, other_region: Box) -> None:
         """Join the segments of two tiles that agree in the pixels that both see: best agreement first.
 
-        A network may find a thing twice in one tile, so several may be one with the same. Those of different classes
-        are joined where a border cuts one of them and neither has its like.
+        A network may find a thing twice in one tile, so several may be joined with the same one. Those of different
+        classes are joined where a border cuts one of them and neither is joined with one of its own class.
         """
         shared = _intersection(region, other_region)
         if shared is None:

@@ -9,7 +9,7 @@ Symbols: Q queries, K classes, (h, w) a mask's size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 
 import torch
 from PIL import Image
@@ -94,11 +94,9 @@ def tiling_of(tiles: int | None, overlap: int | None = None) -> Tiling | None:
     Raises:
         ValueError: an overlap without tiles, or numbers that `Tiling` refuses.
     """
-    if tiles is None:
-        if overlap is not None:
-            raise ValueError("tile_overlap is for tiles")
-        return None
-    return Tiling(tiles, overlap)
+    if tiles is None and overlap is not None:
+        raise ValueError("tile_overlap is for tiles")
+    return None if tiles is None else Tiling(tiles, overlap)
 
 
 def _is_whole(value: object) -> bool:
@@ -106,12 +104,9 @@ def _is_whole(value: object) -> bool:
 
 
 def spans(length: int, window: int | None, stride: int | None = None) -> list[tuple[int, int]]:
-    """Return where windows begin and end along a side; the last ends with the side.
+    """Return where windows begin and end along a side, `stride` apart (by default `window`); the last ends with it.
 
-    Args:
-        length: of the side.
-        window: of each window; None, or at least `length`, for one over the whole side.
-        stride: from one window to the next; None for `window`.
+    A window that is None or at least as long as the side covers all of it.
     """
     if window is None or window >= length:
         return [(0, length)]
@@ -139,11 +134,9 @@ class _HeldCrop:
 
     def _own(self, start: int, stop: int) -> slice:
         """Convert columns of the image to the crop's own."""
-        return (
-            slice(self.right - stop, self.right - start)
-            if self.flipped
-            else slice(start - self.left, stop - self.left)
-        )
+        if self.flipped:
+            return slice(self.right - stop, self.right - start)
+        return slice(start - self.left, stop - self.left)
 
     def mask_probabilities(self, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
         """Return (rows, columns, Q) for a part of the image that the crop covers."""
@@ -187,7 +180,7 @@ class SemanticMerger:
         self._held: dict[int, _HeldCrop] = {}
         self._waiting = _cells(crops)
         self._needed: dict[int, set[_Cell]] = {}
-        for cell in (cell for cells in self._waiting.values() for cell in cells):
+        for cell in chain.from_iterable(self._waiting.values()):
             for index in cell.crops:
                 self._needed.setdefault(index, set()).add(cell)
         self._count = 0
@@ -261,11 +254,9 @@ class SemanticMerger:
         if not cells:
             del self._held[index]
             return
-        rows, columns = (
-            (min(span[0] for span in of_axis), max(span[1] for span in of_axis))
-            for of_axis in ([one.rows for one in cells], [one.columns for one in cells])
-        )
-        self._held[index].keep(rows, columns)
+        tops, bottoms = zip(*(cell.rows for cell in cells), strict=True)
+        lefts, rights = zip(*(cell.columns for cell in cells), strict=True)
+        self._held[index].keep((min(tops), max(bottoms)), (min(lefts), max(rights)))
 
     def scores(self) -> dict[int, float]:
         """Return the mean probability of each class over its pixels; only with a threshold."""
@@ -279,13 +270,9 @@ def _cells(crops: Sequence[Crop]) -> dict[int, list[_Cell]]:
     cells: dict[int, list[_Cell]] = {}
     column_spans = list(pairwise(sorted({*lefts, *rights})))
     for rows in pairwise(sorted({*tops, *bottoms})):
-        in_rows = [
-            index for index in range(len(crops)) if tops[index] <= rows[0] and rows[1] <= bottoms[index]
-        ]
+        in_rows = [one for one in range(len(crops)) if tops[one] <= rows[0] and rows[1] <= bottoms[one]]
         for columns in column_spans:
-            covering = [
-                index for index in in_rows if lefts[index] <= columns[0] and columns[1] <= rights[index]
-            ]
+            covering = [one for one in in_rows if lefts[one] <= columns[0] and columns[1] <= rights[one]]
             if covering:
                 cells.setdefault(covering[-1], []).append(_Cell(rows, columns, covering))
     return cells

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ita_segmentation.errors import ITAError, one_line
-from modeling_ita.vocabulary import normal_form, parse_classes
+from modeling_ita.text import normal_form, parse_classes
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def read_class_names(path: Path, classes: Sequence[Sequence[str]]) -> list[list[
     Raises:
         ITAError: it has another number of classes, or names them in another order.
     """
-    from modeling_ita.vocabulary import normal_form
+    from modeling_ita.text import normal_form
 
     given = read_vocabulary(path)
     if len(given) != len(classes):

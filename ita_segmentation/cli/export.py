@@ -142,7 +142,7 @@ def _vocabulary(arguments: argparse.Namespace) -> list[list[str]] | None:
         return read_vocabulary(arguments.vocabulary)
     if arguments.classes is None:
         return None
-    from modeling_ita.vocabulary import parse_classes
+    from modeling_ita.text import parse_classes
 
     try:
         return parse_classes(arguments.classes)

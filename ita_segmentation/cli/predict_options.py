@@ -204,7 +204,7 @@ def parse_names(text: str, option: str) -> list[list[str]]:
     Raises:
         UsageError: no class in it, or an empty name.
     """
-    from modeling_ita.vocabulary import parse_classes
+    from modeling_ita.text import parse_classes
 
     try:
         return parse_classes(text)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ita_segmentation.evaluation.predictors import EVALUATION_TASKS, ImagePrediction, Instances
 from ita_segmentation.evaluation.tta import Crop, CropOutput, TestTimeAugmentation, merge_crops
-from modeling_ita.vocabulary import normalize_vocabulary
+from modeling_ita.text import normalize_vocabulary
 
 PANOPTIC_THRESHOLD = 0.0
 """Least score of a panoptic segment: FC-CLIP's evaluation (arXiv 2308.02487) keeps every query that is not void."""

@@ -25,7 +25,7 @@ from ita_segmentation.export.network import check_exportable, text_to_onnx, to_o
 from ita_segmentation.export.tokenizer import build_tokenizer
 from ita_segmentation.files import atomic_path, json_bytes, write_files
 from modeling_ita import normalize_vocabulary
-from modeling_ita.vocabulary import OTHER
+from modeling_ita.text import OTHER
 
 RUNTIME = Path(images.__file__).parent
 """The package that a copy of goes into each folder."""

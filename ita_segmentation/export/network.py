@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from ita_segmentation.export.ita_onnx.predictor import TEXT_INPUTS
-from modeling_ita.classification import TextEmbeddings
+from modeling_ita import TextEmbeddings
 
 INPUTS = ("pixel_values", "valid", *TEXT_INPUTS)
 OUTPUTS = ("class_log_probabilities", "mask_logits", "dominant")

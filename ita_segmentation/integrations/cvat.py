@@ -94,7 +94,7 @@ def create(
         ITAError: the checkpoint or the classes cannot be used.
     """
     from ita_segmentation.checkpoints import load_checkpoint
-    from modeling_ita.vocabulary import parse_classes
+    from modeling_ita.text import parse_classes
 
     network, processor = load_checkpoint(model, device)
     vocabulary = None if classes is None else parse_classes(classes)

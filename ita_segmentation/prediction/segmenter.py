@@ -13,16 +13,14 @@ from PIL import Image
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.prediction.segments import Segment, areas_and_boxes, as_array, iterate_segments
 from ita_segmentation.visualization import resize_labels
+from modeling_ita.ops import MASK_STRIDE
+from modeling_ita.pipeline_ita import NO_CLASS
 from modeling_ita.postprocessing import DEFAULT_THRESHOLDS
+from modeling_ita.text import normal_form, normalize_vocabulary, with_distractors
 from modeling_ita.tiling import Tiling
-from modeling_ita.vocabulary import normal_form, normalize_vocabulary, with_distractors
 
 TASKS = tuple(DEFAULT_THRESHOLDS)
 MAX_GUESSES = 3
-NO_CLASS = -1
-"""In a semantic map: no class reaches the threshold."""
-MASK_STRIDE = 4
-"""Of the network's masks."""
 
 
 @dataclass(frozen=True)

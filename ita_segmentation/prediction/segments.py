@@ -11,8 +11,6 @@ import numpy as np
 ClassNames = Sequence[Any] | Mapping[int, str]
 """Class names: a vocabulary (names, or lists of synonyms) or a configuration's `id2label`."""
 ROWS_AT_ONCE = 64
-IGNORE_INDEX = 255
-"""The value of pixels without a class in the semantic maps of `ITAImageProcessor`."""
 
 
 @dataclass(frozen=True)

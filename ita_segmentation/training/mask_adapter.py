@@ -15,8 +15,7 @@ from transformers.utils import ModelOutput
 from ita_segmentation.training.trainer import ITATrainer
 from modeling_ita import ITAForOpenVocabSegmentation
 from modeling_ita.batching import Group, batch_vocabularies, check_images, group_images
-from modeling_ita.classification import AdapterMaskPooling
-from modeling_ita.mask_adapter import binary_masks
+from modeling_ita.classification import AdapterMaskPooling, binary_masks
 from modeling_ita.set_criterion import Matches
 
 MAX_TRUE_MASKS, MAX_PAIRS = 16, 8

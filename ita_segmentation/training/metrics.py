@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modeling_ita.set_criterion import Matches
-from modeling_ita.vocabulary import normalize_vocabulary
+from modeling_ita.text import normalize_vocabulary
 
 LOSS_PARTS = ("loss_ce", "loss_mask", "loss_dice")
 _GIB = 2.0**30

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ita_segmentation.training.checkpoints import FROZEN
 from ita_segmentation.training.pseudo_labels import PseudoLabeler
 from modeling_ita import ITAForOpenVocabSegmentation
-from modeling_ita.vocabulary import OTHER, Vocabulary
+from modeling_ita.text import OTHER, Vocabulary
 
 logger = logging.get_logger(__name__)
 

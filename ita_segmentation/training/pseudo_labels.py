@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ita_segmentation.errors import UsageError
 from modeling_ita import ITAForOpenVocabSegmentation
-from modeling_ita.vocabulary import normalize_vocabulary
+from modeling_ita.text import normalize_vocabulary
 
 MIN_FREE_SHARE = 0.5
 """Share of a segment outside of labeled masks below which it is dropped: the label has renamed it."""

@@ -27,7 +27,7 @@ from ita_segmentation.training.results import RESULTS
 from ita_segmentation.training.trainer import ITATrainer
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
 from modeling_ita.configuration_ita import ITAConfig
-from modeling_ita.vocabulary import normal_form, normalize_vocabulary
+from modeling_ita.text import normal_form, normalize_vocabulary
 
 logger = logging.get_logger(__name__)
 

@@ -50,7 +50,7 @@ from ita_segmentation.training.metrics import MetricAccumulator
 from ita_segmentation.training.pseudo_labels import PseudoLabeler
 from ita_segmentation.training.results import Sample, take_sample, write_results
 from ita_segmentation.training.schedules import MinuteBudget, build_scheduler
-from modeling_ita.vocabulary import normalize_vocabulary
+from modeling_ita.text import normalize_vocabulary
 
 logger = logging.get_logger(__name__)
 

@@ -21,7 +21,7 @@ from ita_segmentation.data.scenes import (
 )
 from ita_segmentation.data.scenes import dataset as dataset_module
 from ita_segmentation.data.scenes.textures import PAINTERS
-from modeling_ita.vocabulary import normal_form
+from modeling_ita.text import normal_form
 
 FINGERPRINT = """
 import hashlib

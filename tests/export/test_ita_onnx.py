@@ -21,7 +21,7 @@ from ita_segmentation.export.ita_onnx import (
     vocabulary,
 )
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
-from modeling_ita import vocabulary as rules
+from modeling_ita import text as rules
 
 FILES = sorted((ROOT / "examples").glob("scene_*"))[:4]
 CLASSES = ["water", "concrete", ["teddy bear", "teddy"], "french fries", ["a new word", "and its synonym"]]

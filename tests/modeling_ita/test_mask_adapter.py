@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, classification
-from modeling_ita.classification import AdapterMaskPooling, HardMaskPooling
-from modeling_ita.mask_adapter import MaskAdapter, binary_masks, weighted_means
+from modeling_ita.classification import (
+    AdapterMaskPooling,
+    HardMaskPooling,
+    MaskAdapter,
+    binary_masks,
+    weighted_means,
+)
 from modeling_ita.ops import mask_mean
 
 

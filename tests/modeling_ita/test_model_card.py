@@ -14,9 +14,9 @@ from helpers.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from ita_segmentation.hub.model_index import update_model_card
 from modeling_ita.checkpoint_code import (
     CardError,
-    class_names,
     is_generated,
     may_be_replaced,
+    own_class_names,
     write_model_card,
 )
 
@@ -75,7 +75,7 @@ def test_images_in_the_folder_are_the_widgets_examples(tmp_path):
     ],
 )
 def test_own_classes_by_their_first_names(config, names):
-    assert class_names(config) == names
+    assert own_class_names(config) == names
 
 
 def test_training_is_read_from_the_files_in_the_folder(tmp_path):

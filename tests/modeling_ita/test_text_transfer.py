@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeling_ita.text_transfer import TextTransfer, shuffled_cells
+from modeling_ita.classification import TextTransfer, shuffled_cells
 
 
 @pytest.mark.parametrize("form", ["post_norm", "res_post_norm"])

@@ -19,7 +19,7 @@ from modeling_ita import (
     parse_classes,
 )
 from modeling_ita import text as text_module
-from modeling_ita.vocabulary import with_distractors
+from modeling_ita.text import with_distractors
 
 NAMES = ["cat", "Water", "teddy bear", "sofa", "french fries", "traffic light", "sky", "grass"]
 

@@ -24,7 +24,7 @@ from ita_segmentation.training.name_tuning import (
 )
 from ita_segmentation.training.pseudo_labels import kept_classes
 from modeling_ita import ITAForOpenVocabSegmentation, ITAImageProcessor
-from modeling_ita.vocabulary import normalize_vocabulary
+from modeling_ita.text import normalize_vocabulary
 
 NEW = ["kite", ["automobile", "coach"]]  # "automobile" is a name of the checkpoint's class "car"
 KEPT = [["sky"], ["dog", "puppy"], ["grass"]]

@@ -113,7 +113,7 @@ def read_classes(path: Path) -> tuple[tuple[Category, ...], tuple[int, ...], tup
     Raises:
         ITAError: if the file cannot be read, a name belongs to two classes, or a thing is none of the classes.
     """
-    from modeling_ita.vocabulary import normal_form
+    from modeling_ita.text import normal_form
 
     text = read_text(path)
     table = _json_object(text)
@@ -150,7 +150,7 @@ def _classes_of_table(table: dict[str, Any], path: Path) -> list[list[str]]:
     if "classes" not in table or set(table) - {"classes", "things"}:
         raise ITAError(f'{path} must hold a list, or {{"classes": [...], "things": [...]}}')
 
-    from modeling_ita.vocabulary import normalize_vocabulary
+    from modeling_ita.text import normalize_vocabulary
 
     try:
         return [list(names) for names in normalize_vocabulary(table["classes"])]

@@ -11,7 +11,7 @@ from datasets import ClassLabel
 from ita_segmentation.data.prepared import vocabulary_of
 from ita_segmentation.data.scenes import IGNORE_INDEX, scenes_vocabulary
 from ita_segmentation.errors import ITAError
-from modeling_ita.vocabulary import normal_form, normalize_vocabulary
+from modeling_ita.text import normal_form, normalize_vocabulary
 
 
 @dataclass(frozen=True)

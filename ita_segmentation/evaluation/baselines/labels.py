@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from modeling_ita.vocabulary import normal_form
+from modeling_ita.text import normal_form
 
 SUFFIXES = frozenset({"merged", "other", "stuff"})
 """Last words that COCO adds to distinguish its labels ("tree-merged", "wall-stuff"); they name nothing."""

@@ -1,4 +1,4 @@
-"""Vocabularies and their tokens: the rules of `modeling_ita.vocabulary` and of CLIP's tokenizer, without torch."""
+"""Vocabularies and their tokens: the rules of `modeling_ita.text` and of CLIP's tokenizer, without torch."""
 
 import html
 import unicodedata
