@@ -13,14 +13,7 @@ from ita_segmentation.data.benchmarks.base import SourceDataset
 def dataset_card(
     benchmark: str, dataset: SourceDataset, folder: Path, splits: Mapping[str, Iterable[str]]
 ) -> bytes:
-    """Write README.md: the front matter that `datasets` reads, then tables.
-
-    Args:
-        benchmark: the name of the benchmark.
-        dataset: its release.
-        folder: the folder of the parquet files.
-        splits: the names of the files of each split.
-    """
+    """Write README.md: the front matter that `datasets` reads, then tables; `splits` names the files of each split."""
     from datasets import DatasetInfo, Features, SplitDict, SplitInfo
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData

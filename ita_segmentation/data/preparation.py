@@ -60,17 +60,7 @@ class PrepareError(ITAError):
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to prepare.
-
-    Attributes:
-        benchmark: the name of the benchmark.
-        dataset: its release.
-        source: the folder of the release.
-        output: the folder of the dataset.
-        splits: the splits to prepare; other splits in the output are kept.
-        limit: the number of images of each split, from the first on; None for all.
-        num_proc: the number of processes.
-    """
+    """What to prepare: the first `limit` images of some splits; other splits in the output are kept."""
 
     benchmark: str
     dataset: SourceDataset
@@ -93,12 +83,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What was done.
-
-    Attributes:
-        num_images: the number of images of each split.
-        written: how many of them this run wrote.
-    """
+    """The number of images of each split, and how many of them this run wrote."""
 
     num_images: Mapping[str, int]
     written: int
@@ -106,14 +91,7 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file to write.
-
-    Attributes:
-        name: its name in `data`.
-        fingerprint: hexadecimal digest of everything that determines its content.
-        entries: its images.
-        schema: its columns; the metadata has the features of `datasets`.
-    """
+    """One parquet file of `data` to write; the fingerprint digests everything that determines its content."""
 
     name: str
     fingerprint: str
@@ -155,11 +133,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
 
 
 def plan_split(config: PrepareConfig, split: str) -> list[Shard]:
-    """List the images of a split and distribute them among shards.
-
-    Raises:
-        ITAError: if the folder is not the release, or the split has no images.
-    """
+    """List the images of a split and distribute them among shards."""
     dataset = config.dataset
     entries = dataset.index(config.source, split)[: config.limit]
     if not entries:
@@ -197,11 +171,7 @@ def code_digest(module: str) -> str:
 
 
 def _read_manifest(config: PrepareConfig) -> Manifest:
-    """Read the manifest of the output; empty if there is no dataset yet.
-
-    Raises:
-        ITAError: if the output is the source or contains something else, which would be lost.
-    """
+    """Read the manifest of the output, empty for a new one; ITAError if something else would be lost."""
     if config.output.resolve() == config.source.resolve():
         raise ITAError(f"the output {config.output} is the source: choose another folder")
     try:
@@ -266,12 +236,7 @@ def _is_up_to_date(config: PrepareConfig, plan: Mapping[str, Sequence[Shard]], m
 
 
 def _write_missing(config: PrepareConfig, plan: Mapping[str, Sequence[Shard]], manifest: Manifest) -> int:
-    """Finish all shards of the plan in `.incomplete/shards`; return the number of images written.
-
-    Raises:
-        PrepareError: if images are missing or malformed. Shards without such images are kept.
-        ITAError: if all labels of a split are ignored.
-    """
+    """Finish all shards of the plan that have no bad image; return the number of images written."""
     shards = [shard for split in plan.values() for shard in split]
     _finished(config, "").parent.mkdir(parents=True, exist_ok=True)
     for leftover in _finished(config, "").parent.glob(".*.tmp"):
@@ -350,11 +315,7 @@ def _exit_with_parent() -> None:
 
 
 def write_shard(config: PrepareConfig, shard: Shard) -> list[str]:
-    """Read the images of a shard and, if all of them are good, write its file.
-
-    Returns:
-        One line for each image that cannot be used, in order.
-    """
+    """Write a shard if all of its images are good; return one line for each that is not, in order."""
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     has_segments = "panoptic" in shard.schema.names

@@ -56,11 +56,7 @@ class DatasetVocabulary:
 
 
 def vocabulary_of(dataset: Dataset | IterableDataset) -> DatasetVocabulary:
-    """Read the vocabulary of a prepared dataset from its features and its first row.
-
-    Raises:
-        ITAError: if the dataset has no rows, or lacks the columns that hold the vocabulary.
-    """
+    """Read the vocabulary of a prepared dataset from its features and its first row; ITAError if it has none."""
     features = dataset.features or {}
     names = _class_names(features.get("classes"))
     if names is None or "ignore_index" not in features:
@@ -86,12 +82,7 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def prepared_splits(folder: Path | str) -> dict[str, list[Path]]:
-    """List the splits of a prepared dataset and their files, in order.
-
-    Raises:
-        ITAError: if there is no such folder, it is not a prepared dataset, files of it are missing, empty or
-            truncated, or they differ in columns or classes.
-    """
+    """List the splits of a prepared dataset and their files, in order; ITAError unless they are complete and alike."""
     import pyarrow.parquet
 
     folder = Path(folder)

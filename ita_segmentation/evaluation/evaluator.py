@@ -50,10 +50,10 @@ def evaluate_benchmark(
     store: ResumeStore | None = None,
     title: str = "",
 ) -> BenchmarkScores | None:
-    """Score a predictor on a benchmark.
+    """Score a predictor, the same on every process, on a benchmark.
 
     Args:
-        predictor: the same on every process.
+        predictor: what is scored.
         benchmark: the images with labels.
         config: what is scored, and how.
         store: where counts are saved from time to time, and read by the next run; None saves nothing.
@@ -148,11 +148,7 @@ def _decode_ahead(
 
 
 def decode_sample(benchmark: Benchmark, row: Any) -> dict[str, Any]:
-    """Decode one image and its labels.
-
-    Raises:
-        ITAError: they cannot be read or differ in size; the message names the image.
-    """
+    """Decode one image and its labels; ITAError names an image that cannot be read or whose labels differ in size."""
     name = row.get("image_id", "?") if isinstance(row, dict) else "?"
     try:
         return benchmark.decode(row)

@@ -67,11 +67,7 @@ class ITAPredictor:
     def __call__(
         self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
     ) -> list[ImagePrediction]:
-        """Predict; see `Predictor`.
-
-        Raises:
-            ValueError: the model's output is NaN.
-        """
+        """Predict; see `Predictor`. Raises ValueError if the model's output is NaN."""
         if not self.augmentation.is_identity:
             return [self._predict_crops(image, size) for image, size in zip(images, sizes, strict=True)]
         outputs = self._run(self.processor(images=list(images), return_tensors="pt"))

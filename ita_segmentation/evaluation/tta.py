@@ -53,12 +53,7 @@ class TestTimeAugmentation:
         return self == TestTimeAugmentation()
 
     def crops(self, image_size: tuple[int, int], processor_size: Any | None) -> list[Crop]:
-        """Return the crops of an image.
-
-        Args:
-            image_size: (height, width) of the image.
-            processor_size: the image processor's `size`; None if it does not resize.
-        """
+        """Return the crops of an image (height, width); `processor_size` is None if the processor does not resize."""
         found = []
         for scale in self.scales:
             height, width = _scaled_size(image_size, processor_size, scale)
@@ -89,13 +84,7 @@ def _in_image(start: int, stop: int, side: int, image_side: int) -> tuple[int, i
 
 @dataclass(frozen=True)
 class CropOutput:
-    """The network's output for a crop.
-
-    Attributes:
-        crop: the crop.
-        class_logits: (Q, K + 1), void last.
-        mask_logits: (Q, h, w).
-    """
+    """The network's output for a crop: class logits (Q, K + 1), void last, and mask logits (Q, h, w)."""
 
     crop: Crop
     class_logits: Tensor
@@ -106,10 +95,6 @@ def merge_crops(outputs: Sequence[CropOutput], size: tuple[int, int]) -> Tensor:
     """Return the class with the highest sum of scores over the crops of an image, (H, W) integers.
 
     Every pixel of the image must be in at least one crop. Crops have equal weights.
-
-    Args:
-        outputs: of one image and one vocabulary.
-        size: (height, width) of the image.
     """
     merger = SemanticMerger([output.crop for output in outputs], size)
     for output in outputs:

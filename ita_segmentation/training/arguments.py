@@ -106,11 +106,7 @@ class ITAModelArguments:
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """All mappings in `model_config` merged, later ones over earlier ones.
-
-        Raises:
-            ITAError: One is not a mapping.
-        """
+        """All mappings in `model_config` merged, later ones over earlier ones. Raises ITAError if one is none."""
         changes: dict[str, Any] = {}
         for text in self.model_config:
             changes |= parse_mapping(text, "model_config")
@@ -119,11 +115,7 @@ class ITAModelArguments:
 
 @dataclass
 class ITATrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with the method's defaults and the options of this trainer.
-
-    Raises:
-        ValueError: A number is not finite or out of range.
-    """
+    """transformers' `TrainingArguments` with the method's defaults and the options of this trainer."""
 
     _argument_group_name = "training"
 
@@ -222,11 +214,7 @@ class ITATrainingArguments(TrainingArguments):
 
 
 def check_numbers(arguments: Any) -> None:
-    """Check that the numbers of a dataclass of arguments are finite and not negative, or positive where they must be.
-
-    Raises:
-        ValueError: Names the first one that is not.
-    """
+    """Raise ValueError for the first number that is not finite, is negative, or 0 where it must be positive."""
     for one in dataclasses.fields(arguments):
         value = getattr(arguments, one.name)
         for number in value if isinstance(value, list) else [value]:
@@ -247,10 +235,7 @@ def increases_within(values: Sequence[float], low: float, high: float) -> bool:
 
 
 def changed_arguments(*arguments: Any) -> dict[str, Any]:
-    """Collect the arguments of dataclasses that are not the default, as `--config` reads them.
-
-    Tokens are left out, and so is what follows from the machine or is set by `ITATrainingArguments` itself.
-    """
+    """Collect the arguments that are not the default, as `--config` reads them, without tokens and `DERIVED` ones."""
     changed: dict[str, Any] = {}
     for group in arguments:
         for one in dataclasses.fields(group):

@@ -28,9 +28,7 @@ STEPS_BETWEEN_CHECKS = 10
 class TrainingStoppedError(ITAError):
     """A run that must stop before its end, and why.
 
-    Args:
-        message: The reason, in one line.
-        exit_status: Exit status of the process: 1 for a failure, 128 plus the number of a signal.
+    `exit_status` is that of the process: 1 for a failure, 128 plus the number of a signal.
     """
 
     def __init__(self, message: str, exit_status: int = 1) -> None:
@@ -41,11 +39,7 @@ class TrainingStoppedError(ITAError):
 class StopSignals:
     """Context that turns SIGTERM and Ctrl-C into a request to stop after the step; a second Ctrl-C interrupts.
 
-    Attributes:
-        received: The signal that came; None before.
-
-    Raises:
-        ValueError: Entered in another thread than the main one.
+    `received` is the signal that came, None before.
     """
 
     def __init__(self) -> None:
@@ -84,12 +78,7 @@ class Batch:
 class NonFiniteGuard:
     """Remember the latest batches, and the first step with a non-finite loss or gradient.
 
-    Nothing waits for the device but `check`.
-
-    Args:
-        device: Device of the losses.
-        batches_per_step: Batches per optimizer step.
-        every: Steps between two checks; batches are remembered for longer.
+    Nothing waits for the device but `check`, which is due every `every` steps; batches are remembered for longer.
     """
 
     def __init__(self, device: torch.device, batches_per_step: int, every: int) -> None:
@@ -115,14 +104,7 @@ class NonFiniteGuard:
         self._first_bad = torch.where(is_finite, self._first_bad, self._first_bad.clamp(max=step))
 
     def check(self, stop_requested: bool) -> tuple[int | None, bool]:
-        """Share the state among processes, which call this together.
-
-        Args:
-            stop_requested: Whether this process was asked to stop.
-
-        Returns:
-            The first non-finite step of any process (None: there was none), and whether any was asked to stop.
-        """
+        """Give the first non-finite step of any process, or None, and whether any was asked to stop; a collective call."""
         asked = self._first_bad.new_tensor(0 if stop_requested else 1)
         both = torch.stack([self._first_bad, asked])
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -44,11 +44,11 @@ def read_clip(source: str) -> Clip:
         source: A folder, MODEL:TAG, or hf-hub:OWNER/NAME, as above.
 
     Returns:
-        `{"name", "model_cfg", "preprocess_cfg"}`, where `preprocess_cfg` has `mean` and `std` if they are known, and
-        the state dict.
+        `{"name", "model_cfg", "preprocess_cfg"}` (the last with `mean` and `std` if they are known), and the state
+        dict.
 
     Raises:
-        UsageError: There is no such CLIP, it cannot be downloaded, or it cannot be read.
+        UsageError: There is no such CLIP, or it cannot be downloaded or read.
     """
     if Path(source).is_dir():
         return _from_folder(Path(source))
@@ -228,12 +228,7 @@ def set_precision(model: ITAForOpenVocabSegmentation, dtype: str) -> None:
 
 
 def add_adapters(model: ITAForOpenVocabSegmentation, rank: int) -> None:
-    """Add LoRA adapters (arXiv 2106.09685) to the image tower's linear layers and 1x1 convolutions.
-
-    Raises:
-        ModuleNotFoundError: peft is not installed.
-        UsageError: The tower has no such layer.
-    """
+    """Add LoRA adapters (arXiv 2106.09685) to the image tower's linear layers and 1x1 convolutions."""
     from peft import LoraConfig, inject_adapter_in_model
 
     backbone = model.clip_backbone

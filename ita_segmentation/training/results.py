@@ -63,11 +63,7 @@ def curve(history: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list
 
 
 def draw_results(folder: str | Path, history: Sequence[dict[str, Any]] | None = None) -> Path:
-    """Draw the curves of a run to `results.png` in its output folder.
-
-    Args:
-        folder: The run's output folder.
-        history: Its log entries; None reads them.
+    """Draw the curves of a run to `results.png` in its output folder; `history` is read where it is None.
 
     Returns:
         The image's path.
@@ -211,18 +207,7 @@ def write_results(
     classes: TrainingClasses,
     writers: Sequence[Any],
 ) -> None:
-    """Write a run's log, `results.png` and, if there are samples, `samples/step-STEP.jpg`.
-
-    Args:
-        output: The run's output folder.
-        state: The Trainer's state, with the log.
-        samples: Of the evaluation at this step.
-        classes: The dataset's classes.
-        writers: TensorBoard writers (or None) that show the samples, too.
-
-    Raises:
-        OSError, ITAError: Something cannot be written.
-    """
+    """Write a run's log, `results.png` and the samples, if any, as `samples/step-STEP.jpg` and to TensorBoard."""
     with atomic_path(output / TRAINER_STATE_NAME) as file:
         state.save_to_json(str(file))
     draw_results(output, state.log_history)

@@ -17,16 +17,10 @@ POLY_POWER = 0.9
 def learning_rate_factor(
     schedule: str, progress: float, milestones: Sequence[float] = STEP_MILESTONES
 ) -> float:
-    """Compute the factor of the learning rate after a share of the run, warm-up aside.
+    """Compute the factor of the learning rate after a share (0..1) of the run, warm-up aside.
 
-    Args:
-        schedule: "step" (divides by ten at each milestone), "cosine", "linear", "poly" (linear to the power 0.9;
-            these three end at 0) or "constant".
-        progress: Share of the run, 0..1.
-        milestones: Shares of the run, for "step" only.
-
-    Raises:
-        ValueError: There is no such schedule.
+    Schedules are "step" (divides by ten at each milestone), "cosine", "linear", "poly" (linear to the power 0.9; these
+    three end at 0) and "constant"; ValueError for another one.
     """
     left = 1.0 - min(progress, 1.0)
     if schedule == "step":
@@ -43,13 +37,9 @@ def learning_rate_factor(
 
 
 class MinuteBudget:
-    """Wall-clock minutes of a run, including its parts before a resume.
+    """Wall-clock minutes of a run, including its parts before a resume; no limit without `max_minutes`.
 
-    Args:
-        max_minutes: The budget; None for no limit.
-
-    Attributes:
-        minutes: Minutes spent, as of the last `read_clock`.
+    `minutes` are those spent as of the last `read_clock`.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
@@ -93,16 +83,7 @@ def build_scheduler(
     milestones: Sequence[float],
     budget: MinuteBudget,
 ) -> LambdaLR:
-    """Build a linear warm-up followed by a schedule over the steps or the minutes, whichever are further.
-
-    Args:
-        optimizer: The optimizer.
-        schedule: One of `SCHEDULES`.
-        num_steps: Steps of the run.
-        warmup_steps: Steps of the warm-up.
-        milestones: Of "step", as for `learning_rate_factor`.
-        budget: Minutes of the run.
-    """
+    """Build a linear warm-up followed by a schedule over the steps or the minutes, whichever are further."""
 
     def factor(step: int) -> float:
         progress = max(step / max(num_steps, 1), budget.progress)

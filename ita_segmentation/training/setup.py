@@ -44,11 +44,6 @@ def load_model(
 
     The processor resizes to the size of training; a checkpoint that is fine-tuned on other data keeps its own size.
 
-    Args:
-        arguments: Source of the model.
-        classes: The dataset's classes.
-        data: The dataset, and the size of training images.
-
     Raises:
         UsageError: The arguments contradict each other, or what they name cannot be used.
     """
@@ -197,11 +192,7 @@ def _checkpoint_to_resume(training: ITATrainingArguments) -> Path | None:
 
 
 def check_classes(config: ITAConfig, checkpoint: Path) -> None:
-    """Check that a checkpoint to resume was trained on the same classes.
-
-    Raises:
-        UsageError: Names a class that differs.
-    """
+    """Raise UsageError, naming a class that differs, unless a checkpoint to resume was trained on the same classes."""
     before = ITAConfig.from_pretrained(checkpoint)
     for name in ("vocabulary", "train_vocabulary"):
         old, new = (list(map(_forms, getattr(one, name) or [])) for one in (before, config))
@@ -216,11 +207,7 @@ def check_classes(config: ITAConfig, checkpoint: Path) -> None:
 
 
 def check_labels(dataset: Any, name: str) -> None:
-    """Check that one of the first training images has a labeled class.
-
-    Raises:
-        UsageError: None has: all pixels are ignored, or of classes that are withheld.
-    """
+    """Raise UsageError if in none of the first training images a class is labeled and seen."""
     count = min(len(dataset), MAX_IMAGES_WITHOUT_LABELS)
     if not any(len(dataset[index]["class_labels"]) for index in range(count)):
         raise UsageError(
@@ -238,8 +225,8 @@ def run_training(trainer: ITATrainer, checkpoint: Path | None, arguments: Argume
         arguments: The run's arguments, recorded in `arguments.yaml`.
 
     Raises:
-        TrainingStoppedError: A loss was not finite, or a signal came.
-        ITAError: The output folder is in use, or something could not be read or written.
+        ITAError: The output folder is in use, or a file could not be read or written; a `TrainingStoppedError` if a
+            loss was not finite, or a signal came.
     """
     with output_lock(trainer.output, is_owner=trainer.is_world_process_zero()):
         if trainer.is_world_process_zero():

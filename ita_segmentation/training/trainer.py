@@ -159,12 +159,7 @@ class ITATrainer(Trainer):
     # --------------------------------------------------------------------------------------------- a run
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Train as `Trainer` does.
-
-        Raises:
-            TrainingStoppedError: A loss or a gradient was not finite; or SIGTERM or Ctrl-C came.
-            ITAError: The checkpoint is of another run.
-        """
+        """Train as `Trainer` does. Raises TrainingStoppedError after a non-finite step, SIGTERM or Ctrl-C."""
         self.last_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.is_world_process_zero() and self.output.is_dir():
             checkpoints.clear_temporary(self.output)
@@ -395,15 +390,7 @@ class ITATrainer(Trainer):
             checkpoints.load_weights(self.network, Path(resume_from_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the complete model, each file of it written or left unchanged, with `half_weights` in float16.
-
-        Args:
-            output_dir: A folder; None takes the run's.
-            _internal_call: Not used.
-
-        Raises:
-            ITAError: It cannot be written.
-        """
+        """Save the complete model, each file of it written or left unchanged, with `half_weights` in float16."""
         weights = fsdp.full_weights(self.network)
         if not self.is_world_process_zero():
             return
@@ -424,11 +411,6 @@ class ITATrainer(Trainer):
         """Compute mIoU from one confusion matrix over the evaluation images; no logits are kept or gathered.
 
         The averaged weights are scored if there is an average. The run's random state is left unchanged.
-
-        Args:
-            eval_dataset: None takes the trainer's.
-            ignore_keys: Not used.
-            metric_key_prefix: Prefix of the names of the metrics.
 
         Returns:
             `eval_miou`, `eval_miou_seen`, `eval_miou_unseen`, `eval_fwiou`, `eval_macc`, `eval_pacc` in 0..1 (those
@@ -484,11 +466,7 @@ class ITATrainer(Trainer):
         return samples
 
     def save_results(self, samples: Sequence[Sample]) -> None:
-        """Write the log, `results.png` and sample predictions; a disk that cannot be written costs only these.
-
-        Args:
-            samples: Of the evaluation at this step; also shown in TensorBoard, if that is used.
-        """
+        """Write the log, `results.png` and sample predictions; a disk that cannot be written costs only these."""
         if self.is_world_process_zero():
             boards = [one for one in self.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
             try:

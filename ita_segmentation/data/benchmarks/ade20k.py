@@ -95,17 +95,10 @@ class Ade20k150:
     def _panoptic(
         self, label: np.ndarray, instances: np.ndarray, path: Path
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Put the instances on top of the stuff of the semantic annotation; things without an instance become void.
+        """Put the instances (H, W, 3) on top of the stuff of the labels (H, W); things without an instance become void.
 
-        As published, a stuff class that instances cover completely keeps its segment, without pixels.
-
-        Args:
-            label: (H, W) uint8 class indices or 255.
-            instances: (H, W, 3) uint8 of the release.
-            path: the file of the instances, for messages.
-
-        Returns:
-            (H, W) int32 segment ids from 1, stuff before things, and the segments.
+        As published, a stuff class that instances cover completely keeps its segment, without pixels. Returns (H, W)
+        int32 ids from 1, stuff before things, and the segments.
         """
         present = np.flatnonzero(np.bincount(label.ravel(), minlength=256)[: len(self.categories)]).tolist()
         stuff = [index for index in present if not self.categories[index].is_thing]
@@ -275,11 +268,7 @@ _PICKLE_ERRORS = (
 
 
 def _load_plain_pickle(path: Path) -> Any:
-    """Read a pickle of plain values and numpy arrays.
-
-    Raises:
-        ITAError: if it is truncated or damaged, or would run code.
-    """
+    """Read a pickle of plain values and numpy arrays; ITAError if it is damaged or would run code."""
     content = io.BytesIO(read_bytes(path))
     try:
         return _PlainUnpickler(content).load()
@@ -301,10 +290,7 @@ def _reduced_size(height: int, width: int, shortest: int = 512) -> tuple[int, in
 
 
 def _resize_nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize (H, W, C) to (h, w, C) as OpenCV's INTER_NEAREST does: each pixel is at the floor of its scaled position.
-
-    The scale is the reciprocal of a rounded quotient, as in OpenCV; this sometimes decides between two pixels.
-    """
+    """Resize (H, W, C) to (h, w, C) as OpenCV's INTER_NEAREST does, by the reciprocal of a rounded quotient."""
     rows, columns = (
         np.minimum(np.floor(np.arange(new) * (1.0 / (new / old))).astype(np.int64), old - 1)
         for old, new in zip(pixels.shape, size, strict=False)

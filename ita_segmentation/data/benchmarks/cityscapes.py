@@ -99,18 +99,7 @@ def _files_by_city(folder: Path, ending: str) -> set[str]:
 
 
 def _segments(ids: np.ndarray, path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Build the panoptic map of a map of instance ids, and its segments by ascending id.
-
-    Args:
-        ids: (H, W) int32.
-        path: the file, for messages.
-
-    Returns:
-        (H, W) int32 with 0 where there is no class, and the segments.
-
-    Raises:
-        ITAError: if an id belongs to no class.
-    """
+    """Build the panoptic map (H, W) int32 of instance ids, 0 for no class, and its segments by ascending id."""
     check_label_range(np.where(ids < 1000, ids, ids // 1000), LABEL_IDS, path)
     segments = []
     for value in np.flatnonzero(np.bincount(ids.ravel())).tolist():

@@ -101,19 +101,7 @@ class CocoPanoptic:
 
 
 def _label_map(ids: np.ndarray, classes: dict[int, int], path: Path) -> np.ndarray:
-    """Look up the class of each pixel.
-
-    Args:
-        ids: (H, W) int32 segment ids, 0 for void.
-        classes: the class of each id, void included.
-        path: the file, for messages.
-
-    Returns:
-        (H, W) uint8.
-
-    Raises:
-        ITAError: if an id of the map has no class, or a segment has no pixel.
-    """
+    """Look up the class of each pixel: (H, W) uint8. Raises ITAError if an id has no class, or a segment no pixel."""
     present, label = lookup_ids(ids, classes, default=0)
     unknown = sorted(set(present.tolist()) - classes.keys())
     if unknown:
@@ -138,11 +126,7 @@ def _compact(entry: dict[str, Any]) -> Any:
 
 
 def _read_annotations(path: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    """Read the file names of the images by id, and the annotations, of `panoptic_*.json`.
-
-    Raises:
-        ITAError: if it is not JSON, or not a panoptic annotation file.
-    """
+    """Read the file names of the images by id, and the annotations, of `panoptic_*.json`."""
     content = read_json(path, _compact)
     lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
     images, rows = lists

@@ -35,14 +35,8 @@ SPLITS = ("train", "validation")
 class FolderDataset:
     """A user's folder; `FolderDataset.at(source)` reads its classes.
 
-    Attributes:
-        categories: K classes.
-        values: (K,) the label value of each class.
-        ignored: label values that are ignored, unless they belong to a class.
-        ignore_index: 255, or 65535 for more than 255 classes.
-        splits: the splits that have subfolders; "train" if there are no subfolders.
-        in_subfolders: whether splits have subfolders.
-        layout: what the folder must contain.
+    `values` (K,) are the label values of the classes; those in `ignored` are ignored unless they belong to a class.
+    Without subfolders for splits all images are of "train".
     """
 
     categories: Sequence[Category] = ()
@@ -58,15 +52,7 @@ class FolderDataset:
 
     @classmethod
     def at(cls, source: Path, classes: Path | None = None) -> FolderDataset:
-        """Read the classes and splits of a folder.
-
-        Args:
-            source: the folder.
-            classes: the file of class names; default classes.json or classes.txt in the folder.
-
-        Raises:
-            ITAError: if the folder is not as expected, or the class file cannot be read.
-        """
+        """Read the splits and the classes (in classes.json or classes.txt unless another file is given) of a folder."""
         require_folder(source, ["images", "labels"], cls.layout)
         if classes is None:
             classes = next((source / name for name in CLASS_FILES if (source / name).is_file()), None)
@@ -105,14 +91,7 @@ class FolderDataset:
 
 
 def read_classes(path: Path) -> tuple[tuple[Category, ...], tuple[int, ...], tuple[int, ...]]:
-    """Read a class file.
-
-    Returns:
-        The categories, the label value of each, and the label values that the file says to ignore.
-
-    Raises:
-        ITAError: if the file cannot be read, a name belongs to two classes, or a thing is none of the classes.
-    """
+    """Read a class file: the categories, the label value of each, and the label values that it says to ignore."""
     from modeling_ita.vocabulary import normal_form
 
     text = read_text(path)

@@ -74,11 +74,7 @@ def _compact(entry: dict[str, Any]) -> Any:
 
 
 def _read_detail(path: Path) -> tuple[list[_Image], list[_Mask]]:
-    """Read the images and masks of the file, in its order.
-
-    Raises:
-        ITAError: if it is not JSON, or an entry of it is malformed.
-    """
+    """Read the images and masks of the file, in its order."""
     content = read_json(path, _compact)
     if not isinstance(content, dict) or set(content) != {"images", "annos_segmentation"}:
         raise ITAError(f"{path} is not PASCAL in Detail's: 'images' and 'annos_segmentation' were expected")
@@ -161,23 +157,11 @@ class PascalContext59:
 
 
 def decode_mask(counts: str, height: int, width: int, where: str) -> np.ndarray:
-    """Decode a mask from COCO's compressed run-length encoding (runs go down the columns, background first).
+    """Decode a mask (height, width) bool from COCO's compressed run lengths (down the columns, background first).
 
-    pycocotools reads and writes out of bounds where an encoding is damaged, so the encoding is checked here.
-
-    Args:
-        counts: the run lengths. A number consists of groups of five bits, lowest first, each a character from "0" on
-            whose sixth bit says that more follow; the highest bit of the last group is the sign. From the fourth
-            number on, it is the difference to the one two before.
-        height: rows of the mask.
-        width: columns of the mask.
-        where: the file and mask, for messages.
-
-    Returns:
-        (height, width) bool.
-
-    Raises:
-        ITAError: if it is not the encoding of a mask of this size.
+    A number consists of groups of five bits, lowest first, each a character from "0" on whose sixth bit says that more
+    follow; the highest bit of the last group is the sign. From the fourth number on, it is the difference to the one
+    two before. pycocotools reads and writes out of bounds where an encoding is damaged, so it is checked here.
     """
     lengths: list[int] = []
     value = shift = 0
@@ -231,11 +215,7 @@ class PascalContext459:
 
 
 def _read_label_map(path: Path) -> np.ndarray:
-    """Read the (H, W) uint8 or uint16 `LabelMap` of a MATLAB file.
-
-    Raises:
-        ITAError: if the file is missing, truncated, of another format, or has no such map.
-    """
+    """Read the (H, W) uint8 or uint16 `LabelMap` of a MATLAB file."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 

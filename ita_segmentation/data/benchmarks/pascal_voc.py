@@ -18,11 +18,7 @@ LISTS = {"train": "ImageSets/Segmentation/train.txt", "validation": "ImageSets/S
 
 
 class PascalVoc:
-    """VOC2012 with the classes of one of the two benchmarks.
-
-    Args:
-        benchmark: "pascal-voc-20" (background ignored) or "pascal-voc-21" (background is class 0).
-    """
+    """VOC2012 as "pascal-voc-20" (background ignored) or "pascal-voc-21" (background is class 0)."""
 
     ignore_index = 255
     splits: tuple[str, ...] = ("train", "validation")

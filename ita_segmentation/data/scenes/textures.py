@@ -371,16 +371,9 @@ def _painted(name: str, variant: int) -> Image.Image:
 
 
 def draw_stuff(rng: np.random.Generator, name: str, size: tuple[int, int], image_side: int) -> Image.Image:
-    """Draw a random crop of a texture: variant, position, scale, rotation, reflection.
+    """Draw a random crop (height, width) of a texture, "RGB": variant, position, scale, rotation, reflection.
 
-    Args:
-        rng: random generator.
-        name: a stuff class.
-        size: (height, width) of the crop in pixels.
-        image_side: shorter side of the image that it is for; larger images show coarser patterns.
-
-    Returns:
-        An "RGB" image.
+    The larger the image that it is for, the coarser its patterns.
     """
     height, width = size
     chance = rng.random(6).tolist()

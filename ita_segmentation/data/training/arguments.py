@@ -92,8 +92,7 @@ def load_data(data: ITADataArguments, training: TrainingArguments) -> tuple[Trai
         Classes, training examples and evaluation examples (None if there are none).
 
     Raises:
-        UsageError: if arguments are out of range or do not fit together.
-        ITAError: if the dataset cannot be used.
+        ITAError: if arguments are out of range or do not fit together, or the dataset cannot be used.
     """
     if data.image_size < 32:
         raise UsageError(f"image_size must be at least 32 pixels, got {data.image_size}")
@@ -118,11 +117,7 @@ def load_data(data: ITADataArguments, training: TrainingArguments) -> tuple[Trai
 
 
 def build_augmentation(data: ITADataArguments) -> Augmentation:
-    """Build the augmentation that the arguments describe.
-
-    Raises:
-        UsageError: if they are out of range.
-    """
+    """Build the augmentation that the arguments describe; UsageError if they are out of range."""
     kwargs: dict[str, Any] = {
         "size": data.image_size,
         "min_scale": data.min_scale,

@@ -7,13 +7,10 @@ from torch.nn.functional import pad
 
 
 class TrainingCollator:
-    """Collate training examples into the model's arguments.
+    """Collate training examples into the model's arguments; the `ITAImageProcessor` normalizes and pads images.
 
     Returns `pixel_values`, `pixel_mask` (omitted where nothing is padded), `mask_labels` and `class_labels`, and for
     the trainer `image_names` and `skipped_images` (lists of str).
-
-    Args:
-        processor: an `ITAImageProcessor`, which normalizes and pads images.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -34,9 +31,7 @@ class TrainingCollator:
 class EvaluationCollator:
     """Collate evaluation examples into `{"inputs": model arguments, "labels": list of (H, W) arrays}` and names.
 
-    Args:
-        processor: an `ITAImageProcessor`.
-        do_resize: whether to resize images to the processor's size instead of keeping their own.
+    Images are resized to the processor's size with `do_resize`, and keep their own otherwise.
     """
 
     def __init__(self, processor: Any, do_resize: bool) -> None:

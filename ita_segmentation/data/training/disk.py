@@ -110,10 +110,7 @@ class DiskTraining(Dataset):
 class DiskEvaluation(Dataset):
     """Evaluation examples of rows with columns `image` and `label`, each at its own size.
 
-    Args:
-        rows: `image` and `label`.
-        ignore_index: the label of ignored pixels.
-        skip_corrupt: use a small black image without labels in place of a corrupt one; otherwise raise.
+    With `skip_corrupt`, a small black image without labels stands for a corrupt one; otherwise that raises.
     """
 
     def __init__(self, rows: Rows, ignore_index: int, skip_corrupt: bool = False) -> None:
@@ -178,9 +175,7 @@ def load_disk(
         Classes, training examples, and evaluation examples (None if there are none).
 
     Raises:
-        ITAError: if there is no dataset in the folder; a split, a column or the class names are missing; an unseen
-            class is not a class; the two splits have different classes; or `shuffle_window` is given for a dataset
-            that is not prepared.
+        ITAError: if there is no dataset, something of it is missing, or the arguments do not fit it.
     """
     if not Path(folder).is_dir():
         raise ITAError(f"there is no dataset folder {folder}")

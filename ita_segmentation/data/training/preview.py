@@ -14,17 +14,10 @@ MARGIN = 4
 
 
 def show_augmented(dataset: Any, path: Path | str, rows: int = 3, columns: int = 4, tile: int = 224) -> None:
-    """Draw the first images of a training dataset, each as its first epochs show it.
+    """Draw the first images of a training dataset to a JPEG, one a row, each as its first epochs show it.
 
     Each mask has a color; what no mask covers (void, crowds, unseen classes) is not painted. An image smaller than the
-    crop is at the top left on black.
-
-    Args:
-        dataset: training examples, as `load_disk` returns.
-        path: the JPEG to write.
-        rows: number of images.
-        columns: number of epochs.
-        tile: side of one example in the drawing, in pixels.
+    crop is at the top left on black. One example is `tile` pixels wide and high.
     """
     step = tile + MARGIN
     sheet = Image.new("RGB", (columns * step - MARGIN, rows * step - MARGIN), "white")

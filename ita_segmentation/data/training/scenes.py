@@ -14,12 +14,7 @@ INFINITE_LENGTH = 10_000_000
 
 
 class ScenesTraining(Dataset):
-    """Training examples without end: scenes of seen classes only.
-
-    Args:
-        seed: the seed of the dataset; an index always gives the same image.
-        size: side of the square images in pixels.
-    """
+    """Training examples without end: square scenes of seen classes only; an index always gives the same image."""
 
     def __init__(self, seed: int, size: int) -> None:
         self.seed, self.size = seed, size
@@ -41,13 +36,7 @@ class ScenesTraining(Dataset):
 
 
 class ScenesEvaluation(Dataset):
-    """Evaluation examples: scenes of all classes, seen and unseen.
-
-    Args:
-        seed: the seed of the dataset.
-        size: side of the square images in pixels.
-        num_images: the number of examples.
-    """
+    """Evaluation examples: square scenes of all classes, seen and unseen."""
 
     def __init__(self, seed: int, size: int, num_images: int) -> None:
         self.seed, self.size, self.num_images = seed, size, num_images

@@ -35,14 +35,9 @@ PROMPTS_AT_ONCE = 32
 
 
 class ClipSegPredictor(BaselinePredictor):
-    """CLIPSeg for one vocabulary.
+    """CLIPSeg, with its tokenizer, for one vocabulary.
 
     A class named "background" is no prompt: it is where no other class has a logit of `BACKGROUND_LOGIT` or more.
-
-    Args:
-        network: a `CLIPSegForImageSegmentation` and its image processor.
-        tokenizer: of its text tower.
-        classes: K classes, each a list of names.
     """
 
     def __init__(self, network: Network, tokenizer: Any, classes: Sequence[Sequence[str]]) -> None:

@@ -29,11 +29,8 @@ PLACEHOLDER = re.compile(r"(label|class)?[\s_-]*\d+")
 class LabelMatch:
     """Labels of a model and the classes of a benchmark.
 
-    Attributes:
-        labels: (n,) label indices with a class, ascending; the others are not scored.
-        classes: (n,) the class index of each.
-        missing: class indices that no label names; they can never be predicted.
-        notes: what a reader of the scores should know, one line each.
+    `labels` are the indices with a class, ascending, and `classes` theirs; other labels are not scored, and the classes
+    in `missing`, which no label names, can never be predicted. `notes` are for readers of the scores, one line each.
     """
 
     labels: tuple[int, ...]
@@ -43,7 +40,7 @@ class LabelMatch:
 
 
 def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> LabelMatch:
-    """Find each label's class.
+    """Find each label's class; labels are "name, synonym, ...", classes lists of names.
 
     Names are compared first in their normal form, then without punctuation, spaces and `SUFFIXES`; the first name of
     both first, then any. A label that names several classes equally well gets none of them; several labels may be one
@@ -54,12 +51,7 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
     - background: if the benchmark has a class "background" that no label names, every label without a class is
       background.
 
-    Args:
-        labels: the model's labels in order, each "name, synonym, ...".
-        classes: K lists of names.
-
-    Raises:
-        ValueError: the labels are placeholders ("LABEL_0"), or no label names a class.
+    Raises ValueError if the labels are placeholders ("LABEL_0"), or no label names a class.
     """
     if all(PLACEHOLDER.fullmatch(normal_form(label)) for label in labels):
         raise ValueError(

@@ -69,11 +69,7 @@ UNIVERSAL_PREDICTORS = {
 
 
 def is_baseline(path: Path) -> bool:
-    """Return whether the config.json of a checkpoint names another model than ITA.
-
-    False for a folder without a readable config.json, and for what is neither a folder nor a model that transformers
-    finds on the Hub.
-    """
+    """Tell whether a folder or a name on the Hub has a readable config.json of another model than ITA."""
     if not path.is_dir() and not _may_be_on_hub(path):
         return False
     try:
@@ -154,12 +150,7 @@ def _may_be_on_hub(path: Path) -> bool:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Return the content of config.json.
-
-    Raises:
-        OSError: there is none that can be read.
-        ValueError: it is not JSON, or holds something else.
-    """
+    """Return the content of config.json; OSError or ValueError if that cannot be read."""
     if path.is_dir():
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     else:

@@ -37,11 +37,6 @@ class SemanticPredictor(BaselinePredictor):
     """A model with one logit for each label and pixel (SegFormer, UperNet, DPT, BEiT, ...).
 
     Labels without a class are left out: the best of the others is a pixel's label.
-
-    Args:
-        network: the model.
-        image_processor: the one with the post-processing.
-        match: the model's labels among the benchmark's classes.
     """
 
     def __init__(self, network: Network, image_processor: Any, match: LabelMatch) -> None:
@@ -81,10 +76,8 @@ class SemanticPredictor(BaselinePredictor):
 class UniversalPredictor(SemanticPredictor):
     """A model of queries with a mask and a class each (Mask2Former, MaskFormer, DETR).
 
-    A query's probability of labels without a class goes to "no object".
-
-    Args:
-        is_thing: (K,) which classes have instances; None if that is not known, which leaves the semantic task only.
+    A query's probability of labels without a class goes to "no object". Where `is_thing` (K,) is not known, only the
+    semantic task is left.
     """
 
     class_field, mask_field = "class_queries_logits", "masks_queries_logits"

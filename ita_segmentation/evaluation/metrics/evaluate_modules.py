@@ -25,15 +25,7 @@ _MASKS = datasets.List(datasets.Image())
 
 
 class StreamingModule(evaluate.Metric, ABC):
-    """A module of `evaluate` around a `torchmetrics` metric.
-
-    Attributes:
-        state: what was counted since the last `compute`.
-
-    Args:
-        config_name: unused; `evaluate.load` passes it.
-        **kwargs: as for `evaluate.Metric`.
-    """
+    """A module of `evaluate` around a `torchmetrics` metric; `state` is what was counted since the last `compute`."""
 
     description, inputs_description = "", ""
     features: Mapping[str, Any] = {}
@@ -63,12 +55,7 @@ class StreamingModule(evaluate.Metric, ABC):
         return self._num_examples
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Count a batch.
-
-        Raises:
-            ValueError: predictions and references differ in number, or one of them is invalid. Nothing of the batch is
-                counted then.
-        """
+        """Count a batch; if one example of it is invalid, raise ValueError and count nothing of it."""
         if kwargs:
             raise ValueError(f"{self.name} takes predictions and references, and no {', '.join(kwargs)}")
         if predictions is None or references is None:
@@ -92,13 +79,7 @@ class StreamingModule(evaluate.Metric, ABC):
     ) -> dict[str, Any]:
         """Return the scores of everything added, and of these predictions and references; then start over.
 
-        Args:
-            predictions: as for `add_batch`, optional.
-            references: as for `add_batch`, optional.
-            seen: (K,) whether each class was seen in training; adds the means over both groups.
-
-        Raises:
-            ValueError: as `add_batch` does, or `seen` has not one entry for each class.
+        With `seen` (K,), whether each class was seen in training, also the means over both groups.
         """
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
@@ -108,14 +89,7 @@ class StreamingModule(evaluate.Metric, ABC):
 
 
 class MeanIoU(StreamingModule):
-    """Semantic scores: mean IoU, frequency-weighted IoU, mean and pixel accuracy (`ConfusionMatrix`).
-
-    Args:
-        config_name: unused.
-        num_classes: K.
-        ignore_index: the reference label of ignored pixels.
-        **kwargs: as for `evaluate.Metric`.
-    """
+    """Semantic scores: mean, frequency-weighted IoU, mean and pixel accuracy, with arguments of `ConfusionMatrix`."""
 
     description = "Mean intersection over union and related scores, from one confusion matrix."
     inputs_description = """
@@ -138,14 +112,7 @@ class MeanIoU(StreamingModule):
 
 
 class PanopticQualityMetric(StreamingModule):
-    """Panoptic, segmentation and recognition quality (`PanopticQuality`).
-
-    Args:
-        config_name: unused.
-        num_classes: K.
-        is_thing: (K,) whether each class is a thing; None if that is not known.
-        **kwargs: as for `evaluate.Metric`.
-    """
+    """Panoptic, segmentation and recognition quality, with arguments of `PanopticQuality`."""
 
     description = "Panoptic quality with COCO's rules for crowds and void."
     inputs_description = """
@@ -199,13 +166,7 @@ class PanopticQualityMetric(StreamingModule):
 
 
 class MaskAP(StreamingModule):
-    """COCO's average precision and recall of masks (`MaskAveragePrecision`).
-
-    Args:
-        config_name: unused.
-        num_classes: K.
-        **kwargs: as for `evaluate.Metric`.
-    """
+    """COCO's average precision and recall of masks, with arguments of `MaskAveragePrecision`."""
 
     description = "COCO's average precision and recall of masks."
     inputs_description = """

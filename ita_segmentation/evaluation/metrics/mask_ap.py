@@ -32,9 +32,6 @@ class MaskAveragePrecision(ArrayStateMetric):
     Args:
         num_classes: K, at least 1.
         **kwargs: as for `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: `num_classes` is below 1.
     """
 
     image_ids: list[Tensor]
@@ -216,16 +213,8 @@ def _evaluate_class(
 def encode_masks(masks: Any, role: str) -> tuple[list[dict[str, Any]], tuple[int, int]]:
     """Run-length encode the masks of one image, row by row.
 
-    Args:
-        masks: (n, H, W) bool or integer array or tensor (anything but 0 is inside), or a sequence of (H, W) ones or of
-            COCO run-length encodings.
-        role: what the masks are, for the messages.
-
-    Returns:
-        n encodings {"size": [W, H], "counts": bytes}, and (H, W), (0, 0) without masks.
-
-    Raises:
-        ValueError: masks are not (H, W), differ in size, or are floats.
+    Masks are (n, H, W) bool or integer (anything but 0 is inside), or a sequence of (H, W) ones or of COCO run-length
+    encodings. Returns n encodings {"size": [W, H], "counts": bytes}, and (H, W), (0, 0) without masks.
     """
     if len(masks) == 0:
         return [], (0, 0)

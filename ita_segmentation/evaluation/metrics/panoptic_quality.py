@@ -35,9 +35,6 @@ class PanopticQuality(ArrayStateMetric):
         num_classes: K, at least 1.
         is_thing: (K,) whether each class is a thing; None if that is not known.
         **kwargs: as for `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: `num_classes` is below 1, or `is_thing` has not one entry for each class.
     """
 
     matched_classes: list[Tensor]

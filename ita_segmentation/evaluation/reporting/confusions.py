@@ -17,14 +17,7 @@ MIN_SHARE_OF_MEAN = 0.01
 
 @dataclass(frozen=True)
 class Confusion:
-    """Pixels of one class that were predicted as another.
-
-    Attributes:
-        reference: class index.
-        prediction: another class index.
-        pixels: how many.
-        share: of the reference class's pixels, in (0, 1].
-    """
+    """Pixels of one class (index) predicted as another, and their share of the reference class's, in (0, 1]."""
 
     reference: int
     prediction: int
@@ -38,16 +31,10 @@ class Confusion:
 
 
 def worst_confusions(matrix: np.ndarray, count: int, by: str) -> list[Confusion]:
-    """Return the largest confusions, worst first; equal ones in the order of the classes.
+    """Return the largest confusions of a matrix (K, K), worst first; equal ones in the order of the classes.
 
-    Args:
-        matrix: (K, K) pixel counts, rows are reference classes.
-        count: at most so many.
-        by: "pixels", or "share" of the reference class's pixels; the latter leaves out classes with less than a
-            hundredth of the mean class's pixels.
-
-    Raises:
-        ValueError: `by` is something else.
+    They are compared by "pixels", or by their "share" of the reference class's pixels, which leaves out classes with
+    less than a hundredth of the mean class's pixels.
     """
     if by not in ("pixels", "share"):
         raise ValueError(f"by must be 'pixels' or 'share', got {by!r}")

@@ -22,16 +22,10 @@ GAP, TITLE_SIZE, PAPER, INK = 8, 15, (255, 255, 255), (24, 24, 24)
 
 @dataclass(frozen=True)
 class ExampleImage:
-    """One image of a benchmark, to look at.
+    """One of the best or worst images of a benchmark, with overlays of its labels and of what was predicted.
 
-    Attributes:
-        image_id: the dataset's own.
-        group: "best" or "worst".
-        score: mean IoU of the classes in this image's labels, in [0, 1].
-        image: the image.
-        reference: overlay of its labels.
-        prediction: overlay of what was predicted.
-        legend: of both overlays: (color id, class name and remark, IoU in this image or None).
+    `score` is the mean IoU of the classes in its labels, in [0, 1]; the legend, (color id, class name and remark, IoU
+    in this image or None), is of both overlays.
     """
 
     image_id: str
@@ -91,18 +85,7 @@ def example_image(
 ) -> ExampleImage:
     """Draw overlays of an image's labels and prediction, at most 480 pixels long, with one legend for both.
 
-    Args:
-        image_id: the dataset's own.
-        group: "best" or "worst".
-        score: the image's mean IoU.
-        image: any mode and size.
-        reference: (H, W) integers, class indices or `ignore_index`.
-        prediction: (H, W) integers, class indices.
-        names: (K,) class names.
-        ignore_index: label of ignored pixels.
-
-    Raises:
-        ValueError: the maps differ in shape.
+    The reference (H, W) has class indices or `ignore_index`, the prediction (H, W) class indices.
     """
     if reference.shape != prediction.shape:
         raise ValueError(f"{image_id}: the reference is {reference.shape}, the prediction {prediction.shape}")

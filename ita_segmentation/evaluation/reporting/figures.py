@@ -25,12 +25,7 @@ DPI = 100
 def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     """Draw a confusion matrix: rows are reference classes, columns predicted ones, numbers percent of the row.
 
-    Args:
-        matrix: (K, K) pixel counts, any K.
-        names: (K,) class names.
-
-    Returns:
-        a figure with at most 40 classes; if some are left out, a last column holds the rest of each row.
+    It shows at most 40 classes; if some are left out, a last column holds the rest of each row.
     """
     chosen = classes_to_draw(matrix)
     present = int(np.count_nonzero(matrix.sum(0) + matrix.sum(1)))

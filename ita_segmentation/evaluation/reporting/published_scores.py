@@ -30,14 +30,7 @@ VALIDATION_IMAGES = {
 
 @dataclass(frozen=True)
 class PublishedSystem:
-    """A system and what its authors report.
-
-    Attributes:
-        name: the system's.
-        image_tower: the image encoder of these scores.
-        source: where it was published.
-        scores: benchmark -> key of the results ("miou", "pq", "ap") -> percent.
-    """
+    """A system, its image encoder, and what its authors report: benchmark -> "miou", "pq", "ap" -> percent."""
 
     name: str
     image_tower: str

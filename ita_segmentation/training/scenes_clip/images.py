@@ -23,12 +23,9 @@ MIN_REGION_AREA = 40
 
 @dataclass
 class CaptionedImages:
-    """Images with the classes that their captions name.
+    """Images (B, 3, S, S), normalized, with the classes that their captions name, the main one first.
 
-    Attributes:
-        pixel_values: (B, 3, S, S) float32, normalized.
-        named: class ids that each caption names; the first one is the main one.
-        single: (B,) bool, whether the image shows one thing or one texture.
+    `single` (B,) bool tells which show one thing or one texture.
     """
 
     pixel_values: Tensor
@@ -38,13 +35,9 @@ class CaptionedImages:
 
 @dataclass
 class Regions:
-    """Scenes with the masks of their segments.
+    """Scenes (B, 3, S, S), normalized, with the masks of their R segments.
 
-    Attributes:
-        pixel_values: (B, 3, S, S) float32, normalized.
-        weights: (R, S / 8, S / 8) float32, the share of each cell that the region covers.
-        images: (R,) int64, the image that each region lies in.
-        class_ids: (R,) int64.
+    `weights` (R, S / 8, S / 8) float32 is the share of each cell that the region covers, `images` (R,) where it lies.
     """
 
     pixel_values: Tensor
@@ -61,11 +54,7 @@ def to_pixel_values(images: Sequence[np.ndarray]) -> Tensor:
 
 
 class ImageSource:
-    """Draws batches in a fixed order: the n-th image is the same in every run with the same seed.
-
-    Args:
-        seed: random seed.
-    """
+    """Draws batches in a fixed order: the n-th image is the same in every run with the same seed."""
 
     def __init__(self, seed: int):
         vocabulary = scenes_vocabulary()

@@ -30,11 +30,7 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass
 class ScenesClipRecipe:
-    """The settings of a training run; `minutes` or `max_steps`, whichever ends first, drives the schedule.
-
-    Raises:
-        UsageError: if a value is out of range.
-    """
+    """The settings of a run; `minutes` or `max_steps`, whichever ends first, drives the schedule. Raises UsageError."""
 
     clip: dict[str, Any] = _setting(_default_clip, "open_clip's configuration, as JSON")
     seed: int = _setting(0, "random seed")

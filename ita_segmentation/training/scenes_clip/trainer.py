@@ -68,8 +68,7 @@ def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
 def dense_embeddings(clip: CustomTextCLIP, pixel_values: Tensor) -> Tensor:
     """Embed each cell of the trunk's last stage: (B, 3, H, W) to (B, D, H / 32, W / 32).
 
-    The head (average pool, linear projection without bias) is linear, so projecting cells before
-    pooling them gives the embedding of the pooled cells.
+    The head (average pool, projection without bias) is linear, so cells may be projected before they are pooled.
     """
     features = clip.visual.trunk.forward_features(pixel_values)
     return F.conv2d(features, clip.visual.head.proj.weight[:, :, None, None])
@@ -85,12 +84,8 @@ def pool_regions(cells: Tensor, weights: Tensor, images: Tensor) -> Tensor:
 def caption_set_loss(log_probabilities: Tensor, named: Tensor) -> Tensor:
     """Ask that every cell shows one of the named classes and that each of them is shown somewhere.
 
-    Args:
-        log_probabilities: (B, N, K) of N cells over K classes.
-        named: (B, K) bool, the classes that the caption names.
-
-    Returns:
-        Scalar: negative log probability that a cell has a named class, plus that the best cell of a class has it.
+    `log_probabilities` are (B, N, K) of N cells over K classes, `named` (B, K) bool. Returns the negative log
+    probability that a cell has a named class, plus that the best cell of a class has it.
     """
     outside = log_probabilities.masked_fill(~named[:, None], -1e4)
     inside = -torch.logsumexp(outside, dim=-1).mean()
@@ -99,11 +94,7 @@ def caption_set_loss(log_probabilities: Tensor, named: Tensor) -> Tensor:
 
 
 class ScenesClipTrainer:
-    """Train and evaluate one model: call `train_text`, `train_vision`, `evaluate` and `save` in this order.
-
-    Args:
-        recipe: the settings.
-    """
+    """Train and evaluate one model: call `train_text`, `train_vision`, `evaluate` and `save` in this order."""
 
     def __init__(self, recipe: ScenesClipRecipe):
         torch.manual_seed(recipe.seed)
@@ -124,14 +115,9 @@ class ScenesClipTrainer:
     def train_text(
         self, folder: Path | None = None, on_step: Callable[[int, float], None] | None = None
     ) -> list[float]:
-        """Train the text tower, lock it, and encode the classes.
+        """Train the text tower, lock it, and encode the classes; return the losses.
 
-        Args:
-            folder: where the tower is saved, and reused from if it was trained with the same classes and settings.
-            on_step: called with the step's number and loss.
-
-        Returns:
-            The losses; empty if the tower was reused.
+        A tower that was trained with the same classes and settings is reused from the folder, in which it is saved.
         """
         recipe, losses = self.recipe, []
         path = None if folder is None else folder / TEXT_NAME
@@ -200,11 +186,7 @@ class ScenesClipTrainer:
         return self.sampler.prompt(ids[0], self.rng) if len(ids) == 1 else self.sampler.caption(ids, self.rng)
 
     def region_loss(self, batch: Regions) -> Tensor:
-        """Compute the cross-entropy of mask-pooled regions of seen classes over the seen classes.
-
-        Raises:
-            ValueError: if the batch contains a region of an unseen class.
-        """
+        """Compute the cross-entropy of mask-pooled regions over the seen classes; refuses an unseen class."""
         if not self.seen[batch.class_ids].all():
             raise ValueError("a region batch contains an unseen class, whose masks must not be used")
         embeddings = pool_regions(
@@ -221,15 +203,10 @@ class ScenesClipTrainer:
         checkpoint: Callable[[], None] | None = None,
         checkpoint_minutes: float = 5.0,
     ) -> list[float]:
-        """Train the image tower.
+        """Train the image tower; return the losses.
 
-        Args:
-            on_step: called after each step with the share of the schedule done and the losses.
-            checkpoint: called every `checkpoint_minutes`.
-            checkpoint_minutes: minutes between two calls.
-
-        Returns:
-            The losses.
+        `on_step` is called after each step with the share of the schedule done and the losses, `checkpoint` every
+        `checkpoint_minutes`.
         """
         recipe = self.recipe
         optimizer = self._optimizer()
