@@ -25,12 +25,16 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from ita_segmentation.evaluation.reporting.confusions import worst_confusions
 from ita_segmentation.evaluation.reporting.examples import ExampleImage, jpeg_of, numbered, side_by_side
-from ita_segmentation.evaluation.reporting.figures import class_figure, confusion_figure, png_of
-from ita_segmentation.evaluation.reporting.published_scores import MARK
+from ita_segmentation.evaluation.reporting.figures import (
+    class_figure,
+    confusion_figure,
+    png_of,
+    worst_confusions,
+)
 from ita_segmentation.evaluation.reporting.score_tables import (
     CLASS_TITLES,
+    MARK,
     MIOU_NOTE,
     SCORE_COLUMNS,
     Results,
