@@ -3,9 +3,9 @@
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -194,7 +194,8 @@ class ITATrainingArguments(TrainingArguments):
             raise ValueError(f"max_steps must be positive, or -1 for no limit, got {self.max_steps}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
-        if not increases_within(self.lr_milestones, 0.0, 1.0):
+        bounded = [0.0, *self.lr_milestones, 1.0]
+        if not all(before < after for before, after in pairwise(bounded)):
             raise ValueError(f"lr_milestones must increase between 0 and 1, got {self.lr_milestones}")
         schedule, self.lr_scheduler_type = self.lr_scheduler_type, "constant"
         if self.report_to is None:
@@ -226,12 +227,6 @@ def check_numbers(arguments: Any) -> None:
                 raise ValueError(f"{one.name} must not be negative, got {number}")
             if number == 0 and one.name in MUST_BE_POSITIVE:
                 raise ValueError(f"{one.name} must be positive, got {number}")
-
-
-def increases_within(values: Sequence[float], low: float, high: float) -> bool:
-    """Tell whether values increase strictly, all between the limits."""
-    bounded = [low, *values, high]
-    return all(a < b for a, b in zip(bounded[:-1], bounded[1:], strict=True))
 
 
 def changed_arguments(*arguments: Any) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import datetime
 import json
+import math
 import os
 import signal
 import sys
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,15 +66,6 @@ class StopSignals:
 # Non-finite losses and gradients
 
 
-@dataclass
-class Batch:
-    """One batch of one process: the optimizer's step, the images and the losses (on the device)."""
-
-    step: int
-    image_names: list[str]
-    losses: Tensor
-
-
 class NonFiniteGuard:
     """Remember the latest batches, and the first step with a non-finite loss or gradient.
 
@@ -83,13 +74,13 @@ class NonFiniteGuard:
 
     def __init__(self, device: torch.device, batches_per_step: int, every: int) -> None:
         self.every = every
-        self.recent: deque[Batch] = deque(maxlen=2 * every * batches_per_step)
+        self.recent: deque[tuple[int, list[str], Tensor]] = deque(maxlen=2 * every * batches_per_step)
         self._first_bad = torch.tensor(NEVER, device=device)
 
     @torch.no_grad()
     def record(self, step: int, image_names: list[str], losses: Tensor) -> None:
         """Record the losses (n,) of a batch of an optimizer step, counted from 1."""
-        self.recent.append(Batch(step, image_names, losses))
+        self.recent.append((step, image_names, losses))
         self._record(step, losses)
 
     @torch.no_grad()
@@ -104,7 +95,7 @@ class NonFiniteGuard:
         self._first_bad = torch.where(is_finite, self._first_bad, self._first_bad.clamp(max=step))
 
     def check(self, stop_requested: bool) -> tuple[int | None, bool]:
-        """Give the first non-finite step of any process, or None, and whether any was asked to stop; a collective call."""
+        """Give the first non-finite step of any process, or None, and whether any was asked to stop."""
         asked = self._first_bad.new_tensor(0 if stop_requested else 1)
         both = torch.stack([self._first_bad, asked])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -114,17 +105,11 @@ class NonFiniteGuard:
 
     def batches_of(self, step: int, loss_names: list[str]) -> list[dict[str, Any]]:
         """Describe this process's batches of a step for a JSON file; non-finite losses become strings."""
-        return [
-            {
-                "image_names": batch.image_names,
-                "losses": {
-                    name: value if abs(value) < float("inf") else str(value)
-                    for name, value in zip(loss_names, batch.losses.tolist(), strict=True)
-                },
-            }
-            for batch in self.recent
-            if batch.step == step
-        ]
+        batches = []
+        for _, image_names, losses in (batch for batch in self.recent if batch[0] == step):
+            values = [value if math.isfinite(value) else str(value) for value in losses.tolist()]
+            batches.append({"image_names": image_names, "losses": dict(zip(loss_names, values, strict=True))})
+        return batches
 
 
 def write_non_finite_batch(

@@ -23,8 +23,8 @@ MAX_TRUE_MASKS, MAX_PAIRS = 16, 8
 """Ground-truth masks of an image in a step, and pairs of a predicted and a ground-truth mask."""
 MIN_IOU = 0.7
 CLASS_WEIGHT, CONSISTENCY_WEIGHT = 2.0, 5.0
-IGNORED = -100
-"""The class of a mask that takes no part in the cross-entropy."""
+NO_TARGET = -100
+"""The class of a mask that takes no part in `cross_entropy`."""
 
 
 class MaskAdapterTraining(nn.Module):
@@ -109,7 +109,7 @@ class MaskAdapterTraining(nn.Module):
                 small = torch.cat([small, predicted[row, queries]])
             targets = torch.cat([labels, labels[truth], labels[truth]])
             if not len(small):  # every process needs a gradient, so an empty mask of no class goes through
-                small, targets = small.new_zeros(1, *small.shape[1:]), labels.new_full((1,), IGNORED)
+                small, targets = small.new_zeros(1, *small.shape[1:]), labels.new_full((1,), NO_TARGET)
             of_image = torch.zeros(len(small), dtype=torch.int64, device=dense.device)
             embeds = pooling.embed(clip, dense[own], context[own], small, of_image)
             logits = classifier.compare_with_text(

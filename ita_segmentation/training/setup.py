@@ -111,10 +111,8 @@ def build_trainer(
     """
     try:
         return _build_trainer(model_arguments, data, training)
-    except ITAError as error:
-        raise UsageError(str(error)) from error
-    except (ValueError, OSError) as error:
-        raise UsageError(one_line(error)) from error
+    except (ITAError, ValueError, OSError) as error:
+        raise UsageError(str(error) if isinstance(error, ITAError) else one_line(error)) from error
 
 
 def _build_trainer(
@@ -134,7 +132,9 @@ def _build_trainer(
             "tune_class_names compares names with hard masks: not for a mask adapter or a text transfer"
         )
     prepare_clip(model, training.train_clip, training.lora_rank, training.clip_dtype, training.channels_last)
-    if model.config.mask_pooling == "adapter" and not _has_adapter(model_arguments):
+    tuned = model_arguments.model
+    had = None if tuned is None else ITAConfig.from_pretrained(resolve_checkpoint(tuned)).mask_pooling
+    if model.config.mask_pooling == "adapter" and had != "adapter":
         if training.train_adapter == "none":
             raise UsageError(
                 "the mask adapter is new and would stay untrained: train one with train_adapter, on a segmenter that "
@@ -161,20 +161,12 @@ def _build_trainer(
         processing_class=processor,
     )
     if model_arguments.tune_class_names and trainer.pseudo_labeler is not None:
+        new, labeler = normalize_vocabulary(classes.seen_classes), trainer.pseudo_labeler
         if checkpoint is not None:
             load_tuned_names(trainer.network, checkpoint)
         else:
-            new = normalize_vocabulary(classes.seen_classes)
-            labeler, collator = trainer.pseudo_labeler, trainer.data_collator
-            tune_class_names(trainer.network, new, labeler, train_dataset, collator)
+            tune_class_names(trainer.network, new, labeler, train_dataset, trainer.data_collator)
     return trainer, checkpoint
-
-
-def _has_adapter(arguments: ITAModelArguments) -> bool:
-    """Tell whether the checkpoint that is fine-tuned has a mask adapter."""
-    if arguments.model is None:
-        return False
-    return ITAConfig.from_pretrained(resolve_checkpoint(arguments.model)).mask_pooling == "adapter"
 
 
 def _checkpoint_to_resume(training: ITATrainingArguments) -> Path | None:
@@ -237,7 +229,8 @@ def run_training(trainer: ITATrainer, checkpoint: Path | None, arguments: Argume
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.finish()
-            scores = _last_scores(trainer)
+            log, step = trainer.state.log_history, trainer.state.global_step
+            scores = next((e for e in reversed(log) if "eval_runtime" in e and e["step"] == step), None)
             if scores is None and trainer.eval_dataset is not None:
                 scores = trainer.evaluate()
             else:
@@ -246,24 +239,11 @@ def run_training(trainer: ITATrainer, checkpoint: Path | None, arguments: Argume
                 trainer.save_metrics("eval", scores, combined=False)
             trainer.save_model()
         except (ValueError, OSError, SafetensorError) as error:
-            raise ITAError(last_line(error)) from error
+            text = str(error).strip()  # a data loader's worker sends its traceback along
+            raise ITAError(text.splitlines()[-1] if "Traceback" in text else one_line(text)) from error
     if trainer.is_world_process_zero():
         report_to = trainer.args.report_to or []
         lines = [f"model     {trainer.output}", f"results   {trainer.output / RESULTS}, {TRAINER_STATE_NAME}"]
         if "tensorboard" in report_to:
             lines.append(f"curves    tensorboard --logdir {trainer.output}")
         sys.stdout.write("\n".join(lines) + "\n")
-
-
-def _last_scores(trainer: ITATrainer) -> dict[str, float] | None:
-    """Return the scores of an evaluation after the last step; None if there was none."""
-    for entry in reversed(trainer.state.log_history):
-        if "eval_runtime" in entry and entry["step"] == trainer.state.global_step:
-            return entry
-    return None
-
-
-def last_line(error: Exception) -> str:
-    """Put an error into one line, without the traceback that a data loader's worker sends along with it."""
-    text = str(error).strip()
-    return text.splitlines()[-1] if "Traceback" in text else one_line(text)

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from ita_segmentation.training.clip_tuning import (
 from ita_segmentation.training.ema import WeightAverage
 from ita_segmentation.training.metrics import MetricAccumulator
 from ita_segmentation.training.pseudo_labels import PseudoLabeler
-from ita_segmentation.training.results import Sample, take_sample, write_results
+from ita_segmentation.training.results import take_sample, write_results
 from ita_segmentation.training.schedules import MinuteBudget, build_scheduler
 from modeling_ita.vocabulary import normalize_vocabulary
 
@@ -137,15 +138,10 @@ class ITATrainer(Trainer):
             fsdp.prepare_for_fsdp(model, self.accelerator.state.fsdp_plugin, self.args.device)
         self.pseudo_labeler: PseudoLabeler | None = None
         if keep_vocabulary:
-            self.pseudo_labeler = PseudoLabeler(
-                model,
-                self.processor,
-                classes.classes,
-                first_label=len(self.train_vocabulary),
-                threshold=keep_vocabulary,
-            )
-            kept = self.pseudo_labeler.classes
-            self.train_vocabulary = normalize_vocabulary([*self.train_vocabulary, *kept])
+            own = self.train_vocabulary
+            labeler = PseudoLabeler(model, self.processor, classes.classes, len(own), keep_vocabulary)
+            self.train_vocabulary = normalize_vocabulary([*own, *labeler.classes])
+            self.pseudo_labeler = labeler
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(ProgressLine())
@@ -259,13 +255,10 @@ class ITATrainer(Trainer):
         """Create the schedule: warm-up, then by the share of the steps or of the minutes, whichever is larger."""
         if self.lr_scheduler is None:
             chosen: Any = self.optimizer if optimizer is None else optimizer
+            kind, milestones = self.args.lr_scheduler_type, self.args.lr_milestones
+            warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = build_scheduler(
-                chosen,
-                self.args.lr_scheduler_type,
-                num_training_steps,
-                self.args.get_warmup_steps(num_training_steps),
-                self.args.lr_milestones,
-                self.budget,
+                chosen, kind, num_training_steps, warmup, milestones, self.budget
             )
         return self.lr_scheduler
 
@@ -333,9 +326,6 @@ class ITATrainer(Trainer):
         folder = checkpoints.checkpoint_folder(self.output, self.state.global_step)
         written = checkpoints.temporary_folder(folder)
 
-        def write() -> None:
-            self._write_checkpoint(written)
-
         def commit() -> None:
             if self.is_world_process_zero():
                 checkpoints.commit(folder)
@@ -348,7 +338,7 @@ class ITATrainer(Trainer):
                 with contextlib.suppress(OSError):  # writing into it reports this
                     written.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            for part in (write, commit):
+            for part in (partial(self._write_checkpoint, written), commit):
                 failures = [reason for reason in gather_object([checkpoints.failure_of(part)]) if reason]
                 if failures:
                     if self.is_world_process_zero():
@@ -430,7 +420,7 @@ class ITATrainer(Trainer):
         with self.metrics.exclude_time():
             with contextlib.nullcontext() if self.average is None else self.average.in_place():
                 samples = self._score(loader, confusion, indices)
-            samples = gather_object(samples)
+            samples = dict(gather_object(list(samples.items())))
         scores = confusion.compute(seen=self.classes.seen)  # summed over all processes
         metrics = {
             f"{metric_key_prefix}_{name}": scores[name] for name in SCORES if not math.isnan(scores[name])
@@ -440,17 +430,18 @@ class ITATrainer(Trainer):
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)
         with self.metrics.exclude_time():
-            self.save_results(sorted(samples, key=lambda sample: sample.index))
+            self.save_results([samples[index] for index in sorted(samples)])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _score(self, loader: DataLoader, confusion: ConfusionMatrix, indices: Sequence[int]) -> list[Sample]:
-        """Count the evaluation images of this process; return the first of all images as samples."""
-        model = self.network
+    def _score(
+        self, loader: DataLoader, confusion: ConfusionMatrix, indices: Sequence[int]
+    ) -> dict[int, Any]:
+        """Count the evaluation images of this process; return those among the first of all, drawn, by their index."""
+        model, samples = self.network, {}
         was_training = model.training
         model.eval()
-        samples: list[Sample] = []
-        done = 0
+        remaining = iter(indices)
         for batch in loader:
             with self.accelerator.autocast():
                 inputs = send_to_device(batch["inputs"], self.args.device)
@@ -459,19 +450,17 @@ class ITATrainer(Trainer):
             maps = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
             for place, (predicted, label) in enumerate(zip(maps, batch["labels"], strict=True)):
                 confusion.update(predicted, label)
-                if indices[done] < self.args.sample_images:
-                    samples.append(take_sample(batch, place, indices[done], predicted, self.processor))
-                done += 1
+                index = next(remaining)
+                if index < self.args.sample_images:
+                    samples[index] = take_sample(batch, place, predicted, self.processor, self.classes)
         model.train(was_training)
         return samples
 
-    def save_results(self, samples: Sequence[Sample]) -> None:
+    def save_results(self, samples: Sequence[Any]) -> None:
         """Write the log, `results.png` and sample predictions; a disk that cannot be written costs only these."""
         if self.is_world_process_zero():
             boards = [one for one in self.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
             try:
-                write_results(
-                    self.output, self.state, samples, self.classes, [one.tb_writer for one in boards]
-                )
+                write_results(self.output, self.state, samples, [one.tb_writer for one in boards])
             except (OSError, ITAError) as error:
                 logger.error(f"the results could not be written, the run continues: {one_line(error)}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
 from ita_segmentation.data.benchmarks.readers import (
     check_same_size,
     decode,
@@ -28,8 +28,9 @@ from ita_segmentation.data.benchmarks.readers import (
     relabel,
     require_folder,
 )
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.images import DECODING_ERRORS
 
 FOLDERS = {"train": "training", "validation": "validation"}
 
@@ -38,7 +39,7 @@ FOLDERS = {"train": "training", "validation": "validation"}
 # 150 classes
 
 
-class Ade20k150:
+class Ade20k150(SourceDataset):
     """ADEChallengeData2016: 150 classes, 100 of them things.
 
     Semantic labels are `annotations/*.png`: 0 is any other class, 1..150 the classes. `annotations_instance/*.png`,
@@ -46,9 +47,7 @@ class Ade20k150:
     within the image, 0 for none. Without that folder the images have no panoptic maps.
     """
 
-    categories: Sequence[Category] = load_categories("ade20k-150")
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
+    categories = load_categories("ade20k-150")
     layout = (
         "ADEChallengeData2016: images/{training,validation}/*.jpg, annotations/{training,validation}/*.png "
         "and, for instances, annotations_instance/{training,validation}/*.png"
@@ -140,7 +139,7 @@ def _class_of_instances(instances: np.ndarray, path: Path) -> dict[int, int]:
 # 847 classes
 
 
-class Ade20k847:
+class Ade20k847(SourceDataset):
     """ADE20K_2021_17_01: 847 of its more than 3,000 classes, the others ignored.
 
     `index_ade20k.pkl` lists the images; in their `_seg.png` a class is (R // 10) * 256 + G. Images and labels
@@ -148,9 +147,8 @@ class Ade20k847:
     nearest pixel. Resized images are stored as PNG; all others keep their file content.
     """
 
-    categories: Sequence[Category] = load_categories("ade20k-847")
+    categories = load_categories("ade20k-847")
     ignore_index = 65535
-    splits: tuple[str, ...] = ("train", "validation")
     layout = (
         "ADE20K_2021_17_01: index_ade20k.pkl and images/ADE/{training,validation}/**/*.jpg "
         "with *_seg.png beside them"
@@ -196,15 +194,8 @@ NUM_OBJECTS = 3688
 """Object classes of the full dataset; labels are 0 (none) to this number."""
 
 
-def _class_table(benchmark: str, num_values: int, ignore_index: int) -> np.ndarray:
-    """Build (num_values,) uint16: the class index of each label value, or the ignore index."""
-    table = np.full(num_values, ignore_index, np.uint16)
-    ids = category_ids(benchmark)
-    table[list(ids)] = np.arange(len(ids))
-    return table
-
-
-_FULL_TO_847 = _class_table("ade20k-847", 26 * 256, Ade20k847.ignore_index)
+_FULL_TO_847 = np.full(26 * 256, Ade20k847.ignore_index, np.uint16)
+_FULL_TO_847[list(category_ids("ade20k-847"))] = np.arange(847)
 
 
 def _inside_release(folder: str, name: str, path: Path) -> str:
@@ -234,45 +225,29 @@ class _PlainUnpickler(pickle.Unpickler):
     """Unpickles plain values and numpy arrays; refuses to import anything else."""
 
     ALLOWED = {
-        ("_codecs", "encode"),  # bytes in pickles of the old protocols
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"),
+        *("_codecs.encode", "numpy.dtype", "numpy.ndarray"),  # the first for bytes of the old protocols
+        *(
+            f"numpy.{core}.multiarray.{name}"
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        ),
+        *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
     }
 
     def find_class(self, module: str, name: str) -> Any:
         """Import a class or function, if it is allowed."""
-        if (module, name) not in self.ALLOWED:
+        if f"{module}.{name}" not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a list of images does not need")
         return super().find_class(module, name)
-
-
-# What unpickling raises on damaged files.
-_PICKLE_ERRORS = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    TypeError,
-    ValueError,
-)
 
 
 def _load_plain_pickle(path: Path) -> Any:
     """Read a pickle of plain values and numpy arrays; ITAError if it is damaged or would run code."""
     content = io.BytesIO(read_bytes(path))
+    others = (pickle.UnpicklingError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError)
     try:
         return _PlainUnpickler(content).load()
-    except _PICKLE_ERRORS as error:
+    except (*DECODING_ERRORS, *others) as error:
         raise ITAError(f"{path} is refused or damaged: {one_line(error, 160)}") from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class LabeledImage:
     segments: list[dict[str, Any]] = field(default_factory=list)
 
 
-class SourceDataset(Protocol):
+class SourceDataset:
     """The official release of one benchmark.
 
     Attributes:
@@ -72,10 +72,10 @@ class SourceDataset(Protocol):
         layout: what the folder must contain, in one line, for messages.
     """
 
-    categories: Sequence[Category]
-    ignore_index: int
-    splits: tuple[str, ...]
-    layout: str
+    categories: Sequence[Category] = ()
+    ignore_index: int = 255
+    splits: tuple[str, ...] = ("train", "validation")
+    layout: str = ""
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
         """List the images of a split in the order of the release.
@@ -85,6 +85,7 @@ class SourceDataset(Protocol):
         Raises:
             ITAError: if the folder is not this release; the message says what was expected and what was found.
         """
+        raise NotImplementedError
 
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image and its labels.
@@ -92,3 +93,4 @@ class SourceDataset(Protocol):
         Raises:
             ITAError: if a file is missing, truncated, of the wrong size or kind, or contains a label out of range.
         """
+        raise NotImplementedError

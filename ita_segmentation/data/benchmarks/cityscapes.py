@@ -7,13 +7,12 @@ The download has `*_gtFine_labelIds.png` (34 label ids, 19 of which are classes)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
 from ita_segmentation.data.benchmarks.readers import (
     check_label_range,
     check_same_size,
@@ -25,7 +24,7 @@ from ita_segmentation.data.benchmarks.readers import (
     relabel,
     require_folder,
 )
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError
 
 FOLDERS = {"train": "train", "validation": "val"}
@@ -33,12 +32,10 @@ IMAGE_ENDING = "_leftImg8bit"
 LABEL_IDS = range(34)
 
 
-class Cityscapes:
+class Cityscapes(SourceDataset):
     """leftImg8bit and gtFine. Images have panoptic maps if the folder has instanceIds."""
 
-    categories: Sequence[Category] = load_categories("cityscapes")
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
+    categories = load_categories("cityscapes")
     layout = (
         "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/ with *_gtFine_labelTrainIds.png "
         "or *_gtFine_labelIds.png, and *_gtFine_instanceIds.png for panoptic labels"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
 from ita_segmentation.data.benchmarks.readers import (
     check_same_size,
     image_size,
@@ -18,7 +17,7 @@ from ita_segmentation.data.benchmarks.readers import (
     read_json,
     require_folder,
 )
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.data.segment_maps import lookup_ids, rgb_to_ids
 from ita_segmentation.errors import ITAError, one_line
 
@@ -33,16 +32,14 @@ class _Segment(NamedTuple):
     iscrowd: int
 
 
-class CocoPanoptic:
+class CocoPanoptic(SourceDataset):
     """COCO 2017 with its panoptic annotations: `panoptic_*.json` and PNGs of segment ids, R + 256 G + 65536 B.
 
     A pixel's class is that of its segment, crowds included; pixels without a segment (id 0) are void. Every segment
     of the JSON must be in its PNG, and every id of the PNG in the JSON.
     """
 
-    categories: Sequence[Category] = load_categories("coco-panoptic")
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
+    categories = load_categories("coco-panoptic")
     layout = (
         "COCO 2017: {train,val}2017/*.jpg, annotations/panoptic_{train,val}2017.json and the PNGs of "
         "panoptic_{train,val}2017.zip, unpacked in annotations/ or beside it"
@@ -128,8 +125,8 @@ def _compact(entry: dict[str, Any]) -> Any:
 def _read_annotations(path: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
     """Read the file names of the images by id, and the annotations, of `panoptic_*.json`."""
     content = read_json(path, _compact)
-    lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
-    images, rows = lists
+    content = content if isinstance(content, dict) else {}
+    images, rows = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(rows, list):
         raise ITAError(f"{path} is not a panoptic annotation file: it needs lists 'images' and 'annotations'")
     try:
@@ -155,7 +152,11 @@ def _parse_annotation(
         raise ITAError(f"{path}: an annotation is malformed: {one_line(repr(row), 120)}") from error
     if unknown:
         raise ITAError(f"{where}: segment {unknown[0].id} has the unknown category {unknown[0].category_id}")
-    wrong = [value for value, count in ids.items() if count > 1 or not _is_segment_id(value)]
+    wrong = [
+        value
+        for value, count in ids.items()
+        if count > 1 or not (isinstance(value, int) and 0 < value < 1 << 24)
+    ]
     if wrong:
         raise ITAError(f"{where}: the segment id {wrong[0]!r} is not from 1 to 2^24 - 1, or occurs twice")
     for name in (images[image_id], panoptic):
@@ -163,7 +164,3 @@ def _parse_annotation(
             raise ITAError(f"{path}: {name!r} is not a file name")
     parsed = tuple((segment.id, class_of[segment.category_id], segment.iscrowd) for segment in segments)
     return images[image_id], panoptic, parsed
-
-
-def _is_segment_id(value: Any) -> bool:
-    return isinstance(value, int) and 0 < value < 1 << 24

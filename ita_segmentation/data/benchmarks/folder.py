@@ -12,6 +12,7 @@ Labels 255 and 65535 are ignored unless they are ids of classes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
 from ita_segmentation.data.benchmarks.readers import files_by_stem, read_pair, relabel, require_folder
 from ita_segmentation.data.categories import Category
 from ita_segmentation.errors import ITAError, one_line
@@ -27,12 +28,11 @@ from ita_segmentation.files import read_text
 from ita_segmentation.images import IMAGE_SUFFIXES
 
 CLASS_FILES = ("classes.json", "classes.txt")
-IGNORED = (255, 65535)
-SPLITS = ("train", "validation")
+IGNORED_VALUES = (255, 65535)
 
 
 @dataclass
-class FolderDataset:
+class FolderDataset(SourceDataset):
     """A user's folder; `FolderDataset.at(source)` reads its classes.
 
     `values` (K,) are the label values of the classes; those in `ignored` are ignored unless they belong to a class.
@@ -41,9 +41,9 @@ class FolderDataset:
 
     categories: Sequence[Category] = ()
     values: tuple[int, ...] = ()
-    ignored: tuple[int, ...] = IGNORED
+    ignored: tuple[int, ...] = IGNORED_VALUES
     ignore_index: int = 255
-    splits: tuple[str, ...] = SPLITS
+    splits: tuple[str, ...] = SourceDataset.splits
     in_subfolders: bool = True
     layout: str = (
         "classes.json or classes.txt (or a class file given), images/ and labels/ with images and PNGs of the same "
@@ -59,14 +59,14 @@ class FolderDataset:
         if classes is None:
             require_folder(source, CLASS_FILES[:1], cls.layout)
             raise ITAError(f"{source / CLASS_FILES[0]} is not a regular file")
-        splits = tuple(split for split in SPLITS if (source / "images" / split).is_dir())
+        splits = tuple(split for split in SourceDataset.splits if (source / "images" / split).is_dir())
         categories, values, invalid = read_classes(classes)
         return cls(
             categories=categories,
             values=values,
-            ignored=(*IGNORED, *invalid),
+            ignored=(*IGNORED_VALUES, *invalid),
             ignore_index=255 if len(categories) <= 255 else 65535,
-            splits=splits or SPLITS[:1],
+            splits=splits or ("train",),
             in_subfolders=bool(splits),
         )
 
@@ -95,14 +95,19 @@ def read_classes(path: Path) -> tuple[tuple[Category, ...], tuple[int, ...], tup
     from modeling_ita.vocabulary import normal_form
 
     text = read_text(path)
-    table = _json_object(text)
+    table = None
+    with contextlib.suppress(ValueError, RecursionError):
+        table = json.loads(text)
+    table = table if isinstance(table, dict) else None
     classes = read_vocabulary(path) if table is None else _classes_of_table(table, path)
     normal_names = [{normal_form(name) for name in names} for names in classes]
     for index, normal in enumerate(normal_names):
         if normal in normal_names[:index]:
             raise ITAError(f"{path} has the class {', '.join(classes[index])!r} twice")
-    things = None if table is None or "things" not in table else _thing_names(table["things"], path)
+    things = None if table is None or "things" not in table else table["things"]
     if things is not None:
+        if not isinstance(things, list) or not all(isinstance(name, str) for name in things):
+            raise ITAError(f"{path}: 'things' must be a list of names")
         unknown = [name for name in things if not any(normal_form(name) in names for names in normal_names)]
         if unknown:
             raise ITAError(f"{path}: the thing {unknown[0]!r} is none of the classes")
@@ -116,15 +121,6 @@ def read_classes(path: Path) -> tuple[tuple[Category, ...], tuple[int, ...], tup
     return tuple(categories), values, invalid
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
-    """Parse an object; None if the text is not JSON, or a list."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _classes_of_table(table: dict[str, Any], path: Path) -> list[list[str]]:
     if "classes" not in table or set(table) - {"classes", "things"}:
         raise ITAError(f'{path} must hold a list, or {{"classes": [...], "things": [...]}}')
@@ -135,12 +131,6 @@ def _classes_of_table(table: dict[str, Any], path: Path) -> list[list[str]]:
         return [list(names) for names in normalize_vocabulary(table["classes"])]
     except (ValueError, TypeError) as error:
         raise ITAError(f"{path}: {one_line(error)}") from error
-
-
-def _thing_names(names: Any, path: Path) -> list[str]:
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ITAError(f"{path}: 'things' must be a list of names")
-    return names
 
 
 def _label_values(text: str, num_classes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,7 +8,6 @@ from `trainval/*.mat`.
 from __future__ import annotations
 
 import io
-import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
 from ita_segmentation.data.benchmarks.readers import (
     check_same_size,
     image_size,
@@ -26,8 +25,9 @@ from ita_segmentation.data.benchmarks.readers import (
     relabel,
     require_folder,
 )
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.images import DECODING_ERRORS
 
 PHASES = {"train": "train", "validation": "val"}
 DETAIL_FILE = "trainval_merged.json"
@@ -103,16 +103,14 @@ def _images_of_split(split: str, images: Sequence[_Image], path: Path) -> list[_
 # 59 classes
 
 
-class PascalContext59:
+class PascalContext59(SourceDataset):
     """VOC2010 with the merged annotations of PASCAL in Detail: 59 classes, everything else ignored.
 
     An image's masks are painted in the order of the file, later ones over earlier ones. What is visible in the end
     must belong to one of the 59 categories, whose classes are in ascending order of category ids.
     """
 
-    categories: Sequence[Category] = load_categories("pascal-context-59")
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
+    categories = load_categories("pascal-context-59")
     layout = f"VOC2010: JPEGImages/*.jpg and {DETAIL_FILE} (the annotations of PASCAL in Detail)"
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
@@ -148,9 +146,8 @@ class PascalContext59:
                 )
             if not 0 < mask.category_id < 65536:
                 raise ITAError(f"{where}: mask {number} has the category {mask.category_id}")
-            category_map[decode_mask(mask.counts, height, width, f"{where}: mask {number}")] = (
-                mask.category_id
-            )
+            inside = decode_mask(mask.counts, height, width, f"{where}: mask {number}")
+            category_map[inside] = mask.category_id
         values = {0: self.ignore_index}
         values |= {value: index for index, value in enumerate(category_ids("pascal-context-59"))}
         return LabeledImage(entry.image_id, image, relabel(category_map, values, self.ignore_index, where))
@@ -184,15 +181,14 @@ def decode_mask(counts: str, height: int, width: int, where: str) -> np.ndarray:
 # 459 classes
 
 
-class PascalContext459:
+class PascalContext459(SourceDataset):
     """VOC2010 with Pascal Context's own annotations: `LabelMap` of `trainval/*.mat`, 0 ignored, 1..459 the classes.
 
     `trainval_merged.json` says which images belong to which split.
     """
 
-    categories: Sequence[Category] = load_categories("pascal-context-459")
+    categories = load_categories("pascal-context-459")
     ignore_index = 65535
-    splits: tuple[str, ...] = ("train", "validation")
     layout = (
         f"VOC2010: JPEGImages/*.jpg, trainval/*.mat and {DETAIL_FILE} (which tells training from validation)"
     )
@@ -219,10 +215,10 @@ def _read_label_map(path: Path) -> np.ndarray:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    errors = (MatReadError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, OverflowError)
+    errors = (*DECODING_ERRORS, MatReadError, NotImplementedError, MemoryError, zlib.error)
     try:
         content = loadmat(io.BytesIO(read_bytes(path)), variable_names=["LabelMap"])
-    except (*errors, NotImplementedError, MemoryError, struct.error, zlib.error) as error:
+    except errors as error:
         raise ITAError(f"{path} cannot be read as a MATLAB file: {one_line(error, 120)}") from error
     label_map = content.get("LabelMap")
     if label_map is None:

@@ -8,8 +8,7 @@ from transformers import TrainingArguments
 from ita_segmentation.data.scenes.dataset import SPLITS
 from ita_segmentation.data.training.augmentation import Augmentation, LargeScaleJitter, ShortestEdgeCrop
 from ita_segmentation.data.training.classes import TrainingClasses, scenes_classes
-from ita_segmentation.data.training.disk import load_disk
-from ita_segmentation.data.training.scenes import ScenesEvaluation, ScenesTraining
+from ita_segmentation.data.training.examples import ScenesEvaluation, ScenesTraining, load_disk
 from ita_segmentation.errors import UsageError
 
 

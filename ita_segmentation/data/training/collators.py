@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from torch import Tensor
 from torch.nn.functional import pad
 
 
@@ -23,7 +22,8 @@ class TrainingCollator:
         height, width = batch["pixel_values"].shape[-2:]
         if bool(batch["pixel_mask"].all()):
             del batch["pixel_mask"]
-        batch["mask_labels"] = [_pad(example["mask_labels"], height, width) for example in examples]
+        masks = [example["mask_labels"] for example in examples]
+        batch["mask_labels"] = [pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2])) for m in masks]
         batch["class_labels"] = [example["class_labels"] for example in examples]
         return batch | _names(examples)
 
@@ -42,10 +42,6 @@ class EvaluationCollator:
         images = [example["image"] for example in examples]
         inputs = dict(self.processor(images=images, do_resize=self.do_resize, return_tensors="pt"))
         return {"inputs": inputs, "labels": [example["label"] for example in examples]} | _names(examples)
-
-
-def _pad(masks: Tensor, height: int, width: int) -> Tensor:
-    return pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
 
 
 def _names(examples: list[dict[str, Any]]) -> dict[str, list[str]]:

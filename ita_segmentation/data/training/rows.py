@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -36,21 +36,6 @@ class CorruptImageError(ITAError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().splitlines()[-1].rpartition("CorruptImageError: ")[2])
-
-
-class Rows(Protocol):
-    """Rows of a split, with encoded images."""
-
-    split: str
-    columns: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle all indices, (N,) int64."""
-        ...
 
 
 class MappedRows:
@@ -131,6 +116,9 @@ class ParquetRows:
         return self._cache[group]
 
 
+Rows = MappedRows | ParquetRows
+
+
 class EpochSampler(Sampler[int]):
     """All examples of a dataset once, in an order that depends on the epoch; indices include the epoch.
 
@@ -182,7 +170,11 @@ def read_row(rows: Rows, index: int, map_column: str) -> tuple[Tensor, np.ndarra
     try:
         image = image_to_rgb(_open(row["image"]))
         part = f"{map_column} map"
-        labels = label_array(row[map_column])
+        labels = row[map_column]
+        if isinstance(labels, Mapping | Image.Image):
+            labels = ImageOps.exif_transpose(_open(labels))
+        labels = np.asarray(labels)
+        labels = labels if labels.ndim == 2 else rgb_to_ids(labels)
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise CorruptImageError(f"{where}: its {part} cannot be read: {one_line(error, 120)}") from error
     if labels.shape != image.size[::-1]:
@@ -194,14 +186,6 @@ def read_row(rows: Rows, index: int, map_column: str) -> tuple[Tensor, np.ndarra
 def image_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB PIL image to (3, H, W) uint8, channels last in memory."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def label_array(labels: Any) -> np.ndarray:
-    """Convert a label map to (H, W) integers: an array, or an encoded or decoded image (colors encode ids)."""
-    if isinstance(labels, Mapping | Image.Image):
-        labels = ImageOps.exif_transpose(_open(labels))
-    array = np.asarray(labels)
-    return array if array.ndim == 2 else rgb_to_ids(array)
 
 
 def _open(value: Any) -> Image.Image:

@@ -146,10 +146,10 @@ def jpeg_of(image: Image.Image, quality: int, longest_side: int | None = None) -
     return content.getvalue()
 
 
-def side_by_side(example: ExampleImage) -> Image.Image:
-    """Draw the three images in a row under their titles, and the legend."""
+def side_by_side(example: ExampleImage, title: str = "image") -> Image.Image:
+    """Draw the three images in a row under their titles (the first one's is given), and the legend."""
     parts = {
-        "image": example.image,
+        title: example.image,
         "reference": example.reference,
         f"prediction, mean IoU {100 * example.score:.1f} %": example.prediction,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ class Confusion(NamedTuple):
         return f"{reference} -> {prediction}: {100 * self.share:.1f} % of {reference}'s pixels"
 
 
-def worst_confusions(matrix: np.ndarray, count: int, by: Literal["pixels", "share"]) -> list[Confusion]:
+def worst_confusions(matrix: np.ndarray, count: int, by: str) -> list[Confusion]:
     """Return the largest confusions of a matrix (K, K), worst first; equal ones in the order of the classes.
 
     They are compared by "pixels", or by their "share" of the reference class's pixels, which leaves out classes with
