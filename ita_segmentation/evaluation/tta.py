@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.image_utils import SizeDict
@@ -82,8 +82,7 @@ def _in_image(start: int, stop: int, side: int, image_side: int) -> tuple[int, i
     return first, max(first + 1, round(stop * image_side / side))
 
 
-@dataclass(frozen=True)
-class CropOutput:
+class CropOutput(NamedTuple):
     """The network's output for a crop: class logits (Q, K + 1), void last, and mask logits (Q, h, w)."""
 
     crop: Crop
@@ -97,6 +96,6 @@ def merge_crops(outputs: Sequence[CropOutput], size: tuple[int, int]) -> Tensor:
     Every pixel of the image must be in at least one crop. Crops have equal weights.
     """
     merger = SemanticMerger([output.crop for output in outputs], size)
-    for output in outputs:
-        merger.add(output.class_logits, output.mask_logits)
+    for _, class_logits, mask_logits in outputs:
+        merger.add(class_logits, mask_logits)
     return merger.labels

@@ -12,72 +12,58 @@ from ita_segmentation.data.training.examples import ScenesEvaluation, ScenesTrai
 from ita_segmentation.errors import UsageError
 
 
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """Make a field of arguments with its help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
+
+
 @dataclass
 class ITADataArguments:
     """The data of a training run."""
 
     _argument_group_name = "data"
 
-    dataset: str = field(
-        default="scenes",
-        metadata={
-            "help": "'scenes', the folder of a prepared dataset, or of one saved by `datasets` with columns image and "
-            "label (8-bit PNG of class ids, 255 ignored), or image, panoptic and segments."
-        },
+    dataset: str = option(
+        "scenes",
+        "'scenes', the folder of a prepared dataset, or of one saved by `datasets` with columns "
+        "image and label (8-bit PNG of class ids, 255 ignored), or image, panoptic and segments.",
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on (dataset on disk)."})
-    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, if it exists."})
-    unseen_classes: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Names of classes whose masks are withheld (dataset on disk)."},
+    train_split: str = option("train", "Split to train on (dataset on disk).")
+    eval_split: str = option("validation", "Split to evaluate on, if it exists.")
+    unseen_classes: list[str] = option([], "Names of classes whose masks are withheld (dataset on disk).")
+    image_size: int = option(192, "Side of the training images or crops, in pixels.")
+    augmentation: Literal["jitter", "shortest_edge"] = option(
+        "jitter",
+        "Of a dataset on disk. 'jitter': fit the crop, times a random factor (panoptic, instance); "
+        "'shortest_edge': a random length of the shortest edge, and no crop filled by one class "
+        "(semantic).",
     )
-    image_size: int = field(
-        default=192, metadata={"help": "Side of the training images or crops, in pixels."}
+    min_scale: float = option(0.1, "Smallest random scale of the augmentation.")
+    max_scale: float = option(2.0, "Largest random scale of the augmentation.")
+    max_class_share: float = option(0.75, "Largest share of one class in a crop ('shortest_edge'); 1: any.")
+    flip: bool = option(True, "Flip half of the images (dataset on disk).")
+    color_jitter: bool = option(False, "Distort colors (dataset on disk).")
+    fill_crop: bool = option(
+        False,
+        "Pad images smaller than the crop with gray, as the published recipe does; otherwise they "
+        "keep their size, and the network does not see the padding of a batch.",
     )
-    augmentation: Literal["jitter", "shortest_edge"] = field(
-        default="jitter",
-        metadata={
-            "help": "Of a dataset on disk. 'jitter': fit the crop, times a random factor (panoptic, instance); "
-            "'shortest_edge': a random length of the shortest edge, and no crop filled by one class (semantic)."
-        },
+    skip_corrupt: bool = option(
+        False, "Skip images that cannot be read, and count them; otherwise they end the run."
     )
-    min_scale: float = field(default=0.1, metadata={"help": "Smallest random scale of the augmentation."})
-    max_scale: float = field(default=2.0, metadata={"help": "Largest random scale of the augmentation."})
-    max_class_share: float = field(
-        default=0.75,
-        metadata={"help": "Largest share of one class in a crop ('shortest_edge'); 1: any."},
+    streaming: bool = option(
+        False,
+        "Read the parquet files of a prepared dataset in place, instead of the memory-mapped copy "
+        "that `datasets` makes in its cache.",
     )
-    flip: bool = field(default=True, metadata={"help": "Flip half of the images (dataset on disk)."})
-    color_jitter: bool = field(default=False, metadata={"help": "Distort colors (dataset on disk)."})
-    fill_crop: bool = field(
-        default=False,
-        metadata={
-            "help": "Pad images smaller than the crop with gray, as the published recipe does; otherwise they keep "
-            "their size, and the network does not see the padding of a batch."
-        },
+    shuffle_window: int = option(
+        1024, "With streaming: how many images are shuffled among each other, and kept in memory by a worker."
     )
-    skip_corrupt: bool = field(
-        default=False,
-        metadata={"help": "Skip images that cannot be read, and count them; otherwise they end the run."},
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the parquet files of a prepared dataset in place, instead of the memory-mapped copy that "
-            "`datasets` makes in its cache."
-        },
-    )
-    shuffle_window: int = field(
-        default=1024,
-        metadata={
-            "help": "With streaming: how many images are shuffled among each other, and kept in memory by a worker."
-        },
-    )
-    scenes_seed: int = field(default=SPLITS["train"].seed, metadata={"help": "Seed of Scenes for training."})
-    eval_seed: int = field(
-        default=SPLITS["validation"].seed, metadata={"help": "Seed of Scenes for evaluation."}
-    )
-    eval_images: int = field(default=200, metadata={"help": "Evaluate on at most this many images."})
+    scenes_seed: int = option(SPLITS["train"].seed, "Seed of Scenes for training.")
+    eval_seed: int = option(SPLITS["validation"].seed, "Seed of Scenes for evaluation.")
+    eval_images: int = option(200, "Evaluate on at most this many images.")
 
 
 def load_data(data: ITADataArguments, training: TrainingArguments) -> tuple[TrainingClasses, Any, Any]:

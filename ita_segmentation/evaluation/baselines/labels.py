@@ -65,8 +65,9 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
             f"({_quoted([names[0] for names in classes])})"
         )
     notes = []
-    by_index = _rest_by_index(found, len(labels), len(classes))
-    if by_index:
+    in_order = len(labels) == len(classes) and all(label == index for label, index in found.items())
+    by_index = [index for index in range(len(labels)) if index not in found]
+    if in_order and by_index and len(found) >= ORDER_AGREEMENT * len(labels):
         pairs = [f"{labels[index]!r} is {classes[index][0]!r}" for index in by_index]
         notes.append(f"{len(by_index)} of {len(labels)} labels are matched by their index: {_first(pairs)}")
         found |= {index: index for index in by_index}
@@ -137,13 +138,6 @@ def _matches_by_name(
             if len(claims) == 1:
                 found[label] = claims.pop()
     return found
-
-
-def _rest_by_index(found: dict[int, int], num_labels: int, num_classes: int) -> list[int]:
-    in_order = num_labels == num_classes and all(label == index for label, index in found.items())
-    if not in_order or len(found) < ORDER_AGREEMENT * num_labels:
-        return []
-    return [index for index in range(num_labels) if index not in found]
 
 
 def _quoted(names: Sequence[str]) -> str:

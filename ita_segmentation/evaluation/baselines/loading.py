@@ -49,16 +49,8 @@ from ita_segmentation.evaluation.predictors import Predictor
 UNUSED_WEIGHTS = {"dpt": "neck.fusion_stage.layers.0.residual_layer1."}
 """Weights that a model has and never uses (its first fusion layer has nothing to fuse); files may lack them."""
 
-BROKEN_CHECKPOINT_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    SafetensorError,
+BROKEN_CHECKPOINT_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) + (
+    (AttributeError, ImportError, SafetensorError)
 )
 UNIVERSAL_PREDICTORS = {
     "detr": DetrPredictor,
@@ -116,18 +108,25 @@ def load_baseline(
         predictor: BaselinePredictor = ClipSegPredictor(network, tokenizer, classes)
     else:
         match = _match(path, network.model.config.id2label, classes, allow_missing)
-        predictor = _predictor(kind, network, image_processor, match, is_thing)
-    if size is not None:
-        _check_size(path, predictor, size)
+        if kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
+            chosen = UNIVERSAL_PREDICTORS.get(kind, UniversalPredictor)
+            predictor = chosen(network, image_processor, match, is_thing)
+        else:
+            predictor = SemanticPredictor(network, image_processor, match)
+    if size is not None:  # find out whether the model takes images of another size than its own
+        blank = Image.new("RGB", (round(size * 4 / 3), size), "gray")
+        with _named(f"{path} cannot take images of size {size}", 200):
+            predictor([blank], [(blank.height, blank.width)], frozenset({"semantic"}))
     return predictor
 
 
-def _predictor(
-    kind: str, network: Network, image_processor: Any, match: LabelMatch, is_thing: Sequence[bool] | None
-) -> BaselinePredictor:
-    if kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
-        return UNIVERSAL_PREDICTORS.get(kind, UniversalPredictor)(network, image_processor, match, is_thing)
-    return SemanticPredictor(network, image_processor, match)
+@contextmanager
+def _named(problem: str, limit: int = 160) -> Iterator[None]:
+    """Turn what a broken checkpoint raises into an ITAError that begins with the problem."""
+    try:
+        yield
+    except BROKEN_CHECKPOINT_ERRORS as error:
+        raise ITAError(f"{problem}: {one_line(error, limit)}") from error
 
 
 def _match(
@@ -189,46 +188,29 @@ def _load(path: Path, kind: str, device: str, dtype: torch.dtype | None) -> tupl
         loader = AutoModelForUniversalSegmentation
     else:
         loader = AutoModelForSemanticSegmentation
-    try:
+    with _named(f"the checkpoint {path} cannot be loaded", 240):
         model, report = loader.from_pretrained(name, output_loading_info=True)
         model = model.eval().to(device)
-    except BROKEN_CHECKPOINT_ERRORS as error:
-        raise ITAError(f"the checkpoint {path} cannot be loaded: {one_line(error, 240)}") from error
     unused = UNUSED_WEIGHTS.get(kind)
     missing = sorted(key for key in report["missing_keys"] if not (unused and key.startswith(unused)))
     if missing:
         raise ITAError(f"the checkpoint {path} lacks {len(missing)} of its weights, such as {missing[0]}")
-    processor = _image_processor(path, name, kind)
-    tokenizer = _tokenizer(path, name) if kind in ("clipseg", "oneformer") else None
+    # OneFormer's image processor asks the Hub for a list of class names that only training needs.
+    settings = {"class_info_file": None} if kind == "oneformer" else {}
+    lacks = f"the checkpoint {path} has no"
+    with _named(f"{lacks} image processor that can be loaded (preprocessor_config.json)"):
+        processor = AutoImageProcessor.from_pretrained(name, **settings)
+    if kind not in ("clipseg", "oneformer"):
+        return Network(model, processor, dtype), None
+    with _named(f"{lacks} tokenizer that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        knows_names = tokenizer("cat")["input_ids"] != tokenizer("dog")["input_ids"]
+    if not knows_names:  # what transformers loads from a folder without a tokenizer's files
+        raise ITAError(f"{lacks} tokenizer (tokenizer.json)")
     if kind == "oneformer":
         lengths = {"max_seq_length": model.config.max_seq_len, "task_seq_length": model.config.task_seq_len}
         processor = OneFormerProcessor(processor, tokenizer, **lengths)
     return Network(model, processor, dtype), tokenizer
-
-
-def _image_processor(path: Path, name: str, kind: str) -> Any:
-    # OneFormer's image processor asks the Hub for a list of class names that only training needs.
-    settings = {"class_info_file": None} if kind == "oneformer" else {}
-    try:
-        return AutoImageProcessor.from_pretrained(name, **settings)
-    except BROKEN_CHECKPOINT_ERRORS as error:
-        raise ITAError(
-            f"the checkpoint {path} has no image processor that can be loaded (preprocessor_config.json): "
-            f"{one_line(error, 160)}"
-        ) from error
-
-
-def _tokenizer(path: Path, name: str) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        knows_names = tokenizer("cat")["input_ids"] != tokenizer("dog")["input_ids"]
-    except BROKEN_CHECKPOINT_ERRORS as error:
-        raise ITAError(
-            f"the checkpoint {path} has no tokenizer that can be loaded: {one_line(error, 160)}"
-        ) from error
-    if not knows_names:  # what transformers loads from a folder without a tokenizer's files
-        raise ITAError(f"the checkpoint {path} has no tokenizer (tokenizer.json)")
-    return tokenizer
 
 
 @contextmanager
@@ -254,20 +236,10 @@ def _configure_size(image_processor: Any, side: int | None) -> None:
         return
     size = dict(image_processor.size)
     if size.get("shortest_edge"):
-        longest = size.get("longest_edge")
         changed = {"shortest_edge": side}
-        if longest:
-            changed["longest_edge"] = round(longest * side / size["shortest_edge"])
+        if size.get("longest_edge"):
+            changed["longest_edge"] = round(size["longest_edge"] * side / size["shortest_edge"])
     else:
         changed = {"height": side, "width": side}
     image_processor.size = type(image_processor.size)(**changed)
     image_processor.do_resize = True
-
-
-def _check_size(path: Path, predictor: BaselinePredictor, side: int) -> None:
-    """Run one gray image, to find out whether the model takes images of another size than its own."""
-    blank = Image.new("RGB", (round(side * 4 / 3), side), "gray")
-    try:
-        predictor([blank], [(blank.height, blank.width)], frozenset({"semantic"}))
-    except BROKEN_CHECKPOINT_ERRORS as error:
-        raise ITAError(f"{path} cannot take images of size {side}: {one_line(error, 200)}") from error

@@ -11,6 +11,7 @@ A score that was not measured (NaN) is null in JSON, empty in CSV and a dash in 
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -52,15 +53,8 @@ from ita_segmentation.evaluation.reporting.score_tables import (
 from ita_segmentation.files import write_files
 from ita_segmentation.visualization import MAX_LEGEND_ENTRIES, color_of
 
-PACKAGES = (
-    "ita-segmentation",
-    "torch",
-    "transformers",
-    "open_clip_torch",
-    "timm",
-    "numpy",
-    "pillow",
-    "datasets",
+PACKAGES = ("ita-segmentation", "torch", "transformers", "open_clip_torch", "timm") + (
+    ("numpy", "pillow", "datasets")
 )
 JPEG_QUALITY = 88
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY, MAX_THUMBNAILS = 340, 75, 12  # in the HTML page; number of each group
@@ -103,12 +97,13 @@ def write_results(
         files = _benchmark_files(scores, matrix, examples.get(name, ()))
         contents |= {f"{folders[name]}/{file}": content for file, content in files.items()}
         sections.append(_section(name, folders[name], scores, matrix, examples.get(name, ()), files))
+    semantic = any("miou" in scores for scores in results.values())
     page = {
         "model": model,
         "tables": summary_tables(results),
         "published": published_table(results),
         "published_mark": MARK,
-        "notes": _notes(results),
+        "notes": [note for note in (MIOU_NOTE if semantic else "", comparison_note(results)) if note],
         "benchmarks": sections,
         "versions": versions,
     }
@@ -160,10 +155,8 @@ def versions_used() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that decide the numbers."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
@@ -172,11 +165,10 @@ def per_class_csv(classes: Sequence[Mapping[str, Any]]) -> str:
     keys = [key for key in CLASS_TITLES.values() if any(key in entry for entry in classes)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "name", "seen", "is_thing", *keys])
+    keys = ["name", "seen", "is_thing", *keys]
+    writer.writerow(["index", *keys])
     for index, entry in enumerate(classes):
-        writer.writerow(
-            [index, *(plain_values(entry.get(key)) for key in ("name", "seen", "is_thing", *keys))]
-        )
+        writer.writerow([index, *(plain_values(entry.get(key)) for key in keys)])
     return text.getvalue()
 
 
@@ -255,11 +247,6 @@ def _example(key: str, example: ExampleImage) -> dict[str, Any]:
         ],
         "num_hidden": max(0, len(example.legend) - MAX_LEGEND_ENTRIES),
     }
-
-
-def _notes(results: Results) -> list[str]:
-    semantic = any("miou" in scores for scores in results.values())
-    return [note for note in (MIOU_NOTE if semantic else "", comparison_note(results)) if note]
 
 
 def _data_url(content: bytes, kind: str) -> str:
