@@ -16,25 +16,46 @@ if TYPE_CHECKING:
     from ita_segmentation.evaluation.reporting.report import write_results
     from ita_segmentation.evaluation.tta import TestTimeAugmentation
 
+__all__ = [
+    "Benchmark",
+    "ConfusionMatrix",
+    "EvalConfig",
+    "ITAPredictor",
+    "ImagePrediction",
+    "Instances",
+    "MaskAP",
+    "MaskAveragePrecision",
+    "MeanIoU",
+    "PanopticQuality",
+    "PanopticQualityMetric",
+    "Predictor",
+    "TestTimeAugmentation",
+    "evaluate_benchmark",
+    "load_baseline",
+    "load_benchmark",
+    "write_results",
+]
+
 _MODULES = {
-    "baselines.loading": ("load_baseline",),
-    "benchmarks": ("Benchmark", "load_benchmark"),
-    "evaluator": ("EvalConfig", "evaluate_benchmark"),
-    "ita_predictor": ("ITAPredictor",),
-    "metrics.confusion_matrix": ("ConfusionMatrix",),
-    "metrics.evaluate_modules": ("MaskAP", "MeanIoU", "PanopticQualityMetric"),
-    "metrics.mask_ap": ("MaskAveragePrecision",),
-    "metrics.panoptic_quality": ("PanopticQuality",),
-    "predictors": ("ImagePrediction", "Instances", "Predictor"),
-    "reporting.report": ("write_results",),
-    "tta": ("TestTimeAugmentation",),
+    "Benchmark": "benchmarks",
+    "ConfusionMatrix": "metrics.confusion_matrix",
+    "EvalConfig": "evaluator",
+    "ITAPredictor": "ita_predictor",
+    "MaskAP": "metrics.evaluate_modules",
+    "MaskAveragePrecision": "metrics.mask_ap",
+    "MeanIoU": "metrics.evaluate_modules",
+    "PanopticQuality": "metrics.panoptic_quality",
+    "PanopticQualityMetric": "metrics.evaluate_modules",
+    "TestTimeAugmentation": "tta",
+    "evaluate_benchmark": "evaluator",
+    "load_baseline": "baselines.loading",
+    "load_benchmark": "benchmarks",
+    "write_results": "reporting.report",
 }
-__all__ = [name for names in _MODULES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on its first use: datasets, evaluate and matplotlib take seconds."""
-    module = next((module for module, names in _MODULES.items() if name in names), None)
-    if module is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'predictors')}"), name)
