@@ -6,8 +6,6 @@ commas. The first name of each class is unique within the benchmark. `is_thing` 
 distinguish things from stuff.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import lru_cache

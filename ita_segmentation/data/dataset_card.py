@@ -1,7 +1,5 @@
 """The dataset card of a prepared dataset, for `load_dataset`, `push_to_hub` and people."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 

@@ -11,8 +11,6 @@ shards are finished they are linked into a folder that takes the place of `data`
 absent at any moment. `datasets`' own builder starts again after it was killed and stops at the first bad image.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

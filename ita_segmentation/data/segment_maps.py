@@ -1,7 +1,5 @@
 """Segment maps: ids as colors (R + 256 G + 65536 B, as COCO stores them), and values looked up by id."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

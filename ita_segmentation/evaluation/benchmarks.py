@@ -1,7 +1,5 @@
 """What a model can be scored on: the Scenes dataset, and every dataset that `ita prepare` wrote."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

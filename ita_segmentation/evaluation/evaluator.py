@@ -4,8 +4,6 @@ Images are divided into batches first; batches are distributed over processes an
 number of processes nor an interruption changes the scores, to the last bit.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

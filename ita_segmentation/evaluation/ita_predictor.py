@@ -1,7 +1,5 @@
 """ITA as a `Predictor`: semantic maps, segments and instances for the classes of a benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby

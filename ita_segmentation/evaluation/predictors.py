@@ -1,7 +1,5 @@
 """What can be scored: anything that turns images into class maps, segments and instances."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -5,8 +5,6 @@ over them. A batch is in a file together with its counts or not at all. Each fil
 evaluated and how; another model, dataset or setting never continues it.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

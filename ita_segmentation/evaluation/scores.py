@@ -1,7 +1,5 @@
 """The state of an evaluation: three metrics, and the mean IoU of each image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

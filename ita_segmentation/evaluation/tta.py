@@ -4,8 +4,6 @@ A crop is a region of the image, resized, mirrored or not. The network sees each
 that cover a pixel are added up (`modeling_ita.tiling`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

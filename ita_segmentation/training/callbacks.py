@@ -62,10 +62,6 @@ class StopSignals:
             os.write(2, b"\nFinishing the step and saving a checkpoint; Ctrl-C again to stop at once.\n")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Non-finite losses and gradients
-
-
 class NonFiniteGuard:
     """Remember the latest batches, and the first step with a non-finite loss or gradient.
 
@@ -120,9 +116,6 @@ def write_non_finite_batch(
     with atomic_path(output / NON_FINITE_BATCH) as file:
         file.write_text(text, encoding="utf-8")
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Progress
 
 SHOWN = (
     ("loss", "loss {:.3f}"),

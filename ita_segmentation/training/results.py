@@ -96,10 +96,6 @@ def draw_results(folder: str | Path, history: Sequence[dict[str, Any]] | None = 
     return file
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sample predictions
-
-
 def take_sample(
     batch: dict[str, Any], place: int, prediction: Tensor, processor: Any, classes: TrainingClasses
 ) -> ExampleImage:

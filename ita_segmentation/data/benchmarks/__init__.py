@@ -1,7 +1,5 @@
 """The benchmarks that `ita prepare` knows, by name, and the readers of their official releases."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ita_segmentation.data.benchmarks.ade20k import Ade20k150, Ade20k847

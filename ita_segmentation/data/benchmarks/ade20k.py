@@ -5,8 +5,6 @@ instances on top (Mask2Former), and images of the full dataset are resized to a 
 (MaskFormer).
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Mapping

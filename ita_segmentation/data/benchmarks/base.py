@@ -4,8 +4,6 @@ A source dataset lists the images of a folder and decodes one of them at a time,
 release defines them. Both name the file that is missing or malformed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

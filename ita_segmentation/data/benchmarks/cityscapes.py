@@ -5,8 +5,6 @@ The download has `*_gtFine_labelIds.png` (34 label ids, 19 of which are classes)
 `*_gtFine_labelTrainIds.png` (0..18, 255) come from the authors' scripts and are used where they exist.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

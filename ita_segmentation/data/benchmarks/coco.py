@@ -1,7 +1,5 @@
 """COCO 2017 panoptic: 80 things and 53 stuff classes, for training (118,287 images) and validation (5,000)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,10 +107,6 @@ def _label_map(ids: np.ndarray, classes: dict[int, int], path: Path) -> np.ndarr
     if missing:
         raise ITAError(f"{path} lacks the segment {missing[0]}, which the JSON lists ({len(missing)} such)")
     return label.astype(np.uint8)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The JSON
 
 
 def _compact(entry: dict[str, Any]) -> Any:

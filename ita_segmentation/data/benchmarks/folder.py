@@ -10,8 +10,6 @@ lines `id:name,synonym,...` with the label values as ids (`invalid_class_id` is 
 Labels 255 and 65535 are ignored unless they are ids of classes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Sequence
@@ -51,7 +49,7 @@ class FolderDataset(SourceDataset):
     )
 
     @classmethod
-    def at(cls, source: Path, classes: Path | None = None) -> FolderDataset:
+    def at(cls, source: Path, classes: Path | None = None) -> "FolderDataset":
         """Read the splits and the classes (in classes.json or classes.txt unless another file is given) of a folder."""
         require_folder(source, ["images", "labels"], cls.layout)
         if classes is None:

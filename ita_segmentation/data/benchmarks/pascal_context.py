@@ -5,8 +5,6 @@ as the published evaluations do: 4,996 and 5,104 images. The 59 classes come fro
 from `trainval/*.mat`.
 """
 
-from __future__ import annotations
-
 import io
 import zlib
 from collections.abc import Sequence
@@ -31,10 +29,6 @@ from ita_segmentation.images import DECODING_ERRORS
 
 PHASES = {"train": "train", "validation": "val"}
 DETAIL_FILE = "trainval_merged.json"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The annotations of PASCAL in Detail
 
 
 class _Image(NamedTuple):
@@ -97,10 +91,6 @@ def _images_of_split(split: str, images: Sequence[_Image], path: Path) -> list[_
     if len({image.image_id for image in chosen}) < len(chosen):
         raise ITAError(f"{path} lists an image twice")
     return chosen
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 59 classes
 
 
 class PascalContext59(SourceDataset):
@@ -175,10 +165,6 @@ def decode_mask(counts: str, height: int, width: int, where: str) -> np.ndarray:
     if shift or min(lengths, default=-1) < 0 or sum(lengths) != height * width:
         raise ITAError(f"{where} is damaged: not a run-length encoding of {width} x {height} pixels")
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 459 classes
 
 
 class PascalContext459(SourceDataset):

@@ -4,8 +4,6 @@ Labels are palette PNGs of `SegmentationClass`: 0 is background, 1..20 the objec
 Everingham et al., The PASCAL Visual Object Classes Challenge 2012.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset

@@ -1,7 +1,5 @@
 """Look at the folders of a release, and read and check its files. Every failure is an `ITAError` naming the file."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings
@@ -20,10 +18,6 @@ GRAY_MODES = {"L": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I": np.uint
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 LISTED = 8
 """Names of a folder's content that a message shows."""
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Folders
 
 
 def require_folder(source: Path, parts: Sequence[str], layout: str) -> None:
@@ -72,10 +66,6 @@ def files_by_stem(folder: Path, suffixes: Sequence[str], ending: str = "") -> di
             raise ITAError(f"{folder} has two files for one image: {found[stem]} and {name}")
         found[stem] = name
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def read_bytes(path: Path) -> bytes:
@@ -180,10 +170,6 @@ def read_all(*reads: Callable[[], Any]) -> list[Any]:
     if problems:
         raise ITAError("; ".join(problems))
     return results
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Labels
 
 
 def check_same_size(size: tuple[int, int], label: np.ndarray, image_path: Path, label_path: Path) -> None:

@@ -158,10 +158,6 @@ def _as_list(segments: Any) -> list[dict[str, Any]]:
     return list(segments)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A folder
-
-
 def load_disk(
     folder: str,
     *,
@@ -240,10 +236,6 @@ def _load_splits(folder: str, train_split: str, eval_split: str, streaming: bool
     return loaded if isinstance(loaded, dict) else {train_split: loaded}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Scenes
-
-
 class ScenesTraining(Dataset):
     """Training examples without end: square scenes of seen classes only; an index always gives the same image."""
 
@@ -282,10 +274,6 @@ class ScenesEvaluation(Dataset):
         drawn = scene(self.seed, index, self.size, classes="all")
         image = image_tensor(drawn.image).contiguous()
         return {"image": image, "label": drawn.semantic, "image_id": f"scenes{self.seed}[{index}]"}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Preview
 
 
 def show_augmented(dataset: Any, path: Path | str, rows: int = 3, columns: int = 4, tile: int = 224) -> None:

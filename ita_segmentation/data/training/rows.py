@@ -148,10 +148,6 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One row
-
-
 def image_id_of(rows: Rows, index: int, row: Mapping[str, Any]) -> str:
     """The row's `image_id`, or SPLIT[INDEX] if it has none."""
     value = row.get("image_id")

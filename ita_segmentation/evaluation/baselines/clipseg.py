@@ -5,8 +5,6 @@ its names, the map is resized to the image, and a pixel gets the class with the 
 once, the image tower runs once an image, and only the small decoder runs for every prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ same. Datasets spell one class in many ways ("wall-other-merged", "diningtable",
 from the strictest way to the loosest, and each class gets the labels that name it in the strictest way.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ benchmark's classes (`labels.py`), with its own image processor and post-process
 `CLIPSegForImageSegmentation` with class names as prompts (`clipseg.py`).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Other transformers models as predictors, with their own post-processing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any

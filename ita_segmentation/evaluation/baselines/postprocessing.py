@@ -8,8 +8,6 @@ that changes nothing.
 Symbols: L labels of the model, Q queries, (H, W) the image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any

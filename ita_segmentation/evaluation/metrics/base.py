@@ -1,7 +1,5 @@
 """What the metrics share: states that merge and travel as arrays, and checks of their input."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -10,8 +10,6 @@ which one they report:
 Scores are computed in the order of operations of detectron2's evaluator, so they are the same floats.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ They write no cache file, so `keep_in_memory`, `cache_dir` and `experiment_id` h
 `torch.distributed` group, `compute` adds up the states of all processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 

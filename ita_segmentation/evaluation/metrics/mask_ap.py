@@ -5,8 +5,6 @@ memory of the evaluation does not grow with the number of classes. IoU and area 
 are encoded row by row (as images of W x H), which avoids transposing them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any

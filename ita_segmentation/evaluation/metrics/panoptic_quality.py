@@ -13,8 +13,6 @@ has several crowd segments of one class, the last one listed is that crowd.
 The IoUs of the matches are kept and added up exactly (`math.fsum`), so scores do not depend on the order of images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

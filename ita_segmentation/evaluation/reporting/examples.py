@@ -1,7 +1,5 @@
 """Single images of an evaluation to look at: the image, its labels and what was predicted, small."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass

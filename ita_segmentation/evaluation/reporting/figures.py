@@ -3,8 +3,6 @@
 Rows of a confusion matrix are compared by their shares of the row's pixels, so rare classes are as visible as others.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Mapping, Sequence

@@ -8,8 +8,6 @@
 A score that was not measured (NaN) is null in JSON, empty in CSV and a dash in tables; it is never written as a number.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import csv

@@ -9,8 +9,6 @@ other protocols (such as Pascal VOC with a background made of Pascal Context's c
 benchmark here measures the same.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

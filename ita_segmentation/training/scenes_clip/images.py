@@ -4,8 +4,6 @@ This is where unseen classes stay unseen: regions, the only batches with masks, 
 that may show any class come with nothing but the classes that their caption names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The settings of a training run of the small CLIP of Scenes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

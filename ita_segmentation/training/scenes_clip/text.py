@@ -6,8 +6,6 @@ others as the width allows; every name of a class, alone or in a prompt template
 names several classes maps to their normalized sum. Other names map to one more vector, that of "other".
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 

@@ -12,8 +12,6 @@ So no mask of an unseen class is ever used; it is learned from captions alone. T
 are measured again and then kept, so that training ends with the statistics that evaluation uses.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
