@@ -24,10 +24,7 @@ BATCHES, DESCRIPTION = "batches.done", "description.json"
 
 
 class ResumeStore:
-    """The parts of one evaluation in a folder; they are written at most every so many seconds.
-
-    The description holds everything that decides the outcome of the evaluation, as JSON can hold it.
-    """
+    """The parts of one evaluation in a folder; the description holds everything that decides its outcome."""
 
     def __init__(self, folder: Path, description: Mapping[str, Any], seconds: float) -> None:
         self.folder, self.seconds = folder, seconds

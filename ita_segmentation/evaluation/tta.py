@@ -89,10 +89,7 @@ class CropOutput(NamedTuple):
 
 
 def merge_crops(outputs: Sequence[CropOutput], size: tuple[int, int]) -> Tensor:
-    """Return the class with the highest sum of scores over the crops of an image, (H, W) integers.
-
-    Every pixel of the image must be in at least one crop. Crops have equal weights.
-    """
+    """Return the class with the highest sum of scores over the crops, which cover the image, (H, W) integers."""
     merger = SemanticMerger([output.crop for output in outputs], size)
     for _, class_logits, mask_logits in outputs:
         merger.add(class_logits, mask_logits)

@@ -37,10 +37,7 @@ class TrainingStoppedError(ITAError):
 
 
 class StopSignals:
-    """Context that turns SIGTERM and Ctrl-C into a request to stop after the step; a second Ctrl-C interrupts.
-
-    `received` is the signal that came, None before.
-    """
+    """Context that keeps SIGTERM or Ctrl-C as `received`, to stop after the step; a second Ctrl-C interrupts."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

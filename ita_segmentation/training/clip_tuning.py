@@ -124,10 +124,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def prepare_clip(
     model: ITAForOpenVocabSegmentation, part: ClipPart, lora_rank: int, dtype: str, channels_last: bool
 ) -> None:
-    """Freeze, unfreeze, adapt or convert a model's CLIP.
+    """Freeze, unfreeze, adapt or convert a model's CLIP in place.
 
     Args:
-        model: The model, changed in place.
+        model: The model.
         part: What of the image tower is trained.
         lora_rank: Rank of LoRA adapters; 0 adds none.
         dtype: Precision of a frozen image tower: "float32", "bfloat16" or "float16".
@@ -135,7 +135,6 @@ def prepare_clip(
 
     Raises:
         UsageError: The arguments contradict each other.
-        ModuleNotFoundError: Adapters without peft.
     """
     if part != "none" and lora_rank:
         raise UsageError("give one of --train_clip and --lora_rank")
@@ -173,24 +172,20 @@ def unfreeze(model: ITAForOpenVocabSegmentation, part: ClipPart) -> None:
     if part == "none":
         return
     visual = model.clip_backbone.clip.visual
-    of_norms = {
-        id(parameter)
-        for module in visual.modules()
-        if isinstance(module, NORMS)
-        for parameter in module.parameters(recurse=False)
-    }
+    of_norms = _parameters_of(visual, *NORMS)
     for parameter in feature_parameters(model.clip_backbone).values():
         parameter.requires_grad_(part == "all" or id(parameter) in of_norms)
 
 
+def _parameters_of(model: nn.Module, *kinds: type[nn.Module]) -> set[int]:
+    """Collect the ids of the own parameters of all modules of some kinds."""
+    modules = [module for module in model.modules() if isinstance(module, kinds)]
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+
+
 def decayed_parameters(model: nn.Module) -> list[str]:
     """List all parameters but those of norms, embeddings and, in CLIP, biases and scales."""
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (*NORMS, nn.Embedding))
-        for parameter in module.parameters(recurse=False)
-    }
+    exempt = _parameters_of(model, *NORMS, nn.Embedding)
     return [
         name
         for name, parameter in model.named_parameters()

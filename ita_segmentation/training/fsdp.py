@@ -22,10 +22,7 @@ SHARDED_WEIGHTS = "pytorch_model_fsdp.bin"  # which transformers writes beside t
 
 
 def prepare_for_fsdp(model: Any, plugin: Any, device: torch.device) -> None:
-    """Leave what is frozen, and trained scalars, which FSDP2 does not take, whole on each process.
-
-    FSDP moves only what it shards to the process's device.
-    """
+    """Leave what is frozen, and trained scalars, which FSDP2 does not take, whole on each process's device."""
     model.get_input_embeddings = lambda: None  # accelerate would shard them by themselves
     whole = [one for one in model.parameters() if not (one.requires_grad and one.ndim)]
     plugin.ignored_modules = [nn.ParameterList(whole)]

@@ -84,10 +84,7 @@ class MetricAccumulator:
         return losses
 
     def flush(self, total: Callable[[Tensor], Tensor], num_processes: int) -> dict[str, float]:
-        """Compute the metrics of a log entry that docs/training.md lists, and start again.
-
-        Losses are means over batches; `total` sums a tensor over the processes.
-        """
+        """Compute a log entry's metrics, means over batches that `total` sums over processes, and start again."""
         if self.sums is None:
             return {}
         skipped = self.sums.new_tensor([self.batches, self.skipped])

@@ -8,7 +8,6 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-SCHEDULES = ("step", "cosine", "linear", "poly", "constant")
 STEP_MILESTONES = (0.89, 0.96)
 """Shares of the run after each of which "step" divides by ten (Mask2Former's)."""
 POLY_POWER = 0.9
@@ -23,24 +22,22 @@ def learning_rate_factor(
     three end at 0) and "constant"; ValueError for another one.
     """
     left = 1.0 - min(progress, 1.0)
-    if schedule == "step":
-        return 0.1 ** sum(progress >= milestone for milestone in milestones)
-    if schedule == "cosine":
-        return 0.5 * (1.0 - math.cos(math.pi * left))
-    if schedule == "linear":
-        return left
-    if schedule == "poly":
-        return left**POLY_POWER
-    if schedule == "constant":
-        return 1.0
-    raise ValueError(f"no learning rate schedule is called {schedule!r}; choose from {', '.join(SCHEDULES)}")
+    factors = {
+        "step": 0.1 ** sum(progress >= milestone for milestone in milestones),
+        "cosine": 0.5 * (1.0 - math.cos(math.pi * left)),
+        "linear": left,
+        "poly": left**POLY_POWER,
+        "constant": 1.0,
+    }
+    if schedule not in factors:
+        raise ValueError(
+            f"no learning rate schedule is called {schedule!r}; choose from {', '.join(factors)}"
+        )
+    return factors[schedule]
 
 
 class MinuteBudget:
-    """Wall-clock minutes of a run, including its parts before a resume; no limit without `max_minutes`.
-
-    `minutes` are those spent as of the last `read_clock`.
-    """
+    """Wall-clock minutes of a run as of the last `read_clock`, including its parts before a resume."""
 
     def __init__(self, max_minutes: float | None) -> None:
         self.max_minutes = max_minutes

@@ -101,10 +101,7 @@ def _forms(names: list[str]) -> list[str]:
 def build_trainer(
     model_arguments: ITAModelArguments, data: ITADataArguments, training: ITATrainingArguments
 ) -> tuple[ITATrainer, Path | None]:
-    """Build the trainer, and find the checkpoint to resume from: all that can fail on wrong arguments.
-
-    Returns:
-        The trainer, and the checkpoint (None for a new run).
+    """Build the trainer, and find the checkpoint to resume from (None: a new run): all that wrong arguments break.
 
     Raises:
         UsageError: What is wrong, in one line.

@@ -29,15 +29,5 @@ SOURCE_DATASETS: dict[str, SourceDataset] = {
 
 
 def open_source_dataset(benchmark: str, source: Path, classes: Path | None = None) -> SourceDataset:
-    """Find the reader of a benchmark's release.
-
-    Args:
-        benchmark: a name in `SOURCE_DATASETS`.
-        source: the folder of the release.
-        classes: the class file of a user's own folder.
-
-    Raises:
-        KeyError: if there is no such benchmark.
-        ITAError: if a user's own folder or class file is not as expected.
-    """
+    """Find the reader of a benchmark in `SOURCE_DATASETS`; a user's own folder is read with its class file."""
     return FolderDataset.at(source, classes) if benchmark == FOLDER else SOURCE_DATASETS[benchmark]

@@ -18,13 +18,8 @@ from ita_segmentation.data.categories import Category
 class ImageEntry:
     """An image of a source dataset and where its labels are. Paths are relative to the source folder.
 
-    Attributes:
-        image_id: unique within its split.
-        image: the image file.
-        label: the file of its label map or panoptic map; None if `annotation` has the labels.
-        instances: the file of its instance map; None where there is none.
-        annotation: what a shared annotation file says about the image, in picklable values.
-        has_segments: whether it has a panoptic map.
+    `label` is the file of its label map or panoptic map (None if `annotation` has the labels, as a shared file says
+    them), `instances` that of its instance map (None where there is none). `image_id` is unique within a split.
     """
 
     image_id: str

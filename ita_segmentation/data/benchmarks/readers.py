@@ -21,33 +21,22 @@ LISTED = 8
 
 
 def require_folder(source: Path, parts: Sequence[str], layout: str) -> None:
-    """Raise ITAError unless the source folder contains these files and folders (paths relative to it).
-
-    The message says what was expected (`layout`) and found, and names the one subfolder that contains everything.
-    """
+    """Raise ITAError, saying what was expected and found, unless the source folder contains these files and folders."""
     if not source.is_dir():
         raise ITAError(f"there is no folder {source}: expected {layout}")
     missing = [part for part in parts if not (source / part).exists()]
     if not missing:
         return
-    inside = [folder for folder in _subfolders(source) if all((folder / part).exists() for part in parts)]
+    first = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+    second = [path for folder in first for path in sorted(folder.iterdir()) if path.is_dir()]
+    inside = [folder for folder in first + second if all((folder / part).exists() for part in parts)]
+    names = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    found = (", ".join(names[:LISTED]) + more) or "nothing"
     hint = f"; {inside[0]} has them: give that as the source" if len(inside) == 1 else ""
     raise ITAError(
-        f"{source} is not the release: missing: {', '.join(missing)}; found: {_content(source)}{hint}; "
-        f"expected {layout}"
+        f"{source} is not the release: missing: {', '.join(missing)}; found: {found}{hint}; expected {layout}"
     )
-
-
-def _subfolders(source: Path) -> list[Path]:
-    """List the folders in the source and in those, in order."""
-    first = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return first + [path for folder in first for path in sorted(folder.iterdir()) if path.is_dir()]
-
-
-def _content(folder: Path) -> str:
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
-    return (", ".join(names[:LISTED]) + more) or "nothing"
 
 
 def files_by_stem(folder: Path, suffixes: Sequence[str], ending: str = "") -> dict[str, str]:
@@ -117,11 +106,7 @@ def read_color_png(path: Path) -> np.ndarray:
 
 
 def decode(content: bytes, path: Path, kind: str | None = None) -> Image.Image:
-    """Decode an image as stored, without EXIF rotation or a change of mode; check the checksums of a PNG.
-
-    Gray PNGs of 1, 2 or 4 bits are refused where a PNG is asked for: nothing says whether their values are to be
-    scaled.
-    """
+    """Decode an image as stored, checksums included; of a PNG that holds labels, fewer than 8 bits are ambiguous."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -98,7 +98,9 @@ def scene(seed: int, index: int, size: Size = 192, classes: Classes = "seen") ->
     num_stuff = 1 + int(np.searchsorted(STUFF_COUNTS, rng.random(), side="right"))
     num_things = int(rng.integers(2, MAX_THINGS + 1))
     regions, canvas = _lay_ground(rng, _deal(stuff, seed, index, num_stuff, MAX_STUFF), height, width)
-    hand = _repeat_one(rng, _deal(things, seed, index, num_things, MAX_THINGS))
+    hand = _deal(things, seed, index, num_things, MAX_THINGS)
+    if hand and rng.random() < 0.15:  # one class twice, so that only position distinguishes instances
+        hand = hand[: MAX_THINGS - 1] + hand[:1]
     placed = _place_things(rng, hand, height, width)
     panoptic, segments = _paint(rng, canvas, regions, placed)
     lookup = np.full(len(segments) + 1, IGNORE_INDEX, np.uint8)
@@ -176,13 +178,6 @@ def _deal(ids: tuple[int, ...], seed: int, index: int, count: int, most: int) ->
     positions = range(index * most, index * most + count)
     cards = [_deck(ids, seed, position // len(ids))[position % len(ids)] for position in positions]
     return list(dict.fromkeys(cards))
-
-
-def _repeat_one(rng: np.random.Generator, class_ids: list[int]) -> list[int]:
-    """Sometimes add a second thing of the first class, so that only position distinguishes instances."""
-    if class_ids and rng.random() < 0.15:
-        return class_ids[: MAX_THINGS - 1] + class_ids[:1]
-    return class_ids
 
 
 def _texture(

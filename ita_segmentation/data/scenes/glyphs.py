@@ -67,10 +67,7 @@ def num_drawings(class_id: int) -> int:
 def draw_thing(
     class_id: int, drawing: int, side: float, degrees: float, flip: bool, stretch: float
 ) -> Image.Image:
-    """Draw a pictogram of a thing, "RGBA", just large enough: `side` pixels long before its counterclockwise rotation.
-
-    `stretch` is width over height, relative to the pictogram's own.
-    """
+    """Draw a pictogram, "RGBA", just large enough; `side` is its longer one before the counterclockwise rotation."""
     codepoint = scenes_vocabulary().codepoints[class_id][drawing]
     level = min(max(round(math.log2(GLYPH_SIDE / max(side, 1.0))), 0), 4)
     glyph = _smoothed(codepoint, level) if level > 0 else _glyph(codepoint)

@@ -371,10 +371,7 @@ def _painted(name: str, variant: int) -> Image.Image:
 
 
 def draw_stuff(rng: np.random.Generator, name: str, size: tuple[int, int], image_side: int) -> Image.Image:
-    """Draw a random crop (height, width) of a texture, "RGB": variant, position, scale, rotation, reflection.
-
-    The larger the image that it is for, the coarser its patterns.
-    """
+    """Draw a random crop (height, width) of a texture, "RGB"; the larger the image it is for, the coarser."""
     height, width = size
     chance = rng.random(6).tolist()
     variant, mirror = int(chance[0] * VARIANTS), -1.0 if chance[1] < 0.5 else 1.0

@@ -111,11 +111,11 @@ def build_augmentation(data: ITADataArguments) -> Augmentation:
         "color_jitter": data.color_jitter,
         "fill": data.fill_crop,
     }
+    if data.augmentation not in ("jitter", "shortest_edge"):
+        raise UsageError(f"augmentation must be jitter or shortest_edge, got {data.augmentation!r}")
     try:
         if data.augmentation == "jitter":
             return LargeScaleJitter(**kwargs)
-        if data.augmentation == "shortest_edge":
-            return ShortestEdgeCrop(**kwargs, max_class_share=data.max_class_share)
+        return ShortestEdgeCrop(**kwargs, max_class_share=data.max_class_share)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    raise UsageError(f"augmentation must be jitter or shortest_edge, got {data.augmentation!r}")

@@ -88,14 +88,10 @@ class DiskTraining(Dataset):
         return EpochSampler(self)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Read an example.
+        """Read an example; raises CorruptImageError if it, or a hundred one after another, cannot be read.
 
-        Returns:
-            `image` (3, h, w) uint8, `mask_labels` (n, h, w) bool, `class_labels` (n,) int64, `image_id`, and
-            `skipped`, the ids of corrupt images whose place it takes.
-
-        Raises:
-            CorruptImageError: if it, or a hundred one after another, cannot be read.
+        It has `image` (3, h, w) uint8, `mask_labels` (n, h, w) bool, `class_labels` (n,) int64, `image_id`, and
+        `skipped`, the ids of corrupt images whose place it takes.
         """
         epoch, index = divmod(position, len(self))
         skipped: list[str] = []

@@ -19,10 +19,7 @@ from ita_segmentation.data.segment_maps import lookup_ids
 
 @dataclass(frozen=True)
 class TargetMap:
-    """The targets of an image, numbered 1..n in (H, W) uint8 (int16 above 255 targets; 0: none), and their classes.
-
-    `classes` (n,) int64 are indices of the training vocabulary.
-    """
+    """The targets of an image: 1..n (0: none) in (H, W) uint8, or int16, and their (n,) training labels."""
 
     numbers: Tensor
     classes: Tensor

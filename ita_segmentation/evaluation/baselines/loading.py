@@ -90,9 +90,6 @@ def load_baseline(
         size: shortest side of the network's input in pixels; None for the checkpoint's own.
         allow_missing: score classes without a label as never predicted, with a warning, instead of an error.
 
-    Returns:
-        a predictor whose `seen` is None.
-
     Raises:
         ITAError: the checkpoint cannot be loaded, is no segmentation model, lacks weights or an image processor,
             cannot take images of `size`, or its labels are not the benchmark's classes.
@@ -224,10 +221,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _configure_size(image_processor: Any, side: int | None) -> None:
-    """Turn off cropping, as every pixel is scored, and set the shortest side.
-
-    A square size becomes side x side; a shortest and a longest edge are scaled alike.
-    """
+    """Turn off cropping, as every pixel is scored, and set the shortest side; a longest one is scaled alike."""
     if getattr(image_processor, "do_center_crop", False):
         image_processor.do_center_crop = False
     if side is None:

@@ -66,8 +66,7 @@ class MaskAveragePrecision(ArrayStateMetric):
             reference_areas: (m,) areas in pixels that decide the area range; None: the masks' own.
 
         Raises:
-            ValueError: lengths or sizes do not fit each other, a score is not finite, or a class index is not in
-                [0, K). Nothing is counted then.
+            ValueError: something does not fit; nothing is counted then.
         """
         found, size = encode_masks(masks, "prediction")
         known, known_size = encode_masks(reference_masks, "reference")
@@ -100,17 +99,10 @@ class MaskAveragePrecision(ArrayStateMetric):
     def compute(self, seen: Sequence[bool] | None = None) -> dict[str, Any]:
         """Return all scores in [0, 1], NaN where no reference decides one (COCO's -1).
 
-        Args:
-            seen: (K,) whether masks of each class were in training; adds the means over both groups.
-
-        Returns:
-            `ap`, `ap50`, `ap75`, `aps`, `apm`, `apl` (small, medium and large masks), `ar1`, `ar10`, `ar100`, `ars`,
-            `arm`, `arl`: means over the classes that have a reference; `num_classes_counted`, how many these are; with
-            `seen` also `ap_seen`, `ap_unseen`, `num_seen_counted`, `num_unseen_counted`; `per_class_ap`: (K,) float64,
-            NaN for classes without a reference.
-
-        Raises:
-            ValueError: `seen` has not one entry for each class, or an image was counted twice.
+        `ap`, `ap50`, `ap75`, `aps`, `apm`, `apl` (small, medium and large masks), `ar1`, `ar10`, `ar100`, `ars`, `arm`,
+        `arl`: means over the classes that have a reference; `num_classes_counted`, how many these are; `per_class_ap`,
+        (K,) float64. With `seen` (K,), whether masks of each class were in training, also `ap_seen`, `ap_unseen`,
+        `num_seen_counted`, `num_unseen_counted`. Raises ValueError if an image was counted twice.
         """
         groups = class_groups(seen, self.num_classes)
         precision, recall = self._curves()
@@ -190,17 +182,12 @@ def _evaluate_class(
     cocos = []
     for wanted in (True, False):
         coco = COCO()
-        coco.dataset = {
-            "images": images,
-            "categories": [{"id": 1}],
-            "annotations": [
-                one for one, reference in zip(annotations, is_reference, strict=True) if reference == wanted
-            ],
-        }
-        with contextlib.redirect_stdout(None):  # pycocotools prints
-            coco.createIndex()
+        chosen = [annotations[i] for i in np.flatnonzero(is_reference == wanted)]
+        coco.dataset = {"images": images, "categories": [{"id": 1}], "annotations": chosen}
         cocos.append(coco)
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(None):  # pycocotools prints
+        for coco in cocos:
+            coco.createIndex()
         evaluation = COCOeval(*cocos, iouType="segm")
         evaluation.params.maxDets = list(MAX_DETECTIONS)
         evaluation.evaluate()

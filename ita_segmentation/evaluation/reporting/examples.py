@@ -81,10 +81,7 @@ def example_image(
     names: Sequence[str],
     ignore_index: int,
 ) -> ExampleImage:
-    """Draw overlays of an image's labels and prediction, at most 480 pixels long, with one legend for both.
-
-    The reference (H, W) has class indices or `ignore_index`, the prediction (H, W) class indices.
-    """
+    """Draw overlays of an image's labels and prediction, (H, W) class indices, with one legend for both."""
     if reference.shape != prediction.shape:
         raise ValueError(f"{image_id}: the reference is {reference.shape}, the prediction {prediction.shape}")
     counted = reference != ignore_index

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from ita_segmentation.evaluation.reporting.score_tables import class_title, counted_classes, score_of
@@ -61,10 +62,7 @@ def worst_confusions(matrix: np.ndarray, count: int, by: str) -> list[Confusion]
 
 
 def classes_to_draw(matrix: np.ndarray, limit: int = MAX_CLASSES_DRAWN) -> list[int]:
-    """Return the classes that have pixels, or, if those are more than `limit`, the most confused ones.
-
-    The latter come pair by pair, so that classes taken for each other stand together.
-    """
+    """Return the classes that have pixels, or, if those are more than `limit`, the most confused ones, pair by pair."""
     present = np.flatnonzero(matrix.sum(0) + matrix.sum(1))
     if len(present) <= limit:
         return present.tolist()
@@ -78,10 +76,7 @@ def classes_to_draw(matrix: np.ndarray, limit: int = MAX_CLASSES_DRAWN) -> list[
 
 
 def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix: rows are reference classes, columns predicted ones, numbers percent of the row.
-
-    It shows at most 40 classes; if some are left out, a last column holds the rest of each row.
-    """
+    """Draw a confusion matrix of at most 40 classes, in percent of each row; a last column holds the rest of it."""
     chosen = classes_to_draw(matrix)
     present = int(np.count_nonzero(matrix.sum(0) + matrix.sum(1)))
     totals = matrix.sum(1)[chosen]
@@ -95,7 +90,7 @@ def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 
     figure = Figure(figsize=(2 + 0.3 * len(columns), 2 + 0.3 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    target = np.where(np.eye(len(rows), len(columns))[..., None] > 0, _rgb(TRUE_COLOR), _rgb(FALSE_COLOR))
+    target = np.where(np.eye(len(rows), len(columns))[..., None] > 0, to_rgb(TRUE_COLOR), to_rgb(FALSE_COLOR))
     colors = 1 + np.sqrt(shares)[..., None] * (target - 1)  # the square root makes small shares visible
     axes.pcolormesh(range(len(columns)), range(len(rows)), colors, edgecolors="#e2e2e2", linewidth=0.5)
     axes.set_aspect("equal")
@@ -158,10 +153,6 @@ def png_of(figure: Figure) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         figure.savefig(content, format="png")
     return content.getvalue()
-
-
-def _rgb(color: str) -> np.ndarray:
-    return np.array([int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)])
 
 
 def _short(name: str) -> str:

@@ -155,10 +155,7 @@ def summary_tables(results: Results) -> list[ScoreTable]:
 
 
 def published_table(results: Results) -> ScoreTable | None:
-    """Put this model beside what others published for the same benchmarks; None if nobody did.
-
-    One row for each score; the column "measured here" holds only what was measured, by the same definition.
-    """
+    """Put this model beside what others published for the same benchmarks and scores; None if nobody did."""
     rows: list[list[Any]] = []
     for name, scores in results.items():
         for title, key in HEADLINES.items():

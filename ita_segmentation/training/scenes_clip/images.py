@@ -21,10 +21,7 @@ MIN_REGION_AREA = 40
 
 @dataclass
 class CaptionedImages:
-    """Images (B, 3, S, S), normalized, with the classes that their captions name, the main one first.
-
-    `single` (B,) bool tells which show one thing or one texture.
-    """
+    """Images (B, 3, S, S) with the classes their captions name, the main one first; (B,) whether they show one."""
 
     pixel_values: Tensor
     named: list[list[int]]
