@@ -44,8 +44,7 @@ IMAGES_PER_SHARD = 128
 ROWS_PER_GROUP = 32
 MANIFEST = ".prepare.json"
 PROBLEMS_FILE = "problems.txt"
-Manifest = Mapping[str, Mapping[str, str]]
-"""For each split, the names of its shards and their fingerprints."""
+Manifest = Mapping[str, Mapping[str, str]]  # for each split, the names of its shards and their fingerprints
 
 
 class PrepareError(ITAError):
@@ -114,7 +113,10 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         if not _is_up_to_date(config, plan, manifest):
             written = _write_missing(config, plan, manifest)
             _commit(config, plan, manifest)
-        _write_card(config)
+        card = dataset_card(config.benchmark, config.dataset, config.data, _read_manifest(config))
+        path = config.output / "README.md"
+        if not path.is_file() or path.read_bytes() != card:
+            write_files({path: card})
         shutil.rmtree(config.work, ignore_errors=True)
     except BrokenProcessPool as error:
         raise ITAError(
@@ -302,14 +304,12 @@ def _write_shards(config: PrepareConfig, shards: Sequence[Shard], bar: Any) -> l
 def _start_worker() -> None:
     """Let a worker process end at an interrupt, and when its parent has been killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
+    def exit_with_parent() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
         os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def write_shard(config: PrepareConfig, shard: Shard) -> list[str]:
@@ -367,11 +367,3 @@ def _replace_data(config: PrepareConfig) -> None:
             shutil.rmtree(config.work / "old", ignore_errors=True)
             os.replace(config.data, config.work / "old")
         os.replace(config.work / "data", config.data)
-
-
-def _write_card(config: PrepareConfig) -> None:
-    """Write the dataset card, unless it is there already."""
-    card = dataset_card(config.benchmark, config.dataset, config.data, _read_manifest(config))
-    path = config.output / "README.md"
-    if not path.is_file() or path.read_bytes() != card:
-        write_files({path: card})

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, IterableDataset
 
-INCOMPLETE = ".incomplete"
-"""Folder inside a dataset's where `ita prepare` works until everything is finished."""
+INCOMPLETE = ".incomplete"  # folder inside a dataset's where `ita prepare` works until everything is finished
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.parquet")
 
 

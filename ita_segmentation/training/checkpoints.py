@@ -183,16 +183,22 @@ def output_lock(output: Path, is_owner: bool = True) -> Iterator[None]:
     the lock, or the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        problem: list[str | None] = [None]
-        if is_owner:
-            try:
-                stack.enter_context(_locked(output))
-            except ITAError as error:
-                problem = [str(error)]
-        (reason,) = broadcast_object_list(problem)
-        if reason is not None:
-            raise ITAError(reason)
+        in_first_process(is_owner, lambda: stack.enter_context(_locked(output)))
         yield
+
+
+def in_first_process(is_first: bool, action: Callable[[], Any]) -> Any:
+    """Act in the first process; all get its result, or raise its ITAError."""
+    found: list[Any] = [None, None]
+    if is_first:
+        try:
+            found[0] = action()
+        except ITAError as error:
+            found[1] = error
+    result, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    return result
 
 
 @contextlib.contextmanager

@@ -26,8 +26,7 @@ from modeling_ita.clip_backbone import ClipBackbone
 
 HUB = "hf-hub:"
 CLIP = "clip_backbone."
-EMBEDDINGS = ("embedding", "queries", "positions")
-"""Suffixes of plain parameters that are embeddings."""
+EMBEDDINGS = ("embedding", "queries", "positions")  # suffixes of plain parameters that are embeddings
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 ClipPart = Literal["none", "norms", "all"]
 Clip = tuple[dict[str, Any], dict[str, Tensor]]

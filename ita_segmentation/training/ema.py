@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-COUNT = "num_averaged"
-"""Key, in a file, of the number of averaged steps."""
+COUNT = "num_averaged"  # key, in a file, of the number of averaged steps
 
 
 def decay_after(num_averaged: int, decay: float) -> float:

@@ -23,8 +23,7 @@ MAX_TRUE_MASKS, MAX_PAIRS = 16, 8
 """Ground-truth masks of an image in a step, and pairs of a predicted and a ground-truth mask."""
 MIN_IOU = 0.7
 CLASS_WEIGHT, CONSISTENCY_WEIGHT = 2.0, 5.0
-NO_TARGET = -100
-"""The class of a mask that takes no part in `cross_entropy`."""
+NO_TARGET = -100  # the class of a mask that takes no part in `cross_entropy`
 
 
 class MaskAdapterTraining(nn.Module):

@@ -24,8 +24,7 @@ from modeling_ita.vocabulary import OTHER, Vocabulary
 
 logger = logging.get_logger(__name__)
 
-NUM_IMAGES, BATCH_SIZE = 100, 4
-"""Number of augmented images that are used, and the size of their batches."""
+NUM_IMAGES, BATCH_SIZE = 100, 4  # number of augmented images that are used, and the size of their batches
 STEPS, LEARNING_RATE = 100, 0.01
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,7 +17,7 @@ from ita_segmentation.data.training import ITADataArguments, TrainingClasses, Tr
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import atomic_path
 from ita_segmentation.training.arguments import ITAModelArguments, ITATrainingArguments, changed_arguments
-from ita_segmentation.training.checkpoints import find_checkpoint, output_lock
+from ita_segmentation.training.checkpoints import find_checkpoint, in_first_process, output_lock
 from ita_segmentation.training.clip_tuning import prepare_clip, read_clip
 from ita_segmentation.training.mask_adapter import MaskAdapterTrainer
 from ita_segmentation.training.name_tuning import load_tuned_names, tune_class_names
@@ -115,7 +114,8 @@ def build_trainer(
 def _build_trainer(
     model_arguments: ITAModelArguments, data: ITADataArguments, training: ITATrainingArguments
 ) -> tuple[ITATrainer, Path | None]:
-    checkpoint = _checkpoint_to_resume(training)
+    find = partial(find_checkpoint, training.resume_from_checkpoint, Path(training.output_dir or "."))
+    checkpoint = in_first_process(training.process_index == 0, find)
     set_seed(training.seed)
     classes, train_dataset, eval_dataset = load_data(data, training)
     if eval_dataset is None and training.eval_strategy != "no":
@@ -164,20 +164,6 @@ def _build_trainer(
         else:
             tune_class_names(trainer.network, new, labeler, train_dataset, trainer.data_collator)
     return trainer, checkpoint
-
-
-def _checkpoint_to_resume(training: ITATrainingArguments) -> Path | None:
-    """Find the checkpoint to resume from, in the first process, for all."""
-    found: list[Any] = [None, None]
-    if training.process_index == 0:
-        try:
-            found[0] = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir or "."))
-        except UsageError as error:
-            found[1] = str(error)
-    checkpoint, problem = broadcast_object_list(found)
-    if problem is not None:
-        raise UsageError(problem)
-    return checkpoint
 
 
 def check_classes(config: ITAConfig, checkpoint: Path) -> None:

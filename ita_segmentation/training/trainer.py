@@ -28,24 +28,8 @@ from transformers.utils import logging
 from ita_segmentation.data.training import INFINITE_LENGTH, EvaluationCollator, TrainingClasses
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.evaluation.metrics.confusion_matrix import ConfusionMatrix
-from ita_segmentation.training import checkpoints, fsdp
+from ita_segmentation.training import callbacks, checkpoints, clip_tuning, fsdp
 from ita_segmentation.training.arguments import ITATrainingArguments
-from ita_segmentation.training.callbacks import (
-    NON_FINITE_BATCH,
-    STEPS_BETWEEN_CHECKS,
-    NonFiniteGuard,
-    ProgressLine,
-    StopSignals,
-    TrainingStoppedError,
-    write_non_finite_batch,
-)
-from ita_segmentation.training.clip_tuning import (
-    CLIP,
-    decayed_parameters,
-    merge_adapters,
-    separate_clip,
-    trainable,
-)
 from ita_segmentation.training.ema import WeightAverage
 from ita_segmentation.training.metrics import MetricAccumulator
 from ita_segmentation.training.pseudo_labels import PseudoLabeler
@@ -107,12 +91,12 @@ class ITATrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         model: Any = kwargs["model"]
-        learning = trainable(model)
+        learning = clip_tuning.trainable(model)
         # Each process reads the frozen weights from the same file: DDP need not broadcast them.
         model._ddp_params_and_buffers_to_ignore = [
             name
             for name, _ in (*model.named_parameters(), *model.named_buffers())
-            if name.startswith(CLIP) and name not in learning
+            if name.startswith(clip_tuning.CLIP) and name not in learning
         ]
         train_dataset: Any = kwargs.get("train_dataset")
         if hasattr(train_dataset, "__len__") and len(train_dataset) == INFINITE_LENGTH:
@@ -127,11 +111,11 @@ class ITATrainer(Trainer):
         self.budget = MinuteBudget(self.args.max_minutes)
         self.metrics = MetricAccumulator()
         self.average: WeightAverage | None = None
-        self.signals = StopSignals()
+        self.signals = callbacks.StopSignals()
         self.was_interrupted = False
         self.last_checkpoint: Path | None = None
-        every = 1 if self.args.device.type == "cpu" else STEPS_BETWEEN_CHECKS
-        self.guard = NonFiniteGuard(self.args.device, self.args.gradient_accumulation_steps, every)
+        every = 1 if self.args.device.type == "cpu" else callbacks.STEPS_BETWEEN_CHECKS
+        self.guard = callbacks.NonFiniteGuard(self.args.device, self.args.gradient_accumulation_steps, every)
         if self.is_fsdp_enabled and (self.args.ema_decay or keep_vocabulary):
             raise UsageError("ema_decay and keep_vocabulary do not work with FSDP's sharded weights: use DDP")
         if self.is_fsdp_enabled:
@@ -144,7 +128,7 @@ class ITATrainer(Trainer):
             self.pseudo_labeler = labeler
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(ProgressLine())
+        self.add_callback(callbacks.ProgressLine())
         self.add_callback(RunCallback(self))
 
     @property
@@ -163,7 +147,7 @@ class ITATrainer(Trainer):
         with self.signals:
             try:
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except TrainingStoppedError:
+            except callbacks.TrainingStoppedError:
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
                 self.save_results([])
                 raise
@@ -175,13 +159,13 @@ class ITATrainer(Trainer):
             name, status = "SIGTERM", 143
             if self.signals.received is not None:
                 name, status = self.signals.received.name, 128 + self.signals.received
-            raise TrainingStoppedError(f"stopped by {name} after step {step}; {saved}", status)
+            raise callbacks.TrainingStoppedError(f"stopped by {name} after step {step}; {saved}", status)
         return result
 
     def begin(self) -> None:
         """Start or restore what a run has beside the Trainer's own state: the average, unlogged sums, minutes."""
         if self.args.ema_decay:
-            self.average = WeightAverage(trainable(self.network), self.args.ema_decay)
+            self.average = WeightAverage(clip_tuning.trainable(self.network), self.args.ema_decay)
         resumed, minutes = self.last_checkpoint, 0.0
         if resumed is not None:
             if (resumed / self._run_state_name).is_file():
@@ -222,11 +206,13 @@ class ITATrainer(Trainer):
         processes = gather_object([self.guard.batches_of(bad_step, self.metrics.loss_names)])
         if self.is_world_process_zero():
             scheduler: Any = self.lr_scheduler
-            write_non_finite_batch(self.output, bad_step, float(scheduler.get_last_lr()[0]), processes)
+            callbacks.write_non_finite_batch(
+                self.output, bad_step, float(scheduler.get_last_lr()[0]), processes
+            )
         names = [name for process in processes for batch in process for name in batch["image_names"]]
-        raise TrainingStoppedError(
+        raise callbacks.TrainingStoppedError(
             f"the loss or its gradient is not finite at step {bad_step}, with {', '.join(names[:8])}"
-            f"{' and others' if len(names) > 8 else ''}; see {self.output / NON_FINITE_BATCH}"
+            f"{' and others' if len(names) > 8 else ''}; see {self.output / callbacks.NON_FINITE_BATCH}"
         )
 
     def finish(self) -> None:
@@ -234,13 +220,13 @@ class ITATrainer(Trainer):
         if self.average is not None:
             self.average.swap()
             self.average = None
-        merge_adapters(self.network)
+        clip_tuning.merge_adapters(self.network)
 
     # -------------------------------------------------------------------------------------- optimization
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """List all parameters but those of norms, embeddings and scales."""
-        return decayed_parameters(model)
+        return clip_tuning.decayed_parameters(model)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer, with CLIP's trained weights in groups with a learning rate of their own."""
@@ -248,7 +234,7 @@ class ITATrainer(Trainer):
             optimizer: Any = super().create_optimizer(model)
             rate = self.args.learning_rate * self.args.clip_learning_rate_factor
             network: Any = self.model if model is None else model
-            separate_clip(optimizer, network, rate)
+            clip_tuning.separate_clip(optimizer, network, rate)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

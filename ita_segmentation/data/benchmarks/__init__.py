@@ -12,8 +12,7 @@ from ita_segmentation.data.benchmarks.pascal_voc import PascalVoc
 
 __all__ = ["FOLDER", "SOURCE_DATASETS", "ImageEntry", "LabeledImage", "SourceDataset", "open_source_dataset"]
 
-FOLDER = "folder"
-"""The name for a user's own folder."""
+FOLDER = "folder"  # the name for a user's own folder
 
 SOURCE_DATASETS: dict[str, SourceDataset] = {
     "ade20k-150": Ade20k150(),

@@ -14,18 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ita_segmentation.data.benchmarks import readers
 from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
-from ita_segmentation.data.benchmarks.readers import (
-    check_same_size,
-    decode,
-    files_by_stem,
-    image_size,
-    read_bytes,
-    read_color_png,
-    read_pair,
-    relabel,
-    require_folder,
-)
 from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.images import DECODING_ERRORS
@@ -57,10 +47,10 @@ class Ade20k150(SourceDataset):
         images, labels, instances = (
             f"{part}/{folder}" for part in ("images", "annotations", "annotations_instance")
         )
-        require_folder(source, [images, labels], self.layout)
+        readers.require_folder(source, [images, labels], self.layout)
         stems = (
-            files_by_stem(source / images, (".jpg",)).keys()
-            | files_by_stem(source / labels, (".png",)).keys()
+            readers.files_by_stem(source / images, (".jpg",)).keys()
+            | readers.files_by_stem(source / labels, (".png",)).keys()
         )
         if not stems:
             raise ITAError(f"{source / images} has no images (*.jpg)")
@@ -78,14 +68,14 @@ class Ade20k150(SourceDataset):
 
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
-        image, annotation = read_pair(source, entry)
+        image, annotation = readers.read_pair(source, entry)
         values = {0: self.ignore_index} | {index + 1: index for index in range(len(self.categories))}
-        label = relabel(annotation, values, self.ignore_index, source / str(entry.label))
+        label = readers.relabel(annotation, values, self.ignore_index, source / str(entry.label))
         if entry.instances is None:
             return LabeledImage(entry.image_id, image, label)
         path = source / entry.instances
-        instances = read_color_png(path)
-        check_same_size(image_size(image), instances, source / entry.image, path)
+        instances = readers.read_color_png(path)
+        readers.check_same_size(readers.image_size(image), instances, source / entry.image, path)
         panoptic, segments = self._panoptic(label, instances, path)
         return LabeledImage(entry.image_id, image, label, panoptic, segments)
 
@@ -154,7 +144,7 @@ class Ade20k847(SourceDataset):
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
         """List the images of a split; see `SourceDataset.index`."""
-        require_folder(source, ["index_ade20k.pkl", "images"], self.layout)
+        readers.require_folder(source, ["index_ade20k.pkl", "images"], self.layout)
         path = source / "index_ade20k.pkl"
         content = _load_plain_pickle(path)
         names, folders = _strings(content, "filename", path), _strings(content, "folder", path)
@@ -172,10 +162,10 @@ class Ade20k847(SourceDataset):
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
         image_path, label_path = source / entry.image, source / str(entry.label)
-        image = read_bytes(image_path)
-        pil_image = decode(image, image_path)
-        encoded = read_color_png(label_path)
-        check_same_size(pil_image.size, encoded, image_path, label_path)
+        image = readers.read_bytes(image_path)
+        pil_image = readers.decode(image, image_path)
+        encoded = readers.read_color_png(label_path)
+        readers.check_same_size(pil_image.size, encoded, image_path, label_path)
         size = _reduced_size(*encoded.shape[:2])
         if size is not None:
             image = _png(_resize_bilinear(np.asarray(pil_image.convert("RGB")), size))
@@ -188,8 +178,7 @@ class Ade20k847(SourceDataset):
         return LabeledImage(entry.image_id, image, _FULL_TO_847[full_index])
 
 
-NUM_OBJECTS = 3688
-"""Object classes of the full dataset; labels are 0 (none) to this number."""
+NUM_OBJECTS = 3688  # object classes of the full dataset; labels are 0 (none) to this number
 
 
 _FULL_TO_847 = np.full(26 * 256, Ade20k847.ignore_index, np.uint16)
@@ -241,7 +230,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def _load_plain_pickle(path: Path) -> Any:
     """Read a pickle of plain values and numpy arrays; ITAError if it is damaged or would run code."""
-    content = io.BytesIO(read_bytes(path))
+    content = io.BytesIO(readers.read_bytes(path))
     others = (pickle.UnpicklingError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError)
     try:
         return _PlainUnpickler(content).load()

@@ -6,15 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ita_segmentation.data.benchmarks import readers
 from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
-from ita_segmentation.data.benchmarks.readers import (
-    check_same_size,
-    image_size,
-    read_color_png,
-    read_image_bytes,
-    read_json,
-    require_folder,
-)
 from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.data.segment_maps import lookup_ids, rgb_to_ids
 from ita_segmentation.errors import ITAError, one_line
@@ -50,7 +43,7 @@ class CocoPanoptic(SourceDataset):
         maps = f"annotations/panoptic_{folder}"
         if not (source / maps).is_dir() and (source / f"panoptic_{folder}").is_dir():
             maps = f"panoptic_{folder}"
-        require_folder(source, [folder, annotations, maps], self.layout)
+        readers.require_folder(source, [folder, annotations, maps], self.layout)
         path = source / annotations
         images, rows = _read_annotations(path)
         class_of = {category_id: index for index, category_id in enumerate(category_ids("coco-panoptic"))}
@@ -79,9 +72,9 @@ class CocoPanoptic(SourceDataset):
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
         image_path, panoptic_path = source / entry.image, source / str(entry.label)
-        image = read_image_bytes(image_path)
-        ids = rgb_to_ids(read_color_png(panoptic_path))
-        check_same_size(image_size(image), ids, image_path, panoptic_path)
+        image = readers.read_image_bytes(image_path)
+        ids = rgb_to_ids(readers.read_color_png(panoptic_path))
+        readers.check_same_size(readers.image_size(image), ids, image_path, panoptic_path)
         classes = {0: self.ignore_index} | {segment_id: index for segment_id, index, _ in entry.annotation}
         segments = [
             {
@@ -118,7 +111,7 @@ def _compact(entry: dict[str, Any]) -> Any:
 
 def _read_annotations(path: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
     """Read the file names of the images by id, and the annotations, of `panoptic_*.json`."""
-    content = read_json(path, _compact)
+    content = readers.read_json(path, _compact)
     content = content if isinstance(content, dict) else {}
     images, rows = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(rows, list):

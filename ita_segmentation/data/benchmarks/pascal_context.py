@@ -13,16 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ita_segmentation.data.benchmarks import readers
 from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
-from ita_segmentation.data.benchmarks.readers import (
-    check_same_size,
-    image_size,
-    read_bytes,
-    read_image_bytes,
-    read_json,
-    relabel,
-    require_folder,
-)
 from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.images import DECODING_ERRORS
@@ -69,7 +61,7 @@ def _compact(entry: dict[str, Any]) -> Any:
 
 def _read_detail(path: Path) -> tuple[list[_Image], list[_Mask]]:
     """Read the images and masks of the file, in its order."""
-    content = read_json(path, _compact)
+    content = readers.read_json(path, _compact)
     if not isinstance(content, dict) or set(content) != {"images", "annos_segmentation"}:
         raise ITAError(f"{path} is not PASCAL in Detail's: 'images' and 'annos_segmentation' were expected")
     for key, kind in (("images", _Image), ("annos_segmentation", _Mask)):
@@ -105,7 +97,7 @@ class PascalContext59(SourceDataset):
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
         """List the images; see `SourceDataset.index`. `annotation` has the masks in the order of painting."""
-        require_folder(source, ["JPEGImages", DETAIL_FILE], self.layout)
+        readers.require_folder(source, ["JPEGImages", DETAIL_FILE], self.layout)
         path = source / DETAIL_FILE
         images, masks = _read_detail(path)
         masks_of: dict[int, list[_Mask]] = {image.image_id: [] for image in images}
@@ -124,8 +116,8 @@ class PascalContext59(SourceDataset):
 
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
-        image = read_image_bytes(source / entry.image)
-        width, height = image_size(image)
+        image = readers.read_image_bytes(source / entry.image)
+        width, height = readers.image_size(image)
         where = f"{source / DETAIL_FILE}, {entry.image_id}.jpg"
         category_map = np.zeros((height, width), np.uint16)
         for number, mask in enumerate(entry.annotation):
@@ -140,7 +132,9 @@ class PascalContext59(SourceDataset):
             category_map[inside] = mask.category_id
         values = {0: self.ignore_index}
         values |= {value: index for index, value in enumerate(category_ids("pascal-context-59"))}
-        return LabeledImage(entry.image_id, image, relabel(category_map, values, self.ignore_index, where))
+        return LabeledImage(
+            entry.image_id, image, readers.relabel(category_map, values, self.ignore_index, where)
+        )
 
 
 def decode_mask(counts: str, height: int, width: int, where: str) -> np.ndarray:
@@ -181,7 +175,7 @@ class PascalContext459(SourceDataset):
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
         """List the images of a split; see `SourceDataset.index`."""
-        require_folder(source, ["JPEGImages", "trainval", DETAIL_FILE], self.layout)
+        readers.require_folder(source, ["JPEGImages", "trainval", DETAIL_FILE], self.layout)
         path = source / DETAIL_FILE
         stems = [Path(image.file_name).stem for image in _images_of_split(split, _read_detail(path)[0], path)]
         return [ImageEntry(stem, f"JPEGImages/{stem}.jpg", f"trainval/{stem}.mat") for stem in stems]
@@ -189,11 +183,13 @@ class PascalContext459(SourceDataset):
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
         image_path, label_path = source / entry.image, source / str(entry.label)
-        image = read_image_bytes(image_path)
+        image = readers.read_image_bytes(image_path)
         label_map = _read_label_map(label_path)
-        check_same_size(image_size(image), label_map, image_path, label_path)
+        readers.check_same_size(readers.image_size(image), label_map, image_path, label_path)
         values = {0: self.ignore_index} | {index + 1: index for index in range(len(self.categories))}
-        return LabeledImage(entry.image_id, image, relabel(label_map, values, self.ignore_index, label_path))
+        return LabeledImage(
+            entry.image_id, image, readers.relabel(label_map, values, self.ignore_index, label_path)
+        )
 
 
 def _read_label_map(path: Path) -> np.ndarray:
@@ -203,7 +199,7 @@ def _read_label_map(path: Path) -> np.ndarray:
 
     errors = (*DECODING_ERRORS, MatReadError, NotImplementedError, MemoryError, zlib.error)
     try:
-        content = loadmat(io.BytesIO(read_bytes(path)), variable_names=["LabelMap"])
+        content = loadmat(io.BytesIO(readers.read_bytes(path)), variable_names=["LabelMap"])
     except errors as error:
         raise ITAError(f"{path} cannot be read as a MATLAB file: {one_line(error, 120)}") from error
     label_map = content.get("LabelMap")

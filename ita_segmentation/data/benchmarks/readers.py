@@ -16,8 +16,7 @@ from ita_segmentation.images import DECODING_ERRORS, open_image
 
 GRAY_MODES = {"L": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I": np.uint16}
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
-LISTED = 8
-"""Names of a folder's content that a message shows."""
+LISTED = 8  # names of a folder's content that a message shows
 
 
 def require_folder(source: Path, parts: Sequence[str], layout: str) -> None:

@@ -36,8 +36,7 @@ SPLITS = {
     "train": _Split(seed=17, classes="seen", num_images=10_000),
     "validation": _Split(seed=1_000_003, classes="all", num_images=500),
 }
-NUM_SHARDS = 16
-"""The number of shards of a stream, which workers share."""
+NUM_SHARDS = 16  # the number of shards of a stream, which workers share
 CREDIT = "Pictograms: OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0"
 
 

@@ -21,13 +21,11 @@ from ita_segmentation.data.scenes.textures import draw_stuff
 IGNORE_INDEX = 255
 MIN_SIDE, MAX_SIDE = 16, 4096
 MAX_THINGS, MAX_STUFF = 6, 4
-SMALLEST, LARGEST = 0.14, 0.6
-"""Longer side of a thing in a scene, relative to the scene's shorter side."""
+SMALLEST, LARGEST = 0.14, 0.6  # longer side of a thing in a scene, relative to the scene's shorter side
 MIN_THING_SIDE, MIN_AREA, MIN_VISIBLE = 20, 60, 0.35
 """A thing has at least this side (pixels), and is drawn where at least this area and share of it is visible."""
 BORDER_LEVEL, BORDER_STEPS = 128, 24
-STUFF_COUNTS = (0.22, 0.60, 0.87)
-"""Cumulative probabilities of one, two and three textures; else four."""
+STUFF_COUNTS = (0.22, 0.60, 0.87)  # cumulative probabilities of one, two and three textures; else four
 SCENE_TAG, OBJECT_TAG, STUFF_TAG, DECK_TAG = 11, 12, 13, 14
 
 Size = int | tuple[int, int]

@@ -12,8 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ita_segmentation.data.scenes.classes import scenes_vocabulary
 
 FONT_FILE = "glyf_colr0.ttf"
-GLYPH_SIDE = 192
-"""Longer side of a rasterized pictogram in pixels; smaller images use halved versions."""
+GLYPH_SIDE = 192  # longer side of a rasterized pictogram in pixels; smaller images use halved versions
 CANVAS_SIDE = 384
 
 

@@ -21,8 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ita_segmentation.data.training.rows import seed_of
 
-GRAY = 128
-"""The value that images are padded with."""
+GRAY = 128  # the value that images are padded with
 CROP_TRIES = 10
 
 

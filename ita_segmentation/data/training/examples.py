@@ -39,10 +39,8 @@ from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.files import write_files
 from ita_segmentation.visualization import paint_segments
 
-INFINITE_LENGTH = 10_000_000
-"""The length of a dataset without end, which samplers need to know."""
-MAX_CORRUPT = 100
-"""This many corrupt images in a row end a run even if they may be skipped."""
+INFINITE_LENGTH = 10_000_000  # the length of a dataset without end, which samplers need to know
+MAX_CORRUPT = 100  # this many corrupt images in a row end a run even if they may be skipped
 
 
 PREVIEW_MARGIN = 4

@@ -23,11 +23,9 @@ from ita_segmentation.evaluation.baselines.postprocessing import (
 )
 from ita_segmentation.evaluation.predictors import ImagePrediction
 
-TEMPLATE = "a photo of a {}."
-"""The one that the code of CLIPSeg's authors calls `fixed`."""
+TEMPLATE = "a photo of a {}."  # the one that the code of CLIPSeg's authors calls `fixed`
 
-BACKGROUND_LOGIT = 0.0
-"""A pixel whose classes are all below this is background: probability 1/2."""
+BACKGROUND_LOGIT = 0.0  # a pixel whose classes are all below this is background: probability 1/2
 
 PROMPTS_AT_ONCE = 32
 

@@ -26,8 +26,7 @@ from ita_segmentation.evaluation.predictors import EVALUATION_TASKS, ImagePredic
 MASK2FORMER_SIDE = 384
 """transformers' post-processing resizes Mask2Former's masks to this height and width first."""
 
-MAX_INSTANCES = 100
-"""Of an image, as COCO's mask AP counts them."""
+MAX_INSTANCES = 100  # of an image, as COCO's mask AP counts them
 
 
 class SemanticPredictor(BaselinePredictor):

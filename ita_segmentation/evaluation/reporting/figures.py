@@ -22,8 +22,7 @@ MAX_NAMED_BARS = 90
 MAX_NAME_CHARACTERS = 26
 DPI = 100
 MAX_CLASSES_DRAWN = 40
-MIN_SHARE_OF_MEAN = 0.01
-"""Classes with fewer of the mean class's pixels are too small to be called confused."""
+MIN_SHARE_OF_MEAN = 0.01  # classes with fewer of the mean class's pixels are too small to be called confused
 
 
 class Confusion(NamedTuple):

@@ -59,8 +59,7 @@ TASK_TITLES = {
 }
 CLASS_TITLES = {"IoU": "iou", "accuracy": "acc", "PQ": "pq", "SQ": "sq", "RQ": "rq", "AP": "ap"}
 """Column title -> key of a class's scores."""
-HEADLINES = {"mIoU": "miou", "PQ": "pq", "AP": "ap"}
-"""The scores that others publish."""
+HEADLINES = {"mIoU": "miou", "PQ": "pq", "AP": "ap"}  # the scores that others publish
 
 MIOU_NOTE = (
     "mIoU is the mean over the classes with ground truth (as in detectron2's main branch and, as far as they say, in "
