@@ -61,7 +61,7 @@ def evaluate_benchmark(
         the scores on the main process; None on the others.
 
     Raises:
-        ITAError: there is no image or no labeled pixel, or an image or its labels cannot be scored.
+        ITAError: there is no labeled pixel, or an image or its labels cannot be scored.
     """
     state = PartialState()
     count = benchmark.num_images if config.limit is None else min(config.limit, benchmark.num_images)
@@ -77,17 +77,10 @@ def evaluate_benchmark(
     own = [number for number in range(len(batches)) if number not in done]
     own = own[state.process_index :: state.num_processes]
     scores = BenchmarkScores(len(benchmark.classes), benchmark.ignore_index, benchmark.is_thing, config.tasks)
-    bar = tqdm(
-        total=len(batches),
-        initial=len(done),
-        desc=title,
-        unit="batch",
-        disable=not state.is_main_process,
-    )
-    with bar:
-        for finished in _count(
-            predictor, benchmark, config, {number: batches[number] for number in own}, scores
-        ):
+    quiet = not state.is_main_process
+    with tqdm(total=len(batches), initial=len(done), desc=title, unit="batch", disable=quiet) as bar:
+        mine = {number: batches[number] for number in own}
+        for finished in _count(predictor, benchmark, config, mine, scores):
             if store is not None and (store.due() or len(finished) == len(own)):
                 store.write(finished, scores.arrays())
             bar.update(min(state.num_processes, len(batches) - bar.n))

@@ -18,7 +18,7 @@ PANOPTIC_THRESHOLD = 0.0
 
 
 class ITAPredictor:
-    """A `Predictor` for one vocabulary.
+    """A `Predictor` for one vocabulary; ValueError if a class has no name, or a template no place for it.
 
     Args:
         model: in eval mode.
@@ -30,9 +30,6 @@ class ITAPredictor:
         panoptic_threshold: least score of a panoptic segment, 0 to 1.
         crops_at_once: crops of an image that go through the network together.
         autocast: makes the context in which the network runs; None for the weights' own precision.
-
-    Raises:
-        ValueError: a class has no name, or a template no place for it.
     """
 
     notes: tuple[str, ...] = ()

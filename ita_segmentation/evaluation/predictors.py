@@ -58,10 +58,4 @@ class Predictor(Protocol):
     def __call__(
         self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
     ) -> list[ImagePrediction]:
-        """Predict.
-
-        Args:
-            images: RGB.
-            sizes: (height, width) of each prediction.
-            tasks: what is asked for; a subset of the attribute.
-        """
+        """Predict the `tasks` for RGB images; `sizes` are (height, width) of each prediction."""

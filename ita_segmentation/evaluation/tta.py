@@ -18,16 +18,13 @@ from modeling_ita.tiling import Crop, SemanticMerger, spans
 
 @dataclass(frozen=True)
 class TestTimeAugmentation:
-    """Which crops of an image are taken.
+    """Which crops of an image are taken; ValueError if a number is out of range.
 
     Attributes:
         scales: multiples of the usual size of the network's input.
         flip: take every crop mirrored as well.
         window: side of the square sliding windows in pixels of the network's input; None for the whole image at once.
         stride: distance of neighboring windows in the same pixels, at most `window`; None for `window`.
-
-    Raises:
-        ValueError: a number is out of range.
     """
 
     __test__ = False  # not a test case, whatever pytest makes of its name

@@ -38,8 +38,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     """Read all log entries of a run in order, each with its `step`; docs/training.md lists what they hold.
 
     Args:
-        folder: The run's output folder, or one of its checkpoints. Of a run that was killed or is under way, the
-            entries up to its last evaluation or checkpoint.
+        folder: The run's output folder, or a checkpoint. Of an unfinished run, up to its last evaluation or checkpoint.
 
     Raises:
         ITAError: The folder has no log, or a damaged one.
@@ -57,14 +56,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def draw_results(folder: str | Path, history: Sequence[dict[str, Any]] | None = None) -> Path:
-    """Draw the curves of a run to `results.png` in its output folder; `history` is read where it is None.
-
-    Returns:
-        The image's path.
-
-    Raises:
-        ITAError: There is no log, or the image cannot be written.
-    """
+    """Draw the curves of a run to `results.png` in its folder, and return its path; ITAError if there is no log."""
     from matplotlib.figure import Figure
 
     history = read_history(folder) if history is None else history

@@ -73,11 +73,8 @@ class ITATrainer(Trainer):
         classes: The dataset's classes. Training uses the seen ones as vocabulary, evaluation all of them.
         eval_resize: Whether evaluation images are resized as the processor says.
         keep_vocabulary: Least score of the model's own segments that become pseudo-labels, so that it keeps the other
-            classes of its vocabulary; 0 turns this off.
+            classes of its vocabulary; 0 turns this off. Like `ema_decay`, it does not work with FSDP (UsageError).
         **kwargs: As for `Trainer`; `args` are `ITATrainingArguments`, `processing_class` is the `ITAImageProcessor`.
-
-    Raises:
-        UsageError: An option does not work with FSDP.
     """
 
     args: ITATrainingArguments

@@ -71,19 +71,12 @@ class SourceDataset:
     layout: str = ""
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
-        """List the images of a split in the order of the release.
+        """List the images of a split in the order of the release; ITAError if the folder is not this release.
 
         Single missing files are left to `read`, so that all of them are reported and not only the first.
-
-        Raises:
-            ITAError: if the folder is not this release; the message says what was expected and what was found.
         """
         raise NotImplementedError
 
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
-        """Read one image and its labels.
-
-        Raises:
-            ITAError: if a file is missing, truncated, of the wrong size or kind, or contains a label out of range.
-        """
+        """Read one image and its labels; ITAError names a file that is missing, truncated, or of wrong content."""
         raise NotImplementedError

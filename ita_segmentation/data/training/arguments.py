@@ -67,14 +67,11 @@ class ITADataArguments:
 
 
 def load_data(data: ITADataArguments, training: TrainingArguments) -> tuple[TrainingClasses, Any, Any]:
-    """Load what the arguments name.
+    """Load the classes, training examples and evaluation examples (None if there are none) that the arguments name.
 
     Args:
         data: the data arguments.
         training: the training arguments, for the seed and the length of the run.
-
-    Returns:
-        Classes, training examples and evaluation examples (None if there are none).
 
     Raises:
         ITAError: if arguments are out of range or do not fit together, or the dataset cannot be used.

@@ -50,7 +50,7 @@ def write_results(
     confusions: Mapping[str, np.ndarray] | None = None,
     examples: Mapping[str, Sequence[ExampleImage]] | None = None,
 ) -> tuple[Path, Path]:
-    """Write all files under `output`, either all of them or none.
+    """Write all files under `output`, either all of them or none; return the paths of `results.json` and `results.md`.
 
     Args:
         output: a folder, created if missing.
@@ -58,9 +58,6 @@ def write_results(
         results: benchmark -> scores, see `score_tables`.
         confusions: benchmark -> (K, K) pixel counts, of those that have them.
         examples: benchmark -> its best and worst images, in the order in which they are shown.
-
-    Returns:
-        the paths of `results.json` and `results.md`.
 
     Raises:
         ITAError: a file cannot be written.
