@@ -53,10 +53,8 @@ def region_embeddings(model: ITAForOpenVocabSegmentation, batch: dict[str, Any])
     dense = model.clip_backbone(batch["pixel_values"]).dense.float()
     size = [side * model.config.dense_upsample for side in dense.shape[-2:]]
     dense = F.interpolate(dense, size=size, mode="bilinear", align_corners=False)
-    embeddings, classes = (
-        [dense.new_zeros(0, model.clip_backbone.embed_dim)],
-        [torch.zeros(0, dtype=torch.int64)],
-    )
+    embeddings = [dense.new_zeros(0, model.clip_backbone.embed_dim)]
+    classes = [torch.zeros(0, dtype=torch.int64)]
     for image, (masks, labels) in enumerate(zip(batch["mask_labels"], batch["class_labels"], strict=True)):
         if not len(masks):
             continue

@@ -59,8 +59,8 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
     found = _matches_by_name([_names(label) for label in labels], classes)
     if not found:
         raise ValueError(
-            f"none of its {len(labels)} labels ({_quoted(labels)}) is one of the {len(classes)} classes "
-            f"({_quoted([names[0] for names in classes])})"
+            f"none of its {len(labels)} labels ({quoted(labels)}) is one of the {len(classes)} classes "
+            f"({quoted([names[0] for names in classes])})"
         )
     notes = []
     in_order = len(labels) == len(classes) and all(label == index for label, index in found.items())
@@ -76,17 +76,11 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
         found |= dict.fromkeys(rest, background)
     elif rest:
         notes.append(
-            f"{len(rest)} labels that are no class are left out: {_quoted([labels[i] for i in rest])}"
+            f"{len(rest)} labels that are no class are left out: {quoted([labels[i] for i in rest])}"
         )
     chosen = tuple(sorted(found))
     missing = tuple(sorted(set(range(len(classes))) - set(found.values())))
     return LabelMatch(chosen, tuple(found[index] for index in chosen), missing, tuple(notes))
-
-
-def describe_missing(match: LabelMatch, classes: Sequence[Sequence[str]]) -> str:
-    """Say which classes have no label."""
-    names = [classes[index][0] for index in match.missing]
-    return f"has no label for {len(names)} of the {len(classes)} classes: {_quoted(names)}"
 
 
 def background_class(classes: Sequence[Sequence[str]]) -> int | None:
@@ -138,7 +132,8 @@ def _matches_by_name(
     return found
 
 
-def _quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
+    """List the first names in quotes."""
     return _first([repr(name) for name in names])
 
 

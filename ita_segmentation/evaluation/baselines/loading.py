@@ -14,17 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
-    AutoTokenizer,
-    CLIPSegForImageSegmentation,
-    OneFormerProcessor,
-)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
     MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
@@ -32,15 +24,9 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.evaluation.baselines import models
 from ita_segmentation.evaluation.baselines.clipseg import ClipSegPredictor
-from ita_segmentation.evaluation.baselines.labels import LabelMatch, describe_missing, match_labels
-from ita_segmentation.evaluation.baselines.models import (
-    DetrPredictor,
-    EomtPredictor,
-    OneFormerPredictor,
-    SemanticPredictor,
-    UniversalPredictor,
-)
+from ita_segmentation.evaluation.baselines.labels import LabelMatch, match_labels, quoted
 from ita_segmentation.evaluation.baselines.postprocessing import BaselinePredictor, Network
 from ita_segmentation.evaluation.predictors import Predictor
 
@@ -51,10 +37,10 @@ BROKEN_CHECKPOINT_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeErr
     (AttributeError, ImportError, SafetensorError)
 )
 UNIVERSAL_PREDICTORS = {
-    "detr": DetrPredictor,
-    "eomt": EomtPredictor,
-    "eomt_dinov3": EomtPredictor,
-    "oneformer": OneFormerPredictor,
+    "detr": models.DetrPredictor,
+    "eomt": models.EomtPredictor,
+    "eomt_dinov3": models.EomtPredictor,
+    "oneformer": models.OneFormerPredictor,
 }
 
 
@@ -104,10 +90,10 @@ def load_baseline(
     else:
         match = _match(path, network.model.config.id2label, classes, allow_missing)
         if kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
-            chosen = UNIVERSAL_PREDICTORS.get(kind, UniversalPredictor)
+            chosen = UNIVERSAL_PREDICTORS.get(kind, models.UniversalPredictor)
             predictor = chosen(network, image_processor, match, is_thing)
         else:
-            predictor = SemanticPredictor(network, image_processor, match)
+            predictor = models.SemanticPredictor(network, image_processor, match)
     if size is not None:  # find out whether the model takes images of another size than its own
         blank = Image.new("RGB", (round(size * 4 / 3), size), "gray")
         with _named(f"{path} cannot take images of size {size}", 200):
@@ -132,7 +118,8 @@ def _match(
     except ValueError as error:
         raise ITAError(f"{path} cannot be scored here: {one_line(error)}") from error
     if match.missing:
-        lack = f"{path} {describe_missing(match, classes)}"
+        names = [classes[index][0] for index in match.missing]
+        lack = f"{path} has no label for {len(names)} of the {len(classes)} classes: {quoted(names)}"
         if not allow_missing:
             raise ITAError(f"{lack} (--allow_missing_classes scores them as never predicted)")
         warnings.warn(f"{lack}; they are scored as never predicted", stacklevel=3)
@@ -148,7 +135,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if path.is_dir():
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     else:
-        settings = AutoConfig.from_pretrained(path.as_posix()).to_dict()
+        settings = transformers.AutoConfig.from_pretrained(path.as_posix()).to_dict()
     if not isinstance(settings, dict):
         raise ValueError("config.json holds no settings")
     return settings
@@ -178,11 +165,11 @@ def _load(path: Path, kind: str, device: str, dtype: torch.dtype | None) -> tupl
     """Load the model with its processor, and its tokenizer if it has prompts."""
     name = str(path) if path.is_dir() else path.as_posix()
     if kind == "clipseg":
-        loader: Any = CLIPSegForImageSegmentation
+        loader: Any = transformers.CLIPSegForImageSegmentation
     elif kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
-        loader = AutoModelForUniversalSegmentation
+        loader = transformers.AutoModelForUniversalSegmentation
     else:
-        loader = AutoModelForSemanticSegmentation
+        loader = transformers.AutoModelForSemanticSegmentation
     with _named(f"the checkpoint {path} cannot be loaded", 240):
         model, report = loader.from_pretrained(name, output_loading_info=True)
         model = model.eval().to(device)
@@ -194,17 +181,17 @@ def _load(path: Path, kind: str, device: str, dtype: torch.dtype | None) -> tupl
     settings = {"class_info_file": None} if kind == "oneformer" else {}
     lacks = f"the checkpoint {path} has no"
     with _named(f"{lacks} image processor that can be loaded (preprocessor_config.json)"):
-        processor = AutoImageProcessor.from_pretrained(name, **settings)
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **settings)
     if kind not in ("clipseg", "oneformer"):
         return Network(model, processor, dtype), None
     with _named(f"{lacks} tokenizer that can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         knows_names = tokenizer("cat")["input_ids"] != tokenizer("dog")["input_ids"]
     if not knows_names:  # what transformers loads from a folder without a tokenizer's files
         raise ITAError(f"{lacks} tokenizer (tokenizer.json)")
     if kind == "oneformer":
         lengths = {"max_seq_length": model.config.max_seq_len, "task_seq_length": model.config.task_seq_len}
-        processor = OneFormerProcessor(processor, tokenizer, **lengths)
+        processor = transformers.OneFormerProcessor(processor, tokenizer, **lengths)
     return Network(model, processor, dtype), tokenizer
 
 

@@ -68,9 +68,8 @@ class ImageSource:
         """Draw single things of any class (three quarters), captioned with the thing, and textures (a quarter)."""
         images, named = [], []
         for _ in range(batch_size):
-            image = (object_image if self.rng.random() < 0.75 else stuff_image)(
-                self.seed, self._next(), size, "all"
-            )
+            draw = object_image if self.rng.random() < 0.75 else stuff_image
+            image = draw(self.seed, self._next(), size, "all")
             images.append(image.image)
             named.append([image.class_id])
         return CaptionedImages(to_pixel_values(images), named, torch.ones(batch_size, dtype=torch.bool))
@@ -95,12 +94,8 @@ class ImageSource:
             else:
                 classes: str | list[int] = "all"
                 if kind == 2:
-                    ids = (
-                        self.unseen_things
-                        if self.rng.random() < 0.5 and self.unseen_things
-                        else self.thing_ids
-                    )
-                    classes = [int(self.rng.choice(ids)), *self.stuff_ids]
+                    unseen = self.rng.random() < 0.5 and self.unseen_things
+                    classes = [int(self.rng.choice(unseen or self.thing_ids)), *self.stuff_ids]
                 image = scene(self.seed, index, size, classes)
                 images.append(np.asarray(image.image))
                 shown = sorted(image.segments, key=lambda segment: not segment["isthing"])

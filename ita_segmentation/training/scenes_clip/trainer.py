@@ -125,15 +125,10 @@ class ScenesClipTrainer:
         if path is not None and _metadata(path) == trained_for:
             self.clip.text.load_state_dict(load_file(path))
         else:
+            options = {"steps": recipe.text_steps, "batch_size": recipe.text_batch_size, "seed": recipe.seed}
+            rate, tower = recipe.text_learning_rate, self.clip.text
             losses = train_text_tower(
-                self.clip.text,
-                self.tokenize,
-                self.sampler,
-                steps=recipe.text_steps,
-                batch_size=recipe.text_batch_size,
-                learning_rate=recipe.text_learning_rate,
-                seed=recipe.seed,
-                on_step=on_step,
+                tower, self.tokenize, self.sampler, **options, learning_rate=rate, on_step=on_step
             )
             if path is not None:
                 write_files({path: _safetensors(self.clip.text, trained_for)})
@@ -246,10 +241,8 @@ class ScenesClipTrainer:
         named = [*self.clip.visual.named_parameters(), ("logit_scale", self.clip.logit_scale)]
         decayed = [p for _, p in named if p.ndim > 1]
         plain = [p for _, p in named if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": self.recipe.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
+        decay = self.recipe.weight_decay
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.98))
 
     def _step_loss(self, source: ImageSource, done: float) -> tuple[str, Tensor]:
@@ -316,15 +309,11 @@ class ScenesClipTrainer:
             weights = torch.where(hard.sum((1, 2), keepdim=True) > 0, hard, regions.weights)
             cells = dense_embeddings(self.clip, regions.pixel_values)
             count("region", pool_regions(cells, weights, regions.images), regions.class_ids.tolist())
-        results: dict[str, float | int] = {
-            key: round(100 * sum(h) / len(h), 2) for key, h in sorted(hits.items())
-        }
+        results: dict[str, Any] = {key: round(100 * sum(h) / len(h), 2) for key, h in sorted(hits.items())}
         results["num_regions"] = len(hits.get("region_thing", [])) + len(hits.get("region_stuff", []))
-        results["synonyms"] = round(
-            100 * synonym_accuracy(self.clip.encode_text, self.tokenize, self.vocabulary.classes, self.bank),
-            2,
-        )
-        return results
+        classes = self.vocabulary.classes
+        named = synonym_accuracy(self.clip.encode_text, self.tokenize, classes, self.bank)
+        return results | {"synonyms": round(100 * named, 2)}
 
     def save(self, output: Path, results: dict[str, Any] | None = None) -> None:
         """Write the weights, the configuration and, if given, the results; all files or none."""
