@@ -32,12 +32,8 @@ def dataset_card(
     )
     front_matter = DatasetCardData(pretty_name=benchmark, task_categories=["image-segmentation"])
     DatasetInfosDict({"default": info}).to_dataset_card_data(front_matter)
-    front_matter["configs"] = [
-        {
-            "config_name": "default",
-            "data_files": [{"split": name, "path": f"data/{name}-*"} for name in splits],
-        }
-    ]
+    data_files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
+    front_matter["configs"] = [{"config_name": "default", "data_files": data_files}]
     counts = {name: split.num_examples for name, split in infos.items()}
     return f"---\n{front_matter}\n---\n\n{_text(benchmark, dataset, features, counts)}".encode()
 

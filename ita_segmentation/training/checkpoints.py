@@ -35,7 +35,6 @@ from ita_segmentation.training.ema import WeightAverage
 logger = logging.get_logger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-TEMPORARY = re.compile(r"\.checkpoint-\d+\.tmp")
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 FROZEN = "model-00001-of-00002.safetensors"
@@ -109,9 +108,8 @@ def remove(folder: Path) -> None:
 
 def clear_temporary(output: Path) -> None:
     """Delete what a killed process left half-written or half-deleted."""
-    for path in output.iterdir():
-        if TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in output.glob(".checkpoint-[0-9]*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def keep_latest(output: Path, limit: int | None, best: str | None) -> None:

@@ -37,15 +37,11 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class LabeledImage:
-    """An image and its labels.
+    """An image, as the content of its JPEG or PNG file, and its labels.
 
-    Attributes:
-        image_id: unique within its split.
-        image: the encoded image (the content of a JPEG or PNG file).
-        label: (H, W) uint8 or uint16, class indices 0..K-1 or the ignore index.
-        panoptic: (H, W) int32 segment ids, 0 for none; None where the release has no segments.
-        segments: `{"id": int, "category_id": class index, "isthing": bool, "iscrowd": bool}` for each segment of
-            the panoptic map.
+    `label` is (H, W) uint8 or uint16, class indices 0..K-1 or the ignore index; `panoptic` is (H, W) int32 segment ids,
+    0 for none, or None, and `segments` has `{"id": int, "category_id": class index, "isthing": bool, "iscrowd": bool}`
+    for each of them.
     """
 
     image_id: str

@@ -129,10 +129,7 @@ def best_labels(
 
 
 def fuse_stuff(
-    segmentation: Any,
-    segments_info: Sequence[dict[str, Any]],
-    class_of: Sequence[int],
-    stuff: frozenset[int],
+    segmentation: Any, segments_info: Sequence[dict[str, Any]], class_of: Sequence[int], stuff: frozenset[int]
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Fuse all segments of one stuff class in a panoptic result; `class_of` maps labels to classes.
 
