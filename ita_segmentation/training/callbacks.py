@@ -1,13 +1,11 @@
 """What ends a run early (signals, non-finite losses), and the progress that it shows."""
 
 import datetime
-import json
 import math
 import os
 import signal
 import sys
 from collections import deque
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,7 +15,6 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ita_segmentation.errors import ITAError
-from ita_segmentation.files import atomic_path
 
 NON_FINITE_BATCH = "non_finite_batch.json"
 NEVER = 2**62
@@ -103,15 +100,6 @@ class NonFiniteGuard:
             values = [value if math.isfinite(value) else str(value) for value in losses.tolist()]
             batches.append({"image_names": image_names, "losses": dict(zip(loss_names, values, strict=True))})
         return batches
-
-
-def write_non_finite_batch(
-    output: Path, step: int, learning_rate: float, processes: list[list[dict[str, Any]]]
-) -> None:
-    """Save the images of a non-finite step to `NON_FINITE_BATCH`: a list of batches for each process."""
-    text = json.dumps({"step": step, "learning_rate": learning_rate, "processes": processes}, indent=1)
-    with atomic_path(output / NON_FINITE_BATCH) as file:
-        file.write_text(text, encoding="utf-8")
 
 
 SHOWN = (

@@ -5,6 +5,7 @@ embeddings, the norm of the whole gradient clipped, a learning rate in steps.
 """
 
 import contextlib
+import json
 import math
 import shutil
 import time
@@ -28,6 +29,7 @@ from transformers.utils import logging
 from ita_segmentation.data.training import INFINITE_LENGTH, EvaluationCollator, TrainingClasses
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.evaluation.metrics.confusion_matrix import ConfusionMatrix
+from ita_segmentation.files import write_files
 from ita_segmentation.training import callbacks, checkpoints, clip_tuning, fsdp
 from ita_segmentation.training.arguments import ITATrainingArguments
 from ita_segmentation.training.ema import WeightAverage
@@ -203,9 +205,10 @@ class ITATrainer(Trainer):
         processes = gather_object([self.guard.batches_of(bad_step, self.metrics.loss_names)])
         if self.is_world_process_zero():
             scheduler: Any = self.lr_scheduler
-            callbacks.write_non_finite_batch(
-                self.output, bad_step, float(scheduler.get_last_lr()[0]), processes
-            )
+            rate = float(scheduler.get_last_lr()[0])
+            document = {"step": bad_step, "learning_rate": rate, "processes": processes}
+            text = json.dumps(document, indent=1)
+            write_files({self.output / callbacks.NON_FINITE_BATCH: text.encode()})
         names = [name for process in processes for batch in process for name in batch["image_names"]]
         raise callbacks.TrainingStoppedError(
             f"the loss or its gradient is not finite at step {bad_step}, with {', '.join(names[:8])}"
