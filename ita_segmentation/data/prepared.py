@@ -176,9 +176,8 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, Any]:
         panoptic = rgb_to_ids(np.array(ImageOps.exif_transpose(_image(row["panoptic"]))))
     for name, array in (("label", label), ("panoptic", panoptic)):
         if array is not None and array.shape != image.size[::-1]:
-            raise ValueError(
-                f"{row['image_id']}: its {name} map is {array.shape}, its image {image.size[::-1]}"
-            )
+            size = image.size[::-1]
+            raise ValueError(f"{row['image_id']}: its {name} map is {array.shape}, its image {size}")
     return {
         "image": image,
         "label": label,

@@ -125,9 +125,8 @@ def _build_trainer(
     if checkpoint is not None:
         check_classes(model.config, checkpoint)
     if model_arguments.tune_class_names and model.mask_classifier.needs_cell_embeds:
-        raise UsageError(
-            "tune_class_names compares names with hard masks: not for a mask adapter or a text transfer"
-        )
+        refused = "not for a mask adapter or a text transfer"
+        raise UsageError(f"tune_class_names compares names with hard masks: {refused}")
     prepare_clip(model, training.train_clip, training.lora_rank, training.clip_dtype, training.channels_last)
     tuned = model_arguments.model
     had = None if tuned is None else ITAConfig.from_pretrained(resolve_checkpoint(tuned)).mask_pooling

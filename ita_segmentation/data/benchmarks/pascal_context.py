@@ -122,10 +122,8 @@ class PascalContext59(SourceDataset):
         category_map = np.zeros((height, width), np.uint16)
         for number, mask in enumerate(entry.annotation):
             if (mask.height, mask.width) != (height, width):
-                raise ITAError(
-                    f"{where}: mask {number} is {mask.width} x {mask.height} pixels but the image is "
-                    f"{width} x {height}"
-                )
+                size = f"{mask.width} x {mask.height} pixels but the image is {width} x {height}"
+                raise ITAError(f"{where}: mask {number} is {size}")
             if not 0 < mask.category_id < 65536:
                 raise ITAError(f"{where}: mask {number} has the category {mask.category_id}")
             inside = decode_mask(mask.counts, height, width, f"{where}: mask {number}")

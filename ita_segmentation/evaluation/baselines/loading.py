@@ -155,9 +155,8 @@ def _kind(path: Path) -> str:
         raise ITAError(f"the config.json of {path} cannot be read: {one_line(error, 160)}") from error
     known = MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
     if kind != "clipseg" and not any(kind in names for names in known):
-        raise ITAError(
-            f"{path} is a {kind} model, which transformers has no universal or semantic segmentation of"
-        )
+        lacks = "which transformers has no universal or semantic segmentation of"
+        raise ITAError(f"{path} is a {kind} model, {lacks}")
     return kind
 
 

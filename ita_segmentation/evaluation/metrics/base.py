@@ -52,7 +52,8 @@ class ArrayStateMetric(Metric):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the state as arrays, which `merge_arrays` takes."""
-        return {name: _array(getattr(self, name)) for name in self._defaults}
+        states = {name: getattr(self, name) for name in self._defaults}
+        return {n: (dim_zero_cat(s) if isinstance(s, list) else s).cpu().numpy() for n, s in states.items()}
 
     def merge_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Add another metric's state, given as `arrays` returns it; ValueError if it does not fit."""
@@ -78,10 +79,6 @@ class ArrayStateMetric(Metric):
             )
         super().merge_state(incoming_state)
         self._update_count += 1
-
-
-def _array(state: Tensor | list[Tensor]) -> np.ndarray:
-    return dim_zero_cat(state).cpu().numpy() if isinstance(state, list) else state.cpu().numpy()
 
 
 def as_integers(labels: Any, role: str) -> np.ndarray:
