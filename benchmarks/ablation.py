@@ -24,7 +24,7 @@ from dominant_categories import VARIANTS, score_variants
 from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.data.scenes import scenes_dataset
 from ita_segmentation.data.training.classes import scenes_classes
-from ita_segmentation.data.training.scenes import ScenesTraining
+from ita_segmentation.data.training.examples import ScenesTraining
 from ita_segmentation.errors import ITAError
 from ita_segmentation.evaluation.benchmarks import load_benchmark
 from modeling_ita import ITAConfig, ITAForOpenVocabSegmentation, normalize_vocabulary

@@ -6,8 +6,6 @@ commas. The first name of each class is unique within the benchmark. `is_thing` 
 distinguish things from stuff.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,11 +31,7 @@ class Category:
 
 
 def load_categories(benchmark: str) -> tuple[Category, ...]:
-    """Load the K classes of a benchmark; a class index is a position in the result.
-
-    Raises:
-        FileNotFoundError: if there is no benchmark of that name.
-    """
+    """Load the K classes of a benchmark; a class index is a position in the result. Raises FileNotFoundError."""
     return tuple(Category(row["name"], row["official_name"], row["is_thing"]) for row in _rows(benchmark))
 
 
@@ -47,9 +41,6 @@ def category_ids(benchmark: str) -> tuple[int, ...]:
     - ade20k-150: 1..150. ade20k-847: the index in the full list, (R / 10) * 256 + G of a `_seg.png`.
     - coco-panoptic: `category_id`. pascal-context-59: `category_id` of the merged file. pascal-context-459: 1..459.
     - pascal-voc-20, -21: the palette index. cityscapes: the id in `_labelIds.png`.
-
-    Raises:
-        FileNotFoundError: if there is no benchmark of that name.
     """
     return tuple(row["id"] for row in _rows(benchmark))
 

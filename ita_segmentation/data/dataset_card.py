@@ -1,7 +1,5 @@
 """The dataset card of a prepared dataset, for `load_dataset`, `push_to_hub` and people."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,14 +11,7 @@ from ita_segmentation.data.benchmarks.base import SourceDataset
 def dataset_card(
     benchmark: str, dataset: SourceDataset, folder: Path, splits: Mapping[str, Iterable[str]]
 ) -> bytes:
-    """Write README.md: the front matter that `datasets` reads, then tables.
-
-    Args:
-        benchmark: the name of the benchmark.
-        dataset: its release.
-        folder: the folder of the parquet files.
-        splits: the names of the files of each split.
-    """
+    """Write README.md: the front matter that `datasets` reads, then tables; `splits` names the files of each split."""
     from datasets import DatasetInfo, Features, SplitDict, SplitInfo
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
@@ -41,12 +32,8 @@ def dataset_card(
     )
     front_matter = DatasetCardData(pretty_name=benchmark, task_categories=["image-segmentation"])
     DatasetInfosDict({"default": info}).to_dataset_card_data(front_matter)
-    front_matter["configs"] = [
-        {
-            "config_name": "default",
-            "data_files": [{"split": name, "path": f"data/{name}-*"} for name in splits],
-        }
-    ]
+    data_files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
+    front_matter["configs"] = [{"config_name": "default", "data_files": data_files}]
     counts = {name: split.num_examples for name, split in infos.items()}
     return f"---\n{front_matter}\n---\n\n{_text(benchmark, dataset, features, counts)}".encode()
 

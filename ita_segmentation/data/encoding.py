@@ -48,16 +48,7 @@ def _knows_things(dataset: SourceDataset) -> bool:
 
 
 def encode_row(dataset: SourceDataset, image: LabeledImage, has_segments: bool) -> dict[str, Any]:
-    """Encode an image and its maps.
-
-    Args:
-        dataset: where the image is from.
-        image: the image and its labels.
-        has_segments: whether rows have a panoptic map and segments.
-
-    Raises:
-        ITAError: if the maps do not fit the image as stored, or contain something that is not a class or segment.
-    """
+    """Encode an image and its maps; ITAError if they do not fit each other, or hold what is no class or segment."""
     if image.image_id != image.image_id.encode(errors="replace").decode():
         raise ITAError(f"{ascii(image.image_id)}: the name of the image is not valid UTF-8")
     width, height = image_size(image.image)
@@ -98,11 +89,7 @@ def _classes_in(dataset: SourceDataset, image: LabeledImage) -> list[int]:
 
 
 def _orientation(image: LabeledImage) -> int | None:
-    """Read how an image is to be rotated or reflected, 2..8 as in EXIF; None if it is stored upright.
-
-    Raises:
-        ITAError: if its EXIF data is damaged.
-    """
+    """Read how an image is to be rotated or reflected, 2..8 as in EXIF; None if it is stored upright."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

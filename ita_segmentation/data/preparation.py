@@ -11,8 +11,6 @@ shards are finished they are linked into a folder that takes the place of `data`
 absent at any moment. `datasets`' own builder starts again after it was killed and stops at the first bad image.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing
@@ -46,8 +44,7 @@ IMAGES_PER_SHARD = 128
 ROWS_PER_GROUP = 32
 MANIFEST = ".prepare.json"
 PROBLEMS_FILE = "problems.txt"
-Manifest = Mapping[str, Mapping[str, str]]
-"""For each split, the names of its shards and their fingerprints."""
+Manifest = Mapping[str, Mapping[str, str]]  # for each split, the names of its shards and their fingerprints
 
 
 class PrepareError(ITAError):
@@ -60,17 +57,7 @@ class PrepareError(ITAError):
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to prepare.
-
-    Attributes:
-        benchmark: the name of the benchmark.
-        dataset: its release.
-        source: the folder of the release.
-        output: the folder of the dataset.
-        splits: the splits to prepare; other splits in the output are kept.
-        limit: the number of images of each split, from the first on; None for all.
-        num_proc: the number of processes.
-    """
+    """What to prepare: the first `limit` images of some splits; other splits in the output are kept."""
 
     benchmark: str
     dataset: SourceDataset
@@ -93,12 +80,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What was done.
-
-    Attributes:
-        num_images: the number of images of each split.
-        written: how many of them this run wrote.
-    """
+    """The number of images of each split, and how many of them this run wrote."""
 
     num_images: Mapping[str, int]
     written: int
@@ -106,14 +88,7 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file to write.
-
-    Attributes:
-        name: its name in `data`.
-        fingerprint: hexadecimal digest of everything that determines its content.
-        entries: its images.
-        schema: its columns; the metadata has the features of `datasets`.
-    """
+    """One parquet file of `data` to write; the fingerprint digests everything that determines its content."""
 
     name: str
     fingerprint: str
@@ -138,7 +113,10 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         if not _is_up_to_date(config, plan, manifest):
             written = _write_missing(config, plan, manifest)
             _commit(config, plan, manifest)
-        _write_card(config)
+        card = dataset_card(config.benchmark, config.dataset, config.data, _read_manifest(config))
+        path = config.output / "README.md"
+        if not path.is_file() or path.read_bytes() != card:
+            write_files({path: card})
         shutil.rmtree(config.work, ignore_errors=True)
     except BrokenProcessPool as error:
         raise ITAError(
@@ -155,11 +133,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
 
 
 def plan_split(config: PrepareConfig, split: str) -> list[Shard]:
-    """List the images of a split and distribute them among shards.
-
-    Raises:
-        ITAError: if the folder is not the release, or the split has no images.
-    """
+    """List the images of a split and distribute them among shards."""
     dataset = config.dataset
     entries = dataset.index(config.source, split)[: config.limit]
     if not entries:
@@ -197,11 +171,7 @@ def code_digest(module: str) -> str:
 
 
 def _read_manifest(config: PrepareConfig) -> Manifest:
-    """Read the manifest of the output; empty if there is no dataset yet.
-
-    Raises:
-        ITAError: if the output is the source or contains something else, which would be lost.
-    """
+    """Read the manifest of the output, empty for a new one; ITAError if something else would be lost."""
     if config.output.resolve() == config.source.resolve():
         raise ITAError(f"the output {config.output} is the source: choose another folder")
     try:
@@ -266,12 +236,7 @@ def _is_up_to_date(config: PrepareConfig, plan: Mapping[str, Sequence[Shard]], m
 
 
 def _write_missing(config: PrepareConfig, plan: Mapping[str, Sequence[Shard]], manifest: Manifest) -> int:
-    """Finish all shards of the plan in `.incomplete/shards`; return the number of images written.
-
-    Raises:
-        PrepareError: if images are missing or malformed. Shards without such images are kept.
-        ITAError: if all labels of a split are ignored.
-    """
+    """Finish all shards of the plan that have no bad image; return the number of images written."""
     shards = [shard for split in plan.values() for shard in split]
     _finished(config, "").parent.mkdir(parents=True, exist_ok=True)
     for leftover in _finished(config, "").parent.glob(".*.tmp"):
@@ -339,22 +304,16 @@ def _write_shards(config: PrepareConfig, shards: Sequence[Shard], bar: Any) -> l
 def _start_worker() -> None:
     """Let a worker process end at an interrupt, and when its parent has been killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
+    def exit_with_parent() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
         os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def write_shard(config: PrepareConfig, shard: Shard) -> list[str]:
-    """Read the images of a shard and, if all of them are good, write its file.
-
-    Returns:
-        One line for each image that cannot be used, in order.
-    """
+    """Write a shard if all of its images are good; return one line for each that is not, in order."""
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     has_segments = "panoptic" in shard.schema.names
@@ -408,11 +367,3 @@ def _replace_data(config: PrepareConfig) -> None:
             shutil.rmtree(config.work / "old", ignore_errors=True)
             os.replace(config.data, config.work / "old")
         os.replace(config.work / "data", config.data)
-
-
-def _write_card(config: PrepareConfig) -> None:
-    """Write the dataset card, unless it is there already."""
-    card = dataset_card(config.benchmark, config.dataset, config.data, _read_manifest(config))
-    path = config.output / "README.md"
-    if not path.is_file() or path.read_bytes() != card:
-        write_files({path: card})

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, IterableDataset
 
-INCOMPLETE = ".incomplete"
-"""Folder inside a dataset's where `ita prepare` works until everything is finished."""
+INCOMPLETE = ".incomplete"  # folder inside a dataset's where `ita prepare` works until everything is finished
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.parquet")
 
 
@@ -56,11 +55,7 @@ class DatasetVocabulary:
 
 
 def vocabulary_of(dataset: Dataset | IterableDataset) -> DatasetVocabulary:
-    """Read the vocabulary of a prepared dataset from its features and its first row.
-
-    Raises:
-        ITAError: if the dataset has no rows, or lacks the columns that hold the vocabulary.
-    """
+    """Read the vocabulary of a prepared dataset from its features and its first row; ITAError if it has none."""
     features = dataset.features or {}
     names = _class_names(features.get("classes"))
     if names is None or "ignore_index" not in features:
@@ -86,12 +81,7 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def prepared_splits(folder: Path | str) -> dict[str, list[Path]]:
-    """List the splits of a prepared dataset and their files, in order.
-
-    Raises:
-        ITAError: if there is no such folder, it is not a prepared dataset, files of it are missing, empty or
-            truncated, or they differ in columns or classes.
-    """
+    """List the splits of a prepared dataset and their files, in order; ITAError unless they are complete and alike."""
     import pyarrow.parquet
 
     folder = Path(folder)
@@ -186,9 +176,8 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, Any]:
         panoptic = rgb_to_ids(np.array(ImageOps.exif_transpose(_image(row["panoptic"]))))
     for name, array in (("label", label), ("panoptic", panoptic)):
         if array is not None and array.shape != image.size[::-1]:
-            raise ValueError(
-                f"{row['image_id']}: its {name} map is {array.shape}, its image {image.size[::-1]}"
-            )
+            size = image.size[::-1]
+            raise ValueError(f"{row['image_id']}: its {name} map is {array.shape}, its image {size}")
     return {
         "image": image,
         "label": label,

@@ -1,7 +1,5 @@
 """Segment maps: ids as colors (R + 256 G + 65536 B, as COCO stores them), and values looked up by id."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,15 +17,9 @@ def rgb_to_ids(colors: np.ndarray) -> np.ndarray:
 
 
 def lookup_ids(ids: np.ndarray, values: Mapping[int, int], default: int) -> tuple[np.ndarray, np.ndarray]:
-    """Replace each id by its value. Looks up once per run of equal ids, which makes it fast on maps of segments.
+    """Replace each id (H, W) by its value: the ids that occur, ascending, and the values (H, W) int64.
 
-    Args:
-        ids: (H, W) integers.
-        values: a value for some of the ids.
-        default: the value of all other ids.
-
-    Returns:
-        The ids that occur, ascending, and the values (H, W) int64.
+    Looks up once per run of equal ids, which makes it fast on maps of segments.
     """
     flat = ids.ravel()
     starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))

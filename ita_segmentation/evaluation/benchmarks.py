@@ -1,9 +1,8 @@
 """What a model can be scored on: the Scenes dataset, and every dataset that `ita prepare` wrote."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ class Benchmark:
     Attributes:
         classes: K classes, each a list of names; labels are their indices.
         rows: zero-argument callable that yields all rows in order, not yet decoded.
-        decode: row -> {"image": RGB PIL image, "label": (H, W) array, "panoptic": (H, W) array or None,
-            "segments": list of {"id", "category_id", "isthing", "iscrowd"}, "image_id": str}.
+        decode: row -> what `ita_segmentation.data.decode_row` returns.
         num_images: number of rows.
         seen: (K,) whether masks of the class were in training; None if the model decides that.
         is_thing: (K,) which classes have instances; None if the dataset does not tell.
@@ -45,14 +43,9 @@ class Benchmark:
 
     def rows_at(self, indices: Sequence[int]) -> Iterator[Any]:
         """Yield the rows with these indices (ascending), not yet decoded."""
-        wanted = iter(indices)
-        following = next(wanted, None)
-        for index, row in enumerate(self.rows()):
-            if following is None:
-                return
-            if index == following:
-                yield row
-                following = next(wanted, None)
+        wanted = set(indices)
+        rows = islice(self.rows(), max(wanted, default=-1) + 1)
+        return (row for index, row in enumerate(rows) if index in wanted)
 
 
 def load_benchmark(

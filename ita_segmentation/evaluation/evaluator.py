@@ -4,8 +4,6 @@ Images are divided into batches first; batches are distributed over processes an
 number of processes nor an interruption changes the scores, to the last bit.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,10 +48,10 @@ def evaluate_benchmark(
     store: ResumeStore | None = None,
     title: str = "",
 ) -> BenchmarkScores | None:
-    """Score a predictor on a benchmark.
+    """Score a predictor, the same on every process, on a benchmark.
 
     Args:
-        predictor: the same on every process.
+        predictor: what is scored.
         benchmark: the images with labels.
         config: what is scored, and how.
         store: where counts are saved from time to time, and read by the next run; None saves nothing.
@@ -63,7 +61,7 @@ def evaluate_benchmark(
         the scores on the main process; None on the others.
 
     Raises:
-        ITAError: there is no image or no labeled pixel, or an image or its labels cannot be scored.
+        ITAError: there is no labeled pixel, or an image or its labels cannot be scored.
     """
     state = PartialState()
     count = benchmark.num_images if config.limit is None else min(config.limit, benchmark.num_images)
@@ -79,17 +77,10 @@ def evaluate_benchmark(
     own = [number for number in range(len(batches)) if number not in done]
     own = own[state.process_index :: state.num_processes]
     scores = BenchmarkScores(len(benchmark.classes), benchmark.ignore_index, benchmark.is_thing, config.tasks)
-    bar = tqdm(
-        total=len(batches),
-        initial=len(done),
-        desc=title,
-        unit="batch",
-        disable=not state.is_main_process,
-    )
-    with bar:
-        for finished in _count(
-            predictor, benchmark, config, {number: batches[number] for number in own}, scores
-        ):
+    quiet = not state.is_main_process
+    with tqdm(total=len(batches), initial=len(done), desc=title, unit="batch", disable=quiet) as bar:
+        mine = {number: batches[number] for number in own}
+        for finished in _count(predictor, benchmark, config, mine, scores):
             if store is not None and (store.due() or len(finished) == len(own)):
                 store.write(finished, scores.arrays())
             bar.update(min(state.num_processes, len(batches) - bar.n))
@@ -148,11 +139,7 @@ def _decode_ahead(
 
 
 def decode_sample(benchmark: Benchmark, row: Any) -> dict[str, Any]:
-    """Decode one image and its labels.
-
-    Raises:
-        ITAError: they cannot be read or differ in size; the message names the image.
-    """
+    """Decode one image and its labels; ITAError names an image that cannot be read or whose labels differ in size."""
     name = row.get("image_id", "?") if isinstance(row, dict) else "?"
     try:
         return benchmark.decode(row)

@@ -1,7 +1,5 @@
 """ITA as a `Predictor`: semantic maps, segments and instances for the classes of a benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
@@ -20,7 +18,7 @@ PANOPTIC_THRESHOLD = 0.0
 
 
 class ITAPredictor:
-    """A `Predictor` for one vocabulary.
+    """A `Predictor` for one vocabulary; ValueError if a class has no name, or a template no place for it.
 
     Args:
         model: in eval mode.
@@ -32,9 +30,6 @@ class ITAPredictor:
         panoptic_threshold: least score of a panoptic segment, 0 to 1.
         crops_at_once: crops of an image that go through the network together.
         autocast: makes the context in which the network runs; None for the weights' own precision.
-
-    Raises:
-        ValueError: a class has no name, or a template no place for it.
     """
 
     notes: tuple[str, ...] = ()
@@ -67,11 +62,7 @@ class ITAPredictor:
     def __call__(
         self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
     ) -> list[ImagePrediction]:
-        """Predict; see `Predictor`.
-
-        Raises:
-            ValueError: the model's output is NaN.
-        """
+        """Predict; see `Predictor`. Raises ValueError if the model's output is NaN."""
         if not self.augmentation.is_identity:
             return [self._predict_crops(image, size) for image, size in zip(images, sizes, strict=True)]
         outputs = self._run(self.processor(images=list(images), return_tensors="pt"))

@@ -1,7 +1,5 @@
 """What can be scored: anything that turns images into class maps, segments and instances."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -60,10 +58,4 @@ class Predictor(Protocol):
     def __call__(
         self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
     ) -> list[ImagePrediction]:
-        """Predict.
-
-        Args:
-            images: RGB.
-            sizes: (height, width) of each prediction.
-            tasks: what is asked for; a subset of the attribute.
-        """
+        """Predict the `tasks` for RGB images; `sizes` are (height, width) of each prediction."""

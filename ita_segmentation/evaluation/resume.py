@@ -5,8 +5,6 @@ over them. A batch is in a file together with its counts or not at all. Each fil
 evaluated and how; another model, dataset or setting never continues it.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -26,13 +24,7 @@ BATCHES, DESCRIPTION = "batches.done", "description.json"
 
 
 class ResumeStore:
-    """The parts of one evaluation in a folder.
-
-    Args:
-        folder: where parts are; made with the first of them.
-        description: everything that decides the outcome of the evaluation, as JSON can hold it.
-        seconds: least time between two writes; 0 writes after every batch.
-    """
+    """The parts of one evaluation in a folder; the description holds everything that decides its outcome."""
 
     def __init__(self, folder: Path, description: Mapping[str, Any], seconds: float) -> None:
         self.folder, self.seconds = folder, seconds
@@ -41,13 +33,9 @@ class ResumeStore:
         self._written = time.monotonic()
 
     def read(self) -> tuple[set[int], list[dict[str, np.ndarray]]]:
-        """Read what earlier runs have counted; parts that cannot be read are left out and counted again.
+        """Read what earlier runs have counted: the batches that are done, and the states over them.
 
-        Returns:
-            the numbers of the batches that are done, and the states over them.
-
-        Raises:
-            ITAError: another model, dataset or setting was evaluated.
+        Parts that cannot be read are left out and counted again; ITAError if something else was evaluated.
         """
         done: set[int] = set()
         states = []
@@ -78,11 +66,7 @@ class ResumeStore:
         return time.monotonic() - self._written >= self.seconds
 
     def write(self, done: list[int], state: Mapping[str, np.ndarray]) -> None:
-        """Replace this process's part.
-
-        Raises:
-            ITAError: it cannot be written.
-        """
+        """Replace this process's part."""
         buffer = io.BytesIO()
         arrays = {
             BATCHES: np.array(done, dtype=np.int64),

@@ -1,7 +1,5 @@
 """The state of an evaluation: three metrics, and the mean IoU of each image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,17 +17,7 @@ CLASS_SCORES = ("iou", "acc", "pq", "sq", "rq", "ap")
 
 
 class BenchmarkScores:
-    """Counts over the images of a benchmark.
-
-    Attributes:
-        metrics: task -> metric.
-
-    Args:
-        num_classes: K.
-        ignore_index: label of ignored pixels.
-        is_thing: (K,) which classes have instances; None if that is not known.
-        tasks: those of "semantic", "panoptic" and "instance" that are scored.
-    """
+    """Counts over the images of a benchmark; `metrics` maps each task that is scored to its metric."""
 
     def __init__(
         self, num_classes: int, ignore_index: int, is_thing: Sequence[bool] | None, tasks: frozenset[str]
@@ -47,15 +35,9 @@ class BenchmarkScores:
         self._image_mious: dict[int, float] = {}
 
     def update(self, index: int, sample: Mapping[str, Any], prediction: ImagePrediction) -> None:
-        """Count one image.
+        """Count one image, the `index`-th of the benchmark; ValueError if it and its prediction do not fit.
 
-        Args:
-            index: the image's index in the benchmark.
-            sample: `label` (H, W), and `panoptic` (H, W) with `segments` for the other tasks.
-            prediction: of the same size, for all tasks.
-
-        Raises:
-            ValueError: shapes differ, or labels, segments or scores are invalid.
+        The sample has `label` (H, W), and `panoptic` (H, W) with `segments` for the other tasks.
         """
         miou = math.nan
         if "semantic" in self.metrics:
@@ -102,11 +84,7 @@ class BenchmarkScores:
         return state
 
     def merge(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add the counts of another process or of an earlier run.
-
-        Raises:
-            ValueError: they are of other classes or tasks.
-        """
+        """Add the counts of another process or of an earlier run; ValueError if they are of other classes or tasks."""
         for task, metric in self.metrics.items():
             prefix = f"{task}."
             metric.merge_arrays(
@@ -119,10 +97,7 @@ class BenchmarkScores:
     ) -> dict[str, Any]:
         """Compute the scores of all tasks in one flat dictionary, and `classes`, a row of scores for each class.
 
-        Args:
-            names: (K,) first names.
-            seen: (K,) whether masks of the class were in training; None if not known.
-            is_thing: (K,), or None if not known.
+        `names` (K,) are first names; `seen` and `is_thing` (K,) are None if not known.
         """
         scores: dict[str, Any] = {"num_images": len(self._image_mious), "tasks": sorted(self.metrics)}
         for task in EVALUATION_TASKS:

@@ -4,12 +4,10 @@ A crop is a region of the image, resized, mirrored or not. The network sees each
 that cover a pixel are added up (`modeling_ita.tiling`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.image_utils import SizeDict
@@ -20,16 +18,13 @@ from modeling_ita.tiling import Crop, SemanticMerger, spans
 
 @dataclass(frozen=True)
 class TestTimeAugmentation:
-    """Which crops of an image are taken.
+    """Which crops of an image are taken; ValueError if a number is out of range.
 
     Attributes:
         scales: multiples of the usual size of the network's input.
         flip: take every crop mirrored as well.
         window: side of the square sliding windows in pixels of the network's input; None for the whole image at once.
         stride: distance of neighboring windows in the same pixels, at most `window`; None for `window`.
-
-    Raises:
-        ValueError: a number is out of range.
     """
 
     __test__ = False  # not a test case, whatever pytest makes of its name
@@ -53,12 +48,7 @@ class TestTimeAugmentation:
         return self == TestTimeAugmentation()
 
     def crops(self, image_size: tuple[int, int], processor_size: Any | None) -> list[Crop]:
-        """Return the crops of an image.
-
-        Args:
-            image_size: (height, width) of the image.
-            processor_size: the image processor's `size`; None if it does not resize.
-        """
+        """Return the crops of an image (height, width); `processor_size` is None if the processor does not resize."""
         found = []
         for scale in self.scales:
             height, width = _scaled_size(image_size, processor_size, scale)
@@ -87,15 +77,8 @@ def _in_image(start: int, stop: int, side: int, image_side: int) -> tuple[int, i
     return first, max(first + 1, round(stop * image_side / side))
 
 
-@dataclass(frozen=True)
-class CropOutput:
-    """The network's output for a crop.
-
-    Attributes:
-        crop: the crop.
-        class_logits: (Q, K + 1), void last.
-        mask_logits: (Q, h, w).
-    """
+class CropOutput(NamedTuple):
+    """The network's output for a crop: class logits (Q, K + 1), void last, and mask logits (Q, h, w)."""
 
     crop: Crop
     class_logits: Tensor
@@ -103,15 +86,8 @@ class CropOutput:
 
 
 def merge_crops(outputs: Sequence[CropOutput], size: tuple[int, int]) -> Tensor:
-    """Return the class with the highest sum of scores over the crops of an image, (H, W) integers.
-
-    Every pixel of the image must be in at least one crop. Crops have equal weights.
-
-    Args:
-        outputs: of one image and one vocabulary.
-        size: (height, width) of the image.
-    """
+    """Return the class with the highest sum of scores over the crops, which cover the image, (H, W) integers."""
     merger = SemanticMerger([output.crop for output in outputs], size)
-    for output in outputs:
-        merger.add(output.class_logits, output.mask_logits)
+    for _, class_logits, mask_logits in outputs:
+        merger.add(class_logits, mask_logits)
     return merger.labels

@@ -3,41 +3,22 @@
 import importlib
 from typing import Any
 
-_MODULE_OF = {
-    "ITAModelArguments": "arguments",
-    "ITATrainer": "trainer",
-    "ITATrainingArguments": "arguments",
-    "PseudoLabeler": "pseudo_labels",
-    "TrainingStoppedError": "callbacks",
-    "build_trainer": "setup",
-    "draw_results": "results",
-    "load_model": "setup",
-    "prepare_clip": "clip_tuning",
-    "read_clip": "clip_tuning",
-    "read_history": "results",
-    "run_training": "setup",
-    "tune_class_names": "name_tuning",
+_MODULES = {
+    "arguments": ("ITAModelArguments", "ITATrainingArguments"),
+    "callbacks": ("TrainingStoppedError",),
+    "clip_tuning": ("prepare_clip", "read_clip"),
+    "name_tuning": ("tune_class_names",),
+    "pseudo_labels": ("PseudoLabeler",),
+    "results": ("draw_results", "read_history"),
+    "setup": ("build_trainer", "load_model", "run_training"),
+    "trainer": ("ITATrainer",),
 }
-
-__all__ = [
-    "ITAModelArguments",
-    "ITATrainer",
-    "ITATrainingArguments",
-    "PseudoLabeler",
-    "TrainingStoppedError",
-    "build_trainer",
-    "draw_results",
-    "load_model",
-    "prepare_clip",
-    "read_clip",
-    "read_history",
-    "run_training",
-    "tune_class_names",
-]
+__all__ = [name for names in _MODULES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name not in _MODULE_OF:
+    module = next((module for module, names in _MODULES.items() if name in names), None)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -3,14 +3,15 @@
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
+from ita_segmentation.data.training.arguments import option
 from ita_segmentation.files import parse_mapping
 from ita_segmentation.training.schedules import STEP_MILESTONES
 
@@ -66,36 +67,28 @@ class ITAModelArguments:
 
     _argument_group_name = "model"
 
-    clip: str | None = field(
-        default=None,
-        metadata={
-            "help": "Build a new model on this trained CLIP: a folder with open_clip_config.json and "
-            "open_clip_model.safetensors, or what open_clip can download: MODEL:TAG or hf-hub:OWNER/NAME"
-        },
+    clip: str | None = option(
+        None,
+        "Build a new model on this trained CLIP: a folder with open_clip_config.json and "
+        "open_clip_model.safetensors, or what open_clip can download: MODEL:TAG or hf-hub:OWNER/NAME",
     )
-    model: str | None = field(default=None, metadata={"help": "Fine-tune the ITA checkpoint in this folder"})
-    model_config: list[str] = field(
-        default_factory=list,
-        metadata={
-            "action": "extend",
-            "help": "Fields of ITAConfig as a JSON or YAML mapping; a single one is --model_config.FIELD VALUE",
-        },
+    model: str | None = option(None, "Fine-tune the ITA checkpoint in this folder")
+    model_config: list[str] = option(
+        [],
+        "Fields of ITAConfig as a JSON or YAML mapping; a single one is --model_config.FIELD VALUE",
+        action="extend",
     )
-    keep_vocabulary: float = field(
-        default=0.0,
-        metadata={
-            "help": "With --model: keep the checkpoint's classes that the dataset lacks. Segments that the original "
-            "checkpoint predicts with at least this score (0..1) where the dataset has no label become "
-            "pseudo-labels; 0 turns it off"
-        },
+    keep_vocabulary: float = option(
+        0.0,
+        "With --model: keep the checkpoint's classes that the dataset lacks. Segments that the "
+        "original checkpoint predicts with at least this score (0..1) where the dataset has no label "
+        "become pseudo-labels; 0 turns it off",
     )
-    tune_class_names: bool = field(
-        default=False,
-        metadata={
-            "aliases": ["--learn_words"],
-            "help": "With --keep_vocabulary: before training, tune the token embeddings that only the dataset's class "
-            "names use, for names that CLIP does not know (--learn_words is the old spelling)",
-        },
+    tune_class_names: bool = option(
+        False,
+        "With --keep_vocabulary: before training, tune the token embeddings that only the dataset's "
+        "class names use, for names that CLIP does not know (--learn_words is the old spelling)",
+        aliases=["--learn_words"],
     )
 
     def __post_init__(self) -> None:
@@ -106,11 +99,7 @@ class ITAModelArguments:
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """All mappings in `model_config` merged, later ones over earlier ones.
-
-        Raises:
-            ITAError: One is not a mapping.
-        """
+        """All mappings in `model_config` merged, later ones over earlier ones. Raises ITAError if one is none."""
         changes: dict[str, Any] = {}
         for text in self.model_config:
             changes |= parse_mapping(text, "model_config")
@@ -119,81 +108,57 @@ class ITAModelArguments:
 
 @dataclass
 class ITATrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with the method's defaults and the options of this trainer.
-
-    Raises:
-        ValueError: A number is not finite or out of range.
-    """
+    """transformers' `TrainingArguments` with the method's defaults and the options of this trainer."""
 
     _argument_group_name = "training"
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's learning rate after warm-up"})
-    weight_decay: float = field(default=0.05, metadata={"help": "Not applied to norms and embeddings"})
-    max_grad_norm: float = field(default=0.01, metadata={"help": "Clip the norm of the whole gradient"})
-    warmup_steps: float = field(
-        default=10, metadata={"help": "Steps of linear warm-up; a share of the run if below 1"}
+    learning_rate: float = option(1e-4, "AdamW's learning rate after warm-up")
+    weight_decay: float = option(0.05, "Not applied to norms and embeddings")
+    max_grad_norm: float = option(0.01, "Clip the norm of the whole gradient")
+    warmup_steps: float = option(10, "Steps of linear warm-up; a share of the run if below 1")
+    lr_scheduler_type: Literal["step", "cosine", "linear", "poly", "constant"] = option(
+        "step", "'step' divides by ten at each of lr_milestones; 'poly' has a power of 0.9"
     )
-    lr_scheduler_type: Literal["step", "cosine", "linear", "poly", "constant"] = field(
-        default="step",
-        metadata={"help": "'step' divides by ten at each of lr_milestones; 'poly' has a power of 0.9"},
+    lr_milestones: list[float] = option(
+        list(STEP_MILESTONES), "Increasing shares of the run (0..1) at which 'step' divides by ten"
     )
-    lr_milestones: list[float] = field(
-        default_factory=lambda: list(STEP_MILESTONES),
-        metadata={"help": "Increasing shares of the run (0..1) at which 'step' divides by ten"},
+    max_minutes: float | None = option(
+        None, "End the run after this many minutes; the learning rate follows the clock"
     )
-    max_minutes: float | None = field(
-        default=None,
-        metadata={"help": "End the run after this many minutes; the learning rate follows the clock"},
+    train_adapter: Literal["none", "ground_truth", "mixed"] = option(
+        "none",
+        "Train only the mask adapter of a model with mask_pooling 'adapter', all else frozen: on "
+        "ground-truth masks, or with predicted masks mixed in",
     )
-    train_adapter: Literal["none", "ground_truth", "mixed"] = field(
-        default="none",
-        metadata={
-            "help": "Train only the mask adapter of a model with mask_pooling 'adapter', all else frozen: on "
-            "ground-truth masks, or with predicted masks mixed in"
-        },
+    train_clip: Literal["none", "norms", "all"] = option(
+        "none", "Train nothing of CLIP's image tower, its normalization layers, or all of it"
     )
-    train_clip: Literal["none", "norms", "all"] = field(
-        default="none",
-        metadata={"help": "Train nothing of CLIP's image tower, its normalization layers, or all of it"},
+    clip_learning_rate_factor: float = option(
+        0.1, "CLIP's learning rate as a share of learning_rate, where it is trained"
     )
-    clip_learning_rate_factor: float = field(
-        default=0.1,
-        metadata={"help": "CLIP's learning rate as a share of learning_rate, where it is trained"},
+    lora_rank: int = option(0, "Adapt CLIP's image tower by LoRA of this rank (needs peft); 0: no LoRA")
+    clip_dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Precision of a frozen CLIP's image tower"
     )
-    lora_rank: int = field(
-        default=0, metadata={"help": "Adapt CLIP's image tower by LoRA of this rank (needs peft); 0: no LoRA"}
+    channels_last: bool = option(False, "CLIP's image tower in channels-last memory: faster convolutions")
+    ema_decay: float = option(
+        0.0, "Evaluate and save a moving average of the weights, e.g. 0.9998; 0: no average"
     )
-    clip_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Precision of a frozen CLIP's image tower"}
+    half_weights: bool = option(
+        False, "Write the final weights in float16, half the size; they load in float32"
     )
-    channels_last: bool = field(
-        default=False, metadata={"help": "CLIP's image tower in channels-last memory: faster convolutions"}
+    sample_images: int = option(6, "Draw the predictions for this many images at each evaluation")
+    logging_steps: float = option(50, "Log every so many steps")
+    logging_first_step: bool = option(True, "Log the first step, too")
+    report_to: None | str | list[str] = option(
+        None, "Trackers such as 'tensorboard' (the default where installed), 'wandb', or 'none'"
     )
-    ema_decay: float = field(
-        default=0.0,
-        metadata={"help": "Evaluate and save a moving average of the weights, e.g. 0.9998; 0: no average"},
-    )
-    half_weights: bool = field(
-        default=False,
-        metadata={"help": "Write the final weights in float16, half the size; they load in float32"},
-    )
-    sample_images: int = field(
-        default=6, metadata={"help": "Draw the predictions for this many images at each evaluation"}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps"})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step, too"})
-    report_to: None | str | list[str] = field(
-        default=None,
-        metadata={"help": "Trackers such as 'tensorboard' (the default where installed), 'wandb', or 'none'"},
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": "last",
-            "help": "Resume from the last checkpoint of output_dir ('last', or no value), from the last one if there "
-            "is any ('auto'), or from this folder",
-        },
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Resume from the last checkpoint of output_dir ('last', or no value), from the last one if "
+        "there is any ('auto'), or from this folder",
+        nargs="?",
+        const="last",
     )
 
     def __post_init__(self) -> None:
@@ -202,7 +167,8 @@ class ITATrainingArguments(TrainingArguments):
             raise ValueError(f"max_steps must be positive, or -1 for no limit, got {self.max_steps}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
-        if not increases_within(self.lr_milestones, 0.0, 1.0):
+        bounded = [0.0, *self.lr_milestones, 1.0]
+        if not all(before < after for before, after in pairwise(bounded)):
             raise ValueError(f"lr_milestones must increase between 0 and 1, got {self.lr_milestones}")
         schedule, self.lr_scheduler_type = self.lr_scheduler_type, "constant"
         if self.report_to is None:
@@ -222,11 +188,7 @@ class ITATrainingArguments(TrainingArguments):
 
 
 def check_numbers(arguments: Any) -> None:
-    """Check that the numbers of a dataclass of arguments are finite and not negative, or positive where they must be.
-
-    Raises:
-        ValueError: Names the first one that is not.
-    """
+    """Raise ValueError for the first number that is not finite, is negative, or 0 where it must be positive."""
     for one in dataclasses.fields(arguments):
         value = getattr(arguments, one.name)
         for number in value if isinstance(value, list) else [value]:
@@ -240,17 +202,8 @@ def check_numbers(arguments: Any) -> None:
                 raise ValueError(f"{one.name} must be positive, got {number}")
 
 
-def increases_within(values: Sequence[float], low: float, high: float) -> bool:
-    """Tell whether values increase strictly, all between the limits."""
-    bounded = [low, *values, high]
-    return all(a < b for a, b in zip(bounded[:-1], bounded[1:], strict=True))
-
-
 def changed_arguments(*arguments: Any) -> dict[str, Any]:
-    """Collect the arguments of dataclasses that are not the default, as `--config` reads them.
-
-    Tokens are left out, and so is what follows from the machine or is set by `ITATrainingArguments` itself.
-    """
+    """Collect the arguments that are not the default, as `--config` reads them, without tokens and `DERIVED` ones."""
     changed: dict[str, Any] = {}
     for group in arguments:
         for one in dataclasses.fields(group):

@@ -1,13 +1,11 @@
 """What ends a run early (signals, non-finite losses), and the progress that it shows."""
 
 import datetime
-import json
+import math
 import os
 import signal
 import sys
 from collections import deque
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,7 +15,6 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ita_segmentation.errors import ITAError
-from ita_segmentation.files import atomic_path
 
 NON_FINITE_BATCH = "non_finite_batch.json"
 NEVER = 2**62
@@ -28,9 +25,7 @@ STEPS_BETWEEN_CHECKS = 10
 class TrainingStoppedError(ITAError):
     """A run that must stop before its end, and why.
 
-    Args:
-        message: The reason, in one line.
-        exit_status: Exit status of the process: 1 for a failure, 128 plus the number of a signal.
+    `exit_status` is that of the process: 1 for a failure, 128 plus the number of a signal.
     """
 
     def __init__(self, message: str, exit_status: int = 1) -> None:
@@ -39,14 +34,7 @@ class TrainingStoppedError(ITAError):
 
 
 class StopSignals:
-    """Context that turns SIGTERM and Ctrl-C into a request to stop after the step; a second Ctrl-C interrupts.
-
-    Attributes:
-        received: The signal that came; None before.
-
-    Raises:
-        ValueError: Entered in another thread than the main one.
-    """
+    """Context that keeps SIGTERM or Ctrl-C as `received`, to stop after the step; a second Ctrl-C interrupts."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -68,39 +56,21 @@ class StopSignals:
             os.write(2, b"\nFinishing the step and saving a checkpoint; Ctrl-C again to stop at once.\n")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Non-finite losses and gradients
-
-
-@dataclass
-class Batch:
-    """One batch of one process: the optimizer's step, the images and the losses (on the device)."""
-
-    step: int
-    image_names: list[str]
-    losses: Tensor
-
-
 class NonFiniteGuard:
     """Remember the latest batches, and the first step with a non-finite loss or gradient.
 
-    Nothing waits for the device but `check`.
-
-    Args:
-        device: Device of the losses.
-        batches_per_step: Batches per optimizer step.
-        every: Steps between two checks; batches are remembered for longer.
+    Nothing waits for the device but `check`, which is due every `every` steps; batches are remembered for longer.
     """
 
     def __init__(self, device: torch.device, batches_per_step: int, every: int) -> None:
         self.every = every
-        self.recent: deque[Batch] = deque(maxlen=2 * every * batches_per_step)
+        self.recent: deque[tuple[int, list[str], Tensor]] = deque(maxlen=2 * every * batches_per_step)
         self._first_bad = torch.tensor(NEVER, device=device)
 
     @torch.no_grad()
     def record(self, step: int, image_names: list[str], losses: Tensor) -> None:
         """Record the losses (n,) of a batch of an optimizer step, counted from 1."""
-        self.recent.append(Batch(step, image_names, losses))
+        self.recent.append((step, image_names, losses))
         self._record(step, losses)
 
     @torch.no_grad()
@@ -115,14 +85,7 @@ class NonFiniteGuard:
         self._first_bad = torch.where(is_finite, self._first_bad, self._first_bad.clamp(max=step))
 
     def check(self, stop_requested: bool) -> tuple[int | None, bool]:
-        """Share the state among processes, which call this together.
-
-        Args:
-            stop_requested: Whether this process was asked to stop.
-
-        Returns:
-            The first non-finite step of any process (None: there was none), and whether any was asked to stop.
-        """
+        """Give the first non-finite step of any process, or None, and whether any was asked to stop."""
         asked = self._first_bad.new_tensor(0 if stop_requested else 1)
         both = torch.stack([self._first_bad, asked])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -132,30 +95,12 @@ class NonFiniteGuard:
 
     def batches_of(self, step: int, loss_names: list[str]) -> list[dict[str, Any]]:
         """Describe this process's batches of a step for a JSON file; non-finite losses become strings."""
-        return [
-            {
-                "image_names": batch.image_names,
-                "losses": {
-                    name: value if abs(value) < float("inf") else str(value)
-                    for name, value in zip(loss_names, batch.losses.tolist(), strict=True)
-                },
-            }
-            for batch in self.recent
-            if batch.step == step
-        ]
+        batches = []
+        for _, image_names, losses in (batch for batch in self.recent if batch[0] == step):
+            values = [value if math.isfinite(value) else str(value) for value in losses.tolist()]
+            batches.append({"image_names": image_names, "losses": dict(zip(loss_names, values, strict=True))})
+        return batches
 
-
-def write_non_finite_batch(
-    output: Path, step: int, learning_rate: float, processes: list[list[dict[str, Any]]]
-) -> None:
-    """Save the images of a non-finite step to `NON_FINITE_BATCH`: a list of batches for each process."""
-    text = json.dumps({"step": step, "learning_rate": learning_rate, "processes": processes}, indent=1)
-    with atomic_path(output / NON_FINITE_BATCH) as file:
-        file.write_text(text, encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Progress
 
 SHOWN = (
     ("loss", "loss {:.3f}"),

@@ -35,7 +35,6 @@ from ita_segmentation.training.ema import WeightAverage
 logger = logging.get_logger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-TEMPORARY = re.compile(r"\.checkpoint-\d+\.tmp")
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 FROZEN = "model-00001-of-00002.safetensors"
@@ -109,9 +108,8 @@ def remove(folder: Path) -> None:
 
 def clear_temporary(output: Path) -> None:
     """Delete what a killed process left half-written or half-deleted."""
-    for path in output.iterdir():
-        if TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in output.glob(".checkpoint-[0-9]*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def keep_latest(output: Path, limit: int | None, best: str | None) -> None:
@@ -143,13 +141,9 @@ def damage_of(folder: Path) -> str | None:
 def find_checkpoint(wanted: str | None, output: Path) -> Path | None:
     """Find the checkpoint to resume from; None for a new run.
 
-    Args:
-        wanted: None for a new run; "last" for the latest undamaged checkpoint; "auto" for the same, or a new run where
-            there is none; or a checkpoint's folder.
-        output: The run's output folder.
-
-    Raises:
-        UsageError: There is no such checkpoint, it is damaged, or a new run would mix its checkpoints with others.
+    `wanted` is None for a new run; "last" for the latest undamaged checkpoint; "auto" for the same, or a new run where
+    there is none; or a checkpoint's folder. Raises UsageError if there is no such checkpoint, it is damaged, or a new
+    run would mix its checkpoints with others.
     """
     present = checkpoints_of(output)
     if wanted is None:
@@ -183,24 +177,26 @@ def find_checkpoint(wanted: str | None, output: Path) -> Path | None:
 def output_lock(output: Path, is_owner: bool = True) -> Iterator[None]:
     """Keep other training runs out of an output folder; a lock of a process that has ended does not count.
 
-    Args:
-        output: The folder, which is made if missing.
-        is_owner: Whether this process takes the lock; the others of a run wait for it. All call this together.
-
-    Raises:
-        ITAError: A running process has the lock, or the folder cannot be written.
+    The owner takes the lock and all processes of the run wait for it together. Raises ITAError if a running process has
+    the lock, or the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        problem: list[str | None] = [None]
-        if is_owner:
-            try:
-                stack.enter_context(_locked(output))
-            except ITAError as error:
-                problem = [str(error)]
-        (reason,) = broadcast_object_list(problem)
-        if reason is not None:
-            raise ITAError(reason)
+        in_first_process(is_owner, lambda: stack.enter_context(_locked(output)))
         yield
+
+
+def in_first_process(is_first: bool, action: Callable[[], Any]) -> Any:
+    """Act in the first process; all get its result, or raise its ITAError."""
+    found: list[Any] = [None, None]
+    if is_first:
+        try:
+            found[0] = action()
+        except ITAError as error:
+            found[1] = error
+    result, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    return result
 
 
 @contextlib.contextmanager
@@ -238,13 +234,10 @@ def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_weights(
     model: PreTrainedModel, average: WeightAverage | None, folder: Path, before: Path | None
 ) -> None:
-    """Write configuration, code and weights of a checkpoint.
+    """Write configuration, code and weights of a checkpoint into an empty folder.
 
-    Args:
-        model: The model.
-        average: Its averaged weights, which the checkpoint's model then has; adapters are merged.
-        folder: An empty folder.
-        before: An earlier checkpoint of the same run, whose frozen weights are linked.
+    With an average the checkpoint's model has its weights; adapters are merged. The frozen weights are linked to those
+    of the checkpoint `before`.
     """
     if average is None:
         learned = on_host(learned_weights(model))
@@ -269,11 +262,7 @@ def save_weights(
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load the trainable weights of a checkpoint of the same run.
-
-    Raises:
-        ITAError: The checkpoint has other trainable or other frozen weights.
-    """
+    """Load the trainable weights of a checkpoint of the same run; raises ITAError if its weights are others."""
     source = TRAINED if (folder / TRAINED).is_file() else LEARNED
     tensors, parameters = load_file(folder / source), trainable(model)
     differing = sorted(set(tensors) ^ set(parameters)) or [
@@ -295,11 +284,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def write_model(model: PreTrainedModel, processor: Any, weights: dict[str, Tensor], output: Path) -> None:
-    """Write a complete model into a folder that may hold other files; each of its files is replaced or left unchanged.
-
-    Raises:
-        ITAError: It cannot be written.
-    """
+    """Write a model into a folder that may hold other files, each file replaced or left unchanged; raises ITAError."""
     written = output / ".model.tmp"
 
     def write() -> None:

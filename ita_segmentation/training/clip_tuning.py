@@ -26,8 +26,7 @@ from modeling_ita.clip_backbone import ClipBackbone
 
 HUB = "hf-hub:"
 CLIP = "clip_backbone."
-EMBEDDINGS = ("embedding", "queries", "positions")
-"""Suffixes of plain parameters that are embeddings."""
+EMBEDDINGS = ("embedding", "queries", "positions")  # suffixes of plain parameters that are embeddings
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 ClipPart = Literal["none", "norms", "all"]
 Clip = tuple[dict[str, Any], dict[str, Tensor]]
@@ -44,11 +43,11 @@ def read_clip(source: str) -> Clip:
         source: A folder, MODEL:TAG, or hf-hub:OWNER/NAME, as above.
 
     Returns:
-        `{"name", "model_cfg", "preprocess_cfg"}`, where `preprocess_cfg` has `mean` and `std` if they are known, and
-        the state dict.
+        `{"name", "model_cfg", "preprocess_cfg"}` (the last with `mean` and `std` if they are known), and the state
+        dict.
 
     Raises:
-        UsageError: There is no such CLIP, it cannot be downloaded, or it cannot be read.
+        UsageError: There is no such CLIP, or it cannot be downloaded or read.
     """
     if Path(source).is_dir():
         return _from_folder(Path(source))
@@ -124,10 +123,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def prepare_clip(
     model: ITAForOpenVocabSegmentation, part: ClipPart, lora_rank: int, dtype: str, channels_last: bool
 ) -> None:
-    """Freeze, unfreeze, adapt or convert a model's CLIP.
+    """Freeze, unfreeze, adapt or convert a model's CLIP in place.
 
     Args:
-        model: The model, changed in place.
+        model: The model.
         part: What of the image tower is trained.
         lora_rank: Rank of LoRA adapters; 0 adds none.
         dtype: Precision of a frozen image tower: "float32", "bfloat16" or "float16".
@@ -135,7 +134,6 @@ def prepare_clip(
 
     Raises:
         UsageError: The arguments contradict each other.
-        ModuleNotFoundError: Adapters without peft.
     """
     if part != "none" and lora_rank:
         raise UsageError("give one of --train_clip and --lora_rank")
@@ -173,24 +171,20 @@ def unfreeze(model: ITAForOpenVocabSegmentation, part: ClipPart) -> None:
     if part == "none":
         return
     visual = model.clip_backbone.clip.visual
-    of_norms = {
-        id(parameter)
-        for module in visual.modules()
-        if isinstance(module, NORMS)
-        for parameter in module.parameters(recurse=False)
-    }
+    of_norms = _parameters_of(visual, *NORMS)
     for parameter in feature_parameters(model.clip_backbone).values():
         parameter.requires_grad_(part == "all" or id(parameter) in of_norms)
 
 
+def _parameters_of(model: nn.Module, *kinds: type[nn.Module]) -> set[int]:
+    """Collect the ids of the own parameters of all modules of some kinds."""
+    modules = [module for module in model.modules() if isinstance(module, kinds)]
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+
+
 def decayed_parameters(model: nn.Module) -> list[str]:
     """List all parameters but those of norms, embeddings and, in CLIP, biases and scales."""
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (*NORMS, nn.Embedding))
-        for parameter in module.parameters(recurse=False)
-    }
+    exempt = _parameters_of(model, *NORMS, nn.Embedding)
     return [
         name
         for name, parameter in model.named_parameters()
@@ -228,12 +222,7 @@ def set_precision(model: ITAForOpenVocabSegmentation, dtype: str) -> None:
 
 
 def add_adapters(model: ITAForOpenVocabSegmentation, rank: int) -> None:
-    """Add LoRA adapters (arXiv 2106.09685) to the image tower's linear layers and 1x1 convolutions.
-
-    Raises:
-        ModuleNotFoundError: peft is not installed.
-        UsageError: The tower has no such layer.
-    """
+    """Add LoRA adapters (arXiv 2106.09685) to the image tower's linear layers and 1x1 convolutions."""
     from peft import LoraConfig, inject_adapter_in_model
 
     backbone = model.clip_backbone

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-COUNT = "num_averaged"
-"""Key, in a file, of the number of averaged steps."""
+COUNT = "num_averaged"  # key, in a file, of the number of averaged steps
 
 
 def decay_after(num_averaged: int, decay: float) -> float:
@@ -19,12 +18,7 @@ def decay_after(num_averaged: int, decay: float) -> float:
 
 
 class WeightAverage:
-    """The moving average of named parameters.
-
-    Args:
-        parameters: All trainable parameters by name.
-        decay: Share of the average that remains at each step, below 1; warms up as in `decay_after`.
-    """
+    """The moving average of trainable parameters, by name; the decay warms up to `decay` as in `decay_after`."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
         self.names = list(parameters)
@@ -65,11 +59,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, file: Path) -> None:
-        """Read the average from a safetensors file.
-
-        Raises:
-            KeyError: The file is of other parameters.
-        """
+        """Read the average from a safetensors file; raises KeyError if it is of other parameters."""
         tensors = load_file(file)
         self.average.n_averaged.fill_(int(tensors[COUNT]))
         for name, averaged in zip(self.names, self._averages(), strict=True):

@@ -22,15 +22,7 @@ SHARDED_WEIGHTS = "pytorch_model_fsdp.bin"  # which transformers writes beside t
 
 
 def prepare_for_fsdp(model: Any, plugin: Any, device: torch.device) -> None:
-    """Leave what is frozen whole on each process, so that it does not travel.
-
-    So are trained scalars, which FSDP2 does not take.
-
-    Args:
-        model: The model, before it is sharded.
-        plugin: accelerate's FSDP plugin.
-        device: Of this process. FSDP moves only what it shards.
-    """
+    """Leave what is frozen, and trained scalars, which FSDP2 does not take, whole on each process's device."""
     model.get_input_embeddings = lambda: None  # accelerate would shard them by themselves
     whole = [one for one in model.parameters() if not (one.requires_grad and one.ndim)]
     plugin.ignored_modules = [nn.ParameterList(whole)]
@@ -47,11 +39,7 @@ def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_full_weights(model: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights; each process reads the file and keeps its own part.
-
-    Raises:
-        ITAError: The checkpoint has other weights.
-    """
+    """Load a checkpoint's weights, of which each process keeps its own part; ITAError if they do not fit."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         names = set(file.keys())
         for name, parameter in model.named_parameters():

@@ -22,19 +22,13 @@ MAX_TRUE_MASKS, MAX_PAIRS = 16, 8
 """Ground-truth masks of an image in a step, and pairs of a predicted and a ground-truth mask."""
 MIN_IOU = 0.7
 CLASS_WEIGHT, CONSISTENCY_WEIGHT = 2.0, 5.0
-IGNORED = -100
-"""The class of a mask that takes no part in the cross-entropy."""
+NO_TARGET = -100  # the class of a mask that takes no part in `cross_entropy`
 
 
 class MaskAdapterTraining(nn.Module):
-    """A segmenter whose call gives the adapter's losses.
+    """A segmenter, all of it frozen but its mask adapter, whose call gives the adapter's losses.
 
-    Args:
-        network: with `mask_pooling="adapter"`; all of it but the adapter is frozen.
-        mixed: mix in predicted masks.
-
-    Raises:
-        ValueError: the network has no adapter.
+    With `mixed`, predicted masks are mixed in. Raises ValueError if the network has no adapter.
     """
 
     def __init__(self, network: ITAForOpenVocabSegmentation, mixed: bool):
@@ -60,19 +54,10 @@ class MaskAdapterTraining(nn.Module):
         vocabulary: Any,
         pixel_mask: Tensor | None = None,
     ) -> ModelOutput:
-        """Compute the adapter's losses.
+        """Compute the adapter's losses; arguments are the segmenter's own.
 
-        Args:
-            pixel_values: (B, 3, H, W).
-            mask_labels: for each image (n, H, W).
-            class_labels: for each image (n,) int64.
-            vocabulary: classes of the training data.
-            pixel_mask: (B, H, W), 0 for padding; None if nothing is padded.
-
-        Returns:
-            `loss`, the sum of `loss_dict`: `loss_ce`, the cross-entropy of masks over classes and void, and, where
-            predictions are mixed in, `loss_cosine`, one minus the cosine of the embeddings of pairs; both weighted.
-            `dominant_categories` are none, `vocabulary` is each image's.
+        Returns `loss`, the sum of `loss_dict`: `loss_ce`, the cross-entropy of masks over classes and void, and, where
+        predictions are mixed in, `loss_cosine`, one minus the cosine of the embeddings of pairs; both weighted.
         """
         self.network.eval()  # nothing that is frozen behaves otherwise in training
         sizes = check_images(pixel_values, pixel_mask)
@@ -122,7 +107,7 @@ class MaskAdapterTraining(nn.Module):
                 small = torch.cat([small, predicted[row, queries]])
             targets = torch.cat([labels, labels[truth], labels[truth]])
             if not len(small):  # every process needs a gradient, so an empty mask of no class goes through
-                small, targets = small.new_zeros(1, *small.shape[1:]), labels.new_full((1,), IGNORED)
+                small, targets = small.new_zeros(1, *small.shape[1:]), labels.new_full((1,), NO_TARGET)
             of_image = torch.zeros(len(small), dtype=torch.int64, device=dense.device)
             embeds = pooling.embed(clip, dense[own], context[own], small, of_image)
             logits = classifier.compare_with_text(
@@ -168,15 +153,10 @@ def on_canvas(masks: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def match_predictions(mask_logits: Tensor, masks: Tensor) -> Tensor:
-    """Pair ground-truth masks with predictions that overlap them by more than `MIN_IOU`.
+    """Pair ground-truth masks (n, H, W) with predictions (Q, h, w) that overlap them by more than `MIN_IOU`.
 
-    Args:
-        mask_logits: (Q, h, w).
-        masks: (n, H, W) float of 0 and 1.
-
-    Returns:
-        (P, 2) int64, a prediction and its ground-truth mask: one of those that overlap enough, at random; at most
-        `MAX_PAIRS`, at random.
+    Returns (P, 2) int64, a prediction and its ground-truth mask: of several that overlap enough, one at random; at most
+    `MAX_PAIRS`, at random.
     """
     if not len(masks):
         return torch.zeros(0, 2, dtype=torch.int64, device=mask_logits.device)
@@ -194,15 +174,7 @@ def match_predictions(mask_logits: Tensor, masks: Tensor) -> Tensor:
 
 
 class MaskAdapterTrainer(ITATrainer):
-    """Trains the mask adapter of a model, all of whose other weights are frozen.
-
-    Args:
-        mixed: Mix in predicted masks.
-        **kwargs: As for `ITATrainer`.
-
-    Raises:
-        ValueError: The model has no adapter, or the weights are sharded.
-    """
+    """Trains the mask adapter of a model; with `mixed`, on predicted masks, too. ValueError without an adapter."""
 
     def __init__(self, *, mixed: bool, **kwargs: Any) -> None:
         network = kwargs["model"]

@@ -27,16 +27,7 @@ def count_dominant_classes(
     vocabulary: Sequence[Sequence[Sequence[str]]],
     class_labels: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Count the classes in the images, and those with a name among their image's dominant categories.
-
-    Args:
-        dominant: Dominant categories of each image.
-        vocabulary: Classes of each image, each a sequence of names.
-        class_labels: Labels of each image, (n,) int64.
-
-    Returns:
-        Two scalars on the labels' device.
-    """
+    """Count the classes in the images, and those with a name among their image's dominant categories: two scalars."""
     shown, found = [], []
     for names, classes, labels in zip(dominant, vocabulary, class_labels, strict=True):
         is_dominant = torch.tensor(normalize_vocabulary(classes).shares_name_with(names))
@@ -57,13 +48,7 @@ def peak_memory() -> dict[str, float]:
 
 
 class MetricAccumulator:
-    """Sums over this process's batches since the last log entry.
-
-    Attributes:
-        loss_names: Names of the losses, in order.
-        images: Images since the last entry.
-        skipped: Unreadable images in the whole run.
-    """
+    """Sums over this process's batches since the last log entry; `skipped` is of the whole run."""
 
     def __init__(self) -> None:
         self.loss_names: list[str] = []
@@ -85,17 +70,7 @@ class MetricAccumulator:
 
     @torch.no_grad()
     def add(self, outputs: Any, matches: Matches, class_labels: list[Tensor], skipped: int) -> Tensor:
-        """Add a batch without waiting for the device.
-
-        Args:
-            outputs: The model's outputs.
-            matches: What the criterion matched.
-            class_labels: Labels of each image, (n,) int64.
-            skipped: Number of unreadable images that were skipped.
-
-        Returns:
-            The batch's losses in the order of `loss_names`, (n,) float32.
-        """
+        """Add a batch without waiting for the device; return its losses (n,) float32 in the order of `loss_names`."""
         self.loss_names = list(outputs.loss_dict)
         losses = torch.stack([outputs.loss_dict[name].detach().float() for name in self.loss_names])
         shown, found = count_dominant_classes(outputs.dominant_categories, outputs.vocabulary, class_labels)
@@ -109,15 +84,7 @@ class MetricAccumulator:
         return losses
 
     def flush(self, total: Callable[[Tensor], Tensor], num_processes: int) -> dict[str, float]:
-        """Compute the metrics of a log entry over all processes, and start again.
-
-        Args:
-            total: Sums a tensor over processes.
-            num_processes: Number of processes.
-
-        Returns:
-            The metrics that docs/training.md lists; losses are means over batches.
-        """
+        """Compute a log entry's metrics, means over batches that `total` sums over processes, and start again."""
         if self.sums is None:
             return {}
         skipped = self.sums.new_tensor([self.batches, self.skipped])

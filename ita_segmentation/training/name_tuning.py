@@ -24,8 +24,7 @@ from modeling_ita.text import OTHER, Vocabulary
 
 logger = logging.get_logger(__name__)
 
-NUM_IMAGES, BATCH_SIZE = 100, 4
-"""Number of augmented images that are used, and the size of their batches."""
+NUM_IMAGES, BATCH_SIZE = 100, 4  # number of augmented images that are used, and the size of their batches
 STEPS, LEARNING_RATE = 100, 0.01
 
 
@@ -49,20 +48,13 @@ def own_tokens(model: ITAForOpenVocabSegmentation, names: Iterable[str], others:
 def region_embeddings(model: ITAForOpenVocabSegmentation, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Pool CLIP's embeddings of a training batch's masks as at inference.
 
-    Args:
-        model: The model.
-        batch: `pixel_values` (B, 3, H, W); `mask_labels` (n, H, W) and `class_labels` (n,) of each image.
-
-    Returns:
-        Unit embeddings (R, D) float32 of the masks that cover a cell, and their classes (R,) int64 on the CPU.
+    Returns unit embeddings (R, D) float32 of the masks that cover a cell, and their classes (R,) int64 on the CPU.
     """
     dense = model.clip_backbone(batch["pixel_values"]).dense.float()
     size = [side * model.config.dense_upsample for side in dense.shape[-2:]]
     dense = F.interpolate(dense, size=size, mode="bilinear", align_corners=False)
-    embeddings, classes = (
-        [dense.new_zeros(0, model.clip_backbone.embed_dim)],
-        [torch.zeros(0, dtype=torch.int64)],
-    )
+    embeddings = [dense.new_zeros(0, model.clip_backbone.embed_dim)]
+    classes = [torch.zeros(0, dtype=torch.int64)]
     for image, (masks, labels) in enumerate(zip(batch["mask_labels"], batch["class_labels"], strict=True)):
         if not len(masks):
             continue
@@ -111,17 +103,10 @@ def load_tuned_names(model: ITAForOpenVocabSegmentation, checkpoint: Path) -> No
 def tune_tokens(
     model: ITAForOpenVocabSegmentation, new: Vocabulary, kept: Vocabulary, regions: Tensor, classes: Tensor
 ) -> list[float]:
-    """Tune the new names' own tokens so that CLIP classifies the regions.
+    """Tune the new names' own tokens so that CLIP classifies the regions; the kept names stay unchanged.
 
-    Args:
-        model: The model, changed in place.
-        new: Classes whose names are tuned.
-        kept: Classes whose names stay unchanged.
-        regions: (R, D) unit embeddings.
-        classes: (R,) int64, of the new classes and then of the kept ones.
-
-    Returns:
-        The loss of each step; none where there is nothing to tune.
+    `regions` are (R, D) unit embeddings, `classes` (R,) int64 of the new classes and then of the kept ones. Returns the
+    loss of each step; none where there is nothing to tune.
     """
     backbone = model.clip_backbone
     tokens = own_tokens(model, new.names, kept.names)

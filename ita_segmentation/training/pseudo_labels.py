@@ -24,11 +24,7 @@ MIN_FREE_SHARE = 0.5
 def kept_classes(
     model: ITAForOpenVocabSegmentation, classes: Sequence[str | Sequence[str]]
 ) -> list[list[str]]:
-    """List the classes of a checkpoint's vocabulary that share no name with `classes`.
-
-    Raises:
-        UsageError: There are none.
-    """
+    """List the classes of a checkpoint's vocabulary that share no name with `classes`; UsageError if there are none."""
     own = model.default_vocabulary
     taken = [] if own is None else own.shares_name_with(normalize_vocabulary(classes).names)
     kept = [list(names) for names, is_taken in zip(own or [], taken, strict=True) if not is_taken]
@@ -43,12 +39,9 @@ class PseudoLabeler:
     Args:
         model: The checkpoint, on its device; it is copied, and shares its CLIP where that is frozen.
         processor: Its image processor.
-        classes: The dataset's classes.
+        classes: The dataset's classes. All others of the checkpoint are kept, and are the attribute `classes`.
         first_label: Training label of the first kept class, after the dataset's trained classes.
         threshold: Least score, 0..1, of a segment that becomes a target.
-
-    Attributes:
-        classes: The classes that are kept.
     """
 
     def __init__(
@@ -70,15 +63,7 @@ class PseudoLabeler:
 
     @torch.no_grad()
     def add_pseudo_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Append the checkpoint's segments to the labeled masks of a training batch.
-
-        Args:
-            batch: `pixel_values` (B, 3, H, W), perhaps `pixel_mask`; `mask_labels` (n, H, W) bool and `class_labels`
-                (n,) of each image.
-
-        Returns:
-            A batch with more masks and labels.
-        """
+        """Append the checkpoint's segments to the labeled masks of a training batch (a `TrainingCollator`'s)."""
         outputs = self.model(
             pixel_values=batch["pixel_values"], pixel_mask=batch.get("pixel_mask"), vocabulary=self.classes
         )
@@ -95,14 +80,8 @@ class PseudoLabeler:
     ) -> tuple[Tensor, Tensor]:
         """Append the segments of one image that its labeled masks leave free.
 
-        Args:
-            masks: (n, H, W) bool, labeled.
-            labels: (n,) int64, theirs.
-            segmentation: (h, w) ids of `segments`, h and w at most H and W.
-            segments: `{"id", "label_id"}` of each.
-
-        Returns:
-            More masks (n + m, H, W) and labels (n + m,), the labeled ones first.
+        Masks are (n, H, W) bool with labels (n,) int64; the segmentation (h, w) may be smaller than they are. Returns
+        more masks (n + m, H, W) and labels (n + m,), the labeled ones first.
         """
         free = ~masks.any(dim=0)
         height, width = segmentation.shape

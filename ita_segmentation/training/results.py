@@ -1,7 +1,6 @@
 """What a run shows of itself: its log, `results.png`, and sample predictions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ita_segmentation.data.training import TrainingClasses
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.evaluation.metrics.confusion_matrix import count_pixels, iou_scores
+from ita_segmentation.evaluation.reporting.examples import ExampleImage, example_image, side_by_side
 from ita_segmentation.files import atomic_path
 from ita_segmentation.training.checkpoints import checkpoints_of
-from ita_segmentation.visualization import add_legend, assign_colors, paint_segments, resize_labels
 
 RESULTS, SAMPLES = "results.png", "samples"
 PANELS: dict[str, dict[str, str]] = {
@@ -38,8 +38,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     """Read all log entries of a run in order, each with its `step`; docs/training.md lists what they hold.
 
     Args:
-        folder: The run's output folder, or one of its checkpoints. Of a run that was killed or is under way, the
-            entries up to its last evaluation or checkpoint.
+        folder: The run's output folder, or a checkpoint. Of an unfinished run, up to its last evaluation or checkpoint.
 
     Raises:
         ITAError: The folder has no log, or a damaged one.
@@ -56,25 +55,8 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
         raise ITAError(f"the training log of {folder} is damaged: {one_line(error)}") from error
 
 
-def curve(history: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Collect the steps and values of a logged number; both are empty if it was never logged."""
-    points = [(entry["step"], entry[name]) for entry in history if name in entry]
-    return [step for step, _ in points], [value for _, value in points]
-
-
 def draw_results(folder: str | Path, history: Sequence[dict[str, Any]] | None = None) -> Path:
-    """Draw the curves of a run to `results.png` in its output folder.
-
-    Args:
-        folder: The run's output folder.
-        history: Its log entries; None reads them.
-
-    Returns:
-        The image's path.
-
-    Raises:
-        ITAError: There is no log, or the image cannot be written.
-    """
+    """Draw the curves of a run to `results.png` in its folder, and return its path; ITAError if there is no log."""
     from matplotlib.figure import Figure
 
     history = read_history(folder) if history is None else history
@@ -88,16 +70,17 @@ def draw_results(folder: str | Path, history: Sequence[dict[str, Any]] | None = 
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.set_xlim(0, 1.03 * last_step)
-        curves = {label: curve(history, name) for name, label in names.items()}
-        curves = {label: points for label, points in curves.items() if points[0]}
-        for label, (steps, values) in curves.items():
-            axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
-        if len(curves) > 1:
+        for name, label in names.items():
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
+        if len(axes.lines) > 1:
             axes.legend(fontsize="small")
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         if title == "mIoU":
             axes.set_ylim(bottom=0)
-        if not curves:
+        if not axes.lines:
             axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
     file = Path(folder) / RESULTS
     with atomic_path(file) as temporary:
@@ -105,133 +88,45 @@ def draw_results(folder: str | Path, history: Sequence[dict[str, Any]] | None = 
     return file
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sample predictions
-
-SAMPLE_SIDE = 320  # pixels of an image's longer side
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One evaluation image and its label maps.
-
-    Attributes:
-        index: Among the evaluation images.
-        name: Of the image.
-        image: (H, W, 3) uint8, as the network saw it.
-        prediction: (H, W) class indices.
-        truth: (H, W) class indices, or the ignore index.
-    """
-
-    index: int
-    name: str
-    image: np.ndarray
-    prediction: np.ndarray
-    truth: np.ndarray
-
-
-def take_sample(batch: dict[str, Any], place: int, index: int, prediction: Tensor, processor: Any) -> Sample:
-    """Take an image from an evaluation batch, at the size of a drawing.
-
-    Args:
-        batch: Of the `EvaluationCollator`: `inputs` (normalized and padded pixels), `labels`, `image_names`.
-        place: The image's place in the batch.
-        index: The image's index among all evaluation images.
-        prediction: (h, w) int64 class indices.
-        processor: The `ITAImageProcessor` that normalized the pixels.
-    """
+def take_sample(
+    batch: dict[str, Any], place: int, prediction: Tensor, processor: Any, classes: TrainingClasses
+) -> ExampleImage:
+    """Draw the image at a place of an `EvaluationCollator`'s batch, as the network saw it, beside its prediction."""
     pixels = batch["inputs"]["pixel_values"][place].float().cpu().numpy()
     mask = batch["inputs"]["pixel_mask"][place].cpu().numpy().astype(bool)
     pixels = pixels[:, : mask.any(1).sum(), : mask.any(0).sum()].transpose(1, 2, 0)
     pixels = pixels * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
     image = Image.fromarray((255 * pixels).round().clip(0, 255).astype(np.uint8))
     truth = np.asarray(batch["labels"][place])
-    factor = SAMPLE_SIDE / max(truth.shape)
-    size = max(1, round(truth.shape[0] * factor)), max(1, round(truth.shape[1] * factor))
-    return Sample(
-        index=index,
-        name=batch["image_names"][place],
-        image=np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)),
-        prediction=resize_labels(prediction.cpu().numpy(), size),
-        truth=resize_labels(truth, size),
-    )
+    counts = count_pixels(prediction, truth, len(classes.classes), classes.ignore_index, prediction.device)
+    score = iou_scores(counts.cpu().numpy())["miou"]
+    names, predicted = [names[0] for names in classes.classes], prediction.cpu().numpy()
+    name = batch["image_names"][place]
+    return example_image(name, "", score, image, truth, predicted, names, classes.ignore_index)
 
 
-def draw_samples(
-    samples: Sequence[Sample], class_names: Sequence[str], ignore_index: int, title: str
-) -> np.ndarray:
-    """Draw a row for each sample: image, prediction and ground truth with their classes.
-
-    Args:
-        samples: At least one.
-        class_names: (K,) names.
-        ignore_index: Label of pixels that are left out; they stay unpainted.
-        title: Stands above all rows.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4 * len(samples)))
-    figure.suptitle(title)
-    canvas = FigureCanvasAgg(figure)
-    rows = figure.subplots(len(samples), 3, squeeze=False)
-    figure.subplots_adjust(
-        left=0.01, right=0.99, bottom=0.01, top=1 - 0.25 / len(samples), wspace=0.02, hspace=0.1
-    )
-    for row, sample in zip(rows, samples, strict=True):
-        image = Image.fromarray(sample.image)
-        gray = image.convert("L").convert("RGB")  # keeps the hues of what is painted on it
-        predicted, true = (
-            set(np.unique(one).tolist()) - {ignore_index} for one in (sample.prediction, sample.truth)
-        )
-        colors = assign_colors(sorted(predicted | true))
-        drawings = {" ".join(sample.name.split())[-40:]: image}
-        for name, labels, own, other, remark in (
-            ("prediction", sample.prediction, predicted, true, "not there"),
-            ("ground truth", sample.truth, true, predicted, "missed"),
-        ):
-            legend = [(i, class_names[i] + ("" if i in other else f" ({remark})"), None) for i in sorted(own)]
-            painted, entries = paint_segments(gray, labels, legend, colors=colors)
-            drawings[name] = add_legend(painted, entries, colors)
-        for axes, (name, drawing) in zip(row, drawings.items(), strict=True):
-            axes.imshow(drawing)
-            axes.set_title(name, fontsize="small", parse_math=False)
-            axes.axis("off")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+def draw_samples(samples: Sequence[ExampleImage]) -> Image.Image:
+    """Stack the drawings of samples, at least one, each under the name of its image."""
+    rows = [side_by_side(sample, " ".join(sample.image_id.split())[-40:]) for sample in samples]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
 
 
 def write_results(
-    output: Path,
-    state: TrainerState,
-    samples: Sequence[Sample],
-    classes: TrainingClasses,
-    writers: Sequence[Any],
+    output: Path, state: TrainerState, samples: Sequence[ExampleImage], writers: Sequence[Any]
 ) -> None:
-    """Write a run's log, `results.png` and, if there are samples, `samples/step-STEP.jpg`.
-
-    Args:
-        output: The run's output folder.
-        state: The Trainer's state, with the log.
-        samples: Of the evaluation at this step.
-        classes: The dataset's classes.
-        writers: TensorBoard writers (or None) that show the samples, too.
-
-    Raises:
-        OSError, ITAError: Something cannot be written.
-    """
+    """Write a run's log, `results.png` and the samples, if any, as `samples/step-STEP.jpg` and to TensorBoard."""
     with atomic_path(output / TRAINER_STATE_NAME) as file:
         state.save_to_json(str(file))
     draw_results(output, state.log_history)
     if not samples:
         return
-    step, names = state.global_step, [names[0] for names in classes.classes]
-    image = draw_samples(samples, names, classes.ignore_index, f"step {step:,}")
-    with atomic_path(output / SAMPLES / f"step-{step}.jpg") as file:
-        Image.fromarray(image).save(file, "JPEG", quality=85)
-    for writer in writers:
-        if writer is not None:
-            writer.add_image(SAMPLES, image, step, dataformats="HWC")
+    drawing = draw_samples(samples)
+    with atomic_path(output / SAMPLES / f"step-{state.global_step}.jpg") as file:
+        drawing.save(file, "JPEG", quality=85)
+    for writer in filter(None, writers):
+        writer.add_image(SAMPLES, np.asarray(drawing), state.global_step, dataformats="HWC")

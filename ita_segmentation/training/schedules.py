@@ -8,7 +8,6 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-SCHEDULES = ("step", "cosine", "linear", "poly", "constant")
 STEP_MILESTONES = (0.89, 0.96)
 """Shares of the run after each of which "step" divides by ten (Mask2Former's)."""
 POLY_POWER = 0.9
@@ -17,40 +16,28 @@ POLY_POWER = 0.9
 def learning_rate_factor(
     schedule: str, progress: float, milestones: Sequence[float] = STEP_MILESTONES
 ) -> float:
-    """Compute the factor of the learning rate after a share of the run, warm-up aside.
+    """Compute the factor of the learning rate after a share (0..1) of the run, warm-up aside.
 
-    Args:
-        schedule: "step" (divides by ten at each milestone), "cosine", "linear", "poly" (linear to the power 0.9;
-            these three end at 0) or "constant".
-        progress: Share of the run, 0..1.
-        milestones: Shares of the run, for "step" only.
-
-    Raises:
-        ValueError: There is no such schedule.
+    Schedules are "step" (divides by ten at each milestone), "cosine", "linear", "poly" (linear to the power 0.9; these
+    three end at 0) and "constant"; ValueError for another one.
     """
     left = 1.0 - min(progress, 1.0)
-    if schedule == "step":
-        return 0.1 ** sum(progress >= milestone for milestone in milestones)
-    if schedule == "cosine":
-        return 0.5 * (1.0 - math.cos(math.pi * left))
-    if schedule == "linear":
-        return left
-    if schedule == "poly":
-        return left**POLY_POWER
-    if schedule == "constant":
-        return 1.0
-    raise ValueError(f"no learning rate schedule is called {schedule!r}; choose from {', '.join(SCHEDULES)}")
+    factors = {
+        "step": 0.1 ** sum(progress >= milestone for milestone in milestones),
+        "cosine": 0.5 * (1.0 - math.cos(math.pi * left)),
+        "linear": left,
+        "poly": left**POLY_POWER,
+        "constant": 1.0,
+    }
+    if schedule not in factors:
+        raise ValueError(
+            f"no learning rate schedule is called {schedule!r}; choose from {', '.join(factors)}"
+        )
+    return factors[schedule]
 
 
 class MinuteBudget:
-    """Wall-clock minutes of a run, including its parts before a resume.
-
-    Args:
-        max_minutes: The budget; None for no limit.
-
-    Attributes:
-        minutes: Minutes spent, as of the last `read_clock`.
-    """
+    """Wall-clock minutes of a run as of the last `read_clock`, including its parts before a resume."""
 
     def __init__(self, max_minutes: float | None) -> None:
         self.max_minutes = max_minutes
@@ -93,16 +80,7 @@ def build_scheduler(
     milestones: Sequence[float],
     budget: MinuteBudget,
 ) -> LambdaLR:
-    """Build a linear warm-up followed by a schedule over the steps or the minutes, whichever are further.
-
-    Args:
-        optimizer: The optimizer.
-        schedule: One of `SCHEDULES`.
-        num_steps: Steps of the run.
-        warmup_steps: Steps of the warm-up.
-        milestones: Of "step", as for `learning_rate_factor`.
-        budget: Minutes of the run.
-    """
+    """Build a linear warm-up followed by a schedule over the steps or the minutes, whichever are further."""
 
     def factor(step: int) -> float:
         progress = max(step / max(num_steps, 1), budget.progress)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,7 +17,7 @@ from ita_segmentation.data.training import ITADataArguments, TrainingClasses, Tr
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import atomic_path
 from ita_segmentation.training.arguments import ITAModelArguments, ITATrainingArguments, changed_arguments
-from ita_segmentation.training.checkpoints import find_checkpoint, output_lock
+from ita_segmentation.training.checkpoints import find_checkpoint, in_first_process, output_lock
 from ita_segmentation.training.clip_tuning import prepare_clip, read_clip
 from ita_segmentation.training.mask_adapter import MaskAdapterTrainer
 from ita_segmentation.training.name_tuning import load_tuned_names, tune_class_names
@@ -43,11 +42,6 @@ def load_model(
     """Build a new model on a CLIP, or load a checkpoint for fine-tuning, with the dataset's classes as its own.
 
     The processor resizes to the size of training; a checkpoint that is fine-tuned on other data keeps its own size.
-
-    Args:
-        arguments: Source of the model.
-        classes: The dataset's classes.
-        data: The dataset, and the size of training images.
 
     Raises:
         UsageError: The arguments contradict each other, or what they name cannot be used.
@@ -106,26 +100,22 @@ def _forms(names: list[str]) -> list[str]:
 def build_trainer(
     model_arguments: ITAModelArguments, data: ITADataArguments, training: ITATrainingArguments
 ) -> tuple[ITATrainer, Path | None]:
-    """Build the trainer, and find the checkpoint to resume from: all that can fail on wrong arguments.
-
-    Returns:
-        The trainer, and the checkpoint (None for a new run).
+    """Build the trainer, and find the checkpoint to resume from (None: a new run): all that wrong arguments break.
 
     Raises:
         UsageError: What is wrong, in one line.
     """
     try:
         return _build_trainer(model_arguments, data, training)
-    except ITAError as error:
-        raise UsageError(str(error)) from error
-    except (ValueError, OSError) as error:
-        raise UsageError(one_line(error)) from error
+    except (ITAError, ValueError, OSError) as error:
+        raise UsageError(str(error) if isinstance(error, ITAError) else one_line(error)) from error
 
 
 def _build_trainer(
     model_arguments: ITAModelArguments, data: ITADataArguments, training: ITATrainingArguments
 ) -> tuple[ITATrainer, Path | None]:
-    checkpoint = _checkpoint_to_resume(training)
+    find = partial(find_checkpoint, training.resume_from_checkpoint, Path(training.output_dir or "."))
+    checkpoint = in_first_process(training.process_index == 0, find)
     set_seed(training.seed)
     classes, train_dataset, eval_dataset = load_data(data, training)
     if eval_dataset is None and training.eval_strategy != "no":
@@ -135,11 +125,12 @@ def _build_trainer(
     if checkpoint is not None:
         check_classes(model.config, checkpoint)
     if model_arguments.tune_class_names and model.mask_classifier.needs_cell_embeds:
-        raise UsageError(
-            "tune_class_names compares names with hard masks: not for a mask adapter or a text transfer"
-        )
+        refused = "not for a mask adapter or a text transfer"
+        raise UsageError(f"tune_class_names compares names with hard masks: {refused}")
     prepare_clip(model, training.train_clip, training.lora_rank, training.clip_dtype, training.channels_last)
-    if model.config.mask_pooling == "adapter" and not _has_adapter(model_arguments):
+    tuned = model_arguments.model
+    had = None if tuned is None else ITAConfig.from_pretrained(resolve_checkpoint(tuned)).mask_pooling
+    if model.config.mask_pooling == "adapter" and had != "adapter":
         if training.train_adapter == "none":
             raise UsageError(
                 "the mask adapter is new and would stay untrained: train one with train_adapter, on a segmenter that "
@@ -166,42 +157,16 @@ def _build_trainer(
         processing_class=processor,
     )
     if model_arguments.tune_class_names and trainer.pseudo_labeler is not None:
+        new, labeler = normalize_vocabulary(classes.seen_classes), trainer.pseudo_labeler
         if checkpoint is not None:
             load_tuned_names(trainer.network, checkpoint)
         else:
-            new = normalize_vocabulary(classes.seen_classes)
-            labeler, collator = trainer.pseudo_labeler, trainer.data_collator
-            tune_class_names(trainer.network, new, labeler, train_dataset, collator)
+            tune_class_names(trainer.network, new, labeler, train_dataset, trainer.data_collator)
     return trainer, checkpoint
 
 
-def _has_adapter(arguments: ITAModelArguments) -> bool:
-    """Tell whether the checkpoint that is fine-tuned has a mask adapter."""
-    if arguments.model is None:
-        return False
-    return ITAConfig.from_pretrained(resolve_checkpoint(arguments.model)).mask_pooling == "adapter"
-
-
-def _checkpoint_to_resume(training: ITATrainingArguments) -> Path | None:
-    """Find the checkpoint to resume from, in the first process, for all."""
-    found: list[Any] = [None, None]
-    if training.process_index == 0:
-        try:
-            found[0] = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir or "."))
-        except UsageError as error:
-            found[1] = str(error)
-    checkpoint, problem = broadcast_object_list(found)
-    if problem is not None:
-        raise UsageError(problem)
-    return checkpoint
-
-
 def check_classes(config: ITAConfig, checkpoint: Path) -> None:
-    """Check that a checkpoint to resume was trained on the same classes.
-
-    Raises:
-        UsageError: Names a class that differs.
-    """
+    """Raise UsageError, naming a class that differs, unless a checkpoint to resume was trained on the same classes."""
     before = ITAConfig.from_pretrained(checkpoint)
     for name in ("vocabulary", "train_vocabulary"):
         old, new = (list(map(_forms, getattr(one, name) or [])) for one in (before, config))
@@ -216,11 +181,7 @@ def check_classes(config: ITAConfig, checkpoint: Path) -> None:
 
 
 def check_labels(dataset: Any, name: str) -> None:
-    """Check that one of the first training images has a labeled class.
-
-    Raises:
-        UsageError: None has: all pixels are ignored, or of classes that are withheld.
-    """
+    """Raise UsageError if in none of the first training images a class is labeled and seen."""
     count = min(len(dataset), MAX_IMAGES_WITHOUT_LABELS)
     if not any(len(dataset[index]["class_labels"]) for index in range(count)):
         raise UsageError(
@@ -238,8 +199,8 @@ def run_training(trainer: ITATrainer, checkpoint: Path | None, arguments: Argume
         arguments: The run's arguments, recorded in `arguments.yaml`.
 
     Raises:
-        TrainingStoppedError: A loss was not finite, or a signal came.
-        ITAError: The output folder is in use, or something could not be read or written.
+        ITAError: The output folder is in use, or a file could not be read or written; a `TrainingStoppedError` if a
+            loss was not finite, or a signal came.
     """
     with output_lock(trainer.output, is_owner=trainer.is_world_process_zero()):
         if trainer.is_world_process_zero():
@@ -250,7 +211,8 @@ def run_training(trainer: ITATrainer, checkpoint: Path | None, arguments: Argume
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.finish()
-            scores = _last_scores(trainer)
+            log, step = trainer.state.log_history, trainer.state.global_step
+            scores = next((e for e in reversed(log) if "eval_runtime" in e and e["step"] == step), None)
             if scores is None and trainer.eval_dataset is not None:
                 scores = trainer.evaluate()
             else:
@@ -259,24 +221,11 @@ def run_training(trainer: ITATrainer, checkpoint: Path | None, arguments: Argume
                 trainer.save_metrics("eval", scores, combined=False)
             trainer.save_model()
         except (ValueError, OSError, SafetensorError) as error:
-            raise ITAError(last_line(error)) from error
+            text = str(error).strip()  # a data loader's worker sends its traceback along
+            raise ITAError(text.splitlines()[-1] if "Traceback" in text else one_line(text)) from error
     if trainer.is_world_process_zero():
         report_to = trainer.args.report_to or []
         lines = [f"model     {trainer.output}", f"results   {trainer.output / RESULTS}, {TRAINER_STATE_NAME}"]
         if "tensorboard" in report_to:
             lines.append(f"curves    tensorboard --logdir {trainer.output}")
         sys.stdout.write("\n".join(lines) + "\n")
-
-
-def _last_scores(trainer: ITATrainer) -> dict[str, float] | None:
-    """Return the scores of an evaluation after the last step; None if there was none."""
-    for entry in reversed(trainer.state.log_history):
-        if "eval_runtime" in entry and entry["step"] == trainer.state.global_step:
-            return entry
-    return None
-
-
-def last_line(error: Exception) -> str:
-    """Put an error into one line, without the traceback that a data loader's worker sends along with it."""
-    text = str(error).strip()
-    return text.splitlines()[-1] if "Traceback" in text else one_line(text)

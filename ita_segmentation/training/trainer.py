@@ -5,10 +5,12 @@ embeddings, the norm of the whole gradient clipped, a learning rate in steps.
 """
 
 import contextlib
+import json
 import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +29,13 @@ from transformers.utils import logging
 from ita_segmentation.data.training import INFINITE_LENGTH, EvaluationCollator, TrainingClasses
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.evaluation.metrics.confusion_matrix import ConfusionMatrix
-from ita_segmentation.training import checkpoints, fsdp
+from ita_segmentation.files import write_files
+from ita_segmentation.training import callbacks, checkpoints, clip_tuning, fsdp
 from ita_segmentation.training.arguments import ITATrainingArguments
-from ita_segmentation.training.callbacks import (
-    NON_FINITE_BATCH,
-    STEPS_BETWEEN_CHECKS,
-    NonFiniteGuard,
-    ProgressLine,
-    StopSignals,
-    TrainingStoppedError,
-    write_non_finite_batch,
-)
-from ita_segmentation.training.clip_tuning import (
-    CLIP,
-    decayed_parameters,
-    merge_adapters,
-    separate_clip,
-    trainable,
-)
 from ita_segmentation.training.ema import WeightAverage
 from ita_segmentation.training.metrics import MetricAccumulator
 from ita_segmentation.training.pseudo_labels import PseudoLabeler
-from ita_segmentation.training.results import Sample, take_sample, write_results
+from ita_segmentation.training.results import take_sample, write_results
 from ita_segmentation.training.schedules import MinuteBudget, build_scheduler
 from modeling_ita.text import normalize_vocabulary
 
@@ -88,11 +75,8 @@ class ITATrainer(Trainer):
         classes: The dataset's classes. Training uses the seen ones as vocabulary, evaluation all of them.
         eval_resize: Whether evaluation images are resized as the processor says.
         keep_vocabulary: Least score of the model's own segments that become pseudo-labels, so that it keeps the other
-            classes of its vocabulary; 0 turns this off.
+            classes of its vocabulary; 0 turns this off. Like `ema_decay`, it does not work with FSDP (UsageError).
         **kwargs: As for `Trainer`; `args` are `ITATrainingArguments`, `processing_class` is the `ITAImageProcessor`.
-
-    Raises:
-        UsageError: An option does not work with FSDP.
     """
 
     args: ITATrainingArguments
@@ -106,12 +90,12 @@ class ITATrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         model: Any = kwargs["model"]
-        learning = trainable(model)
+        learning = clip_tuning.trainable(model)
         # Each process reads the frozen weights from the same file: DDP need not broadcast them.
         model._ddp_params_and_buffers_to_ignore = [
             name
             for name, _ in (*model.named_parameters(), *model.named_buffers())
-            if name.startswith(CLIP) and name not in learning
+            if name.startswith(clip_tuning.CLIP) and name not in learning
         ]
         train_dataset: Any = kwargs.get("train_dataset")
         if hasattr(train_dataset, "__len__") and len(train_dataset) == INFINITE_LENGTH:
@@ -126,29 +110,24 @@ class ITATrainer(Trainer):
         self.budget = MinuteBudget(self.args.max_minutes)
         self.metrics = MetricAccumulator()
         self.average: WeightAverage | None = None
-        self.signals = StopSignals()
+        self.signals = callbacks.StopSignals()
         self.was_interrupted = False
         self.last_checkpoint: Path | None = None
-        every = 1 if self.args.device.type == "cpu" else STEPS_BETWEEN_CHECKS
-        self.guard = NonFiniteGuard(self.args.device, self.args.gradient_accumulation_steps, every)
+        every = 1 if self.args.device.type == "cpu" else callbacks.STEPS_BETWEEN_CHECKS
+        self.guard = callbacks.NonFiniteGuard(self.args.device, self.args.gradient_accumulation_steps, every)
         if self.is_fsdp_enabled and (self.args.ema_decay or keep_vocabulary):
             raise UsageError("ema_decay and keep_vocabulary do not work with FSDP's sharded weights: use DDP")
         if self.is_fsdp_enabled:
             fsdp.prepare_for_fsdp(model, self.accelerator.state.fsdp_plugin, self.args.device)
         self.pseudo_labeler: PseudoLabeler | None = None
         if keep_vocabulary:
-            self.pseudo_labeler = PseudoLabeler(
-                model,
-                self.processor,
-                classes.classes,
-                first_label=len(self.train_vocabulary),
-                threshold=keep_vocabulary,
-            )
-            kept = self.pseudo_labeler.classes
-            self.train_vocabulary = normalize_vocabulary([*self.train_vocabulary, *kept])
+            own = self.train_vocabulary
+            labeler = PseudoLabeler(model, self.processor, classes.classes, len(own), keep_vocabulary)
+            self.train_vocabulary = normalize_vocabulary([*own, *labeler.classes])
+            self.pseudo_labeler = labeler
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(ProgressLine())
+        self.add_callback(callbacks.ProgressLine())
         self.add_callback(RunCallback(self))
 
     @property
@@ -159,12 +138,7 @@ class ITATrainer(Trainer):
     # --------------------------------------------------------------------------------------------- a run
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Train as `Trainer` does.
-
-        Raises:
-            TrainingStoppedError: A loss or a gradient was not finite; or SIGTERM or Ctrl-C came.
-            ITAError: The checkpoint is of another run.
-        """
+        """Train as `Trainer` does. Raises TrainingStoppedError after a non-finite step, SIGTERM or Ctrl-C."""
         self.last_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.is_world_process_zero() and self.output.is_dir():
             checkpoints.clear_temporary(self.output)
@@ -172,7 +146,7 @@ class ITATrainer(Trainer):
         with self.signals:
             try:
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except TrainingStoppedError:
+            except callbacks.TrainingStoppedError:
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
                 self.save_results([])
                 raise
@@ -184,13 +158,13 @@ class ITATrainer(Trainer):
             name, status = "SIGTERM", 143
             if self.signals.received is not None:
                 name, status = self.signals.received.name, 128 + self.signals.received
-            raise TrainingStoppedError(f"stopped by {name} after step {step}; {saved}", status)
+            raise callbacks.TrainingStoppedError(f"stopped by {name} after step {step}; {saved}", status)
         return result
 
     def begin(self) -> None:
         """Start or restore what a run has beside the Trainer's own state: the average, unlogged sums, minutes."""
         if self.args.ema_decay:
-            self.average = WeightAverage(trainable(self.network), self.args.ema_decay)
+            self.average = WeightAverage(clip_tuning.trainable(self.network), self.args.ema_decay)
         resumed, minutes = self.last_checkpoint, 0.0
         if resumed is not None:
             if (resumed / self._run_state_name).is_file():
@@ -231,11 +205,14 @@ class ITATrainer(Trainer):
         processes = gather_object([self.guard.batches_of(bad_step, self.metrics.loss_names)])
         if self.is_world_process_zero():
             scheduler: Any = self.lr_scheduler
-            write_non_finite_batch(self.output, bad_step, float(scheduler.get_last_lr()[0]), processes)
+            rate = float(scheduler.get_last_lr()[0])
+            document = {"step": bad_step, "learning_rate": rate, "processes": processes}
+            text = json.dumps(document, indent=1)
+            write_files({self.output / callbacks.NON_FINITE_BATCH: text.encode()})
         names = [name for process in processes for batch in process for name in batch["image_names"]]
-        raise TrainingStoppedError(
+        raise callbacks.TrainingStoppedError(
             f"the loss or its gradient is not finite at step {bad_step}, with {', '.join(names[:8])}"
-            f"{' and others' if len(names) > 8 else ''}; see {self.output / NON_FINITE_BATCH}"
+            f"{' and others' if len(names) > 8 else ''}; see {self.output / callbacks.NON_FINITE_BATCH}"
         )
 
     def finish(self) -> None:
@@ -243,13 +220,13 @@ class ITATrainer(Trainer):
         if self.average is not None:
             self.average.swap()
             self.average = None
-        merge_adapters(self.network)
+        clip_tuning.merge_adapters(self.network)
 
     # -------------------------------------------------------------------------------------- optimization
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """List all parameters but those of norms, embeddings and scales."""
-        return decayed_parameters(model)
+        return clip_tuning.decayed_parameters(model)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer, with CLIP's trained weights in groups with a learning rate of their own."""
@@ -257,20 +234,17 @@ class ITATrainer(Trainer):
             optimizer: Any = super().create_optimizer(model)
             rate = self.args.learning_rate * self.args.clip_learning_rate_factor
             network: Any = self.model if model is None else model
-            separate_clip(optimizer, network, rate)
+            clip_tuning.separate_clip(optimizer, network, rate)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule: warm-up, then by the share of the steps or of the minutes, whichever is larger."""
         if self.lr_scheduler is None:
             chosen: Any = self.optimizer if optimizer is None else optimizer
+            kind, milestones = self.args.lr_scheduler_type, self.args.lr_milestones
+            warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = build_scheduler(
-                chosen,
-                self.args.lr_scheduler_type,
-                num_training_steps,
-                self.args.get_warmup_steps(num_training_steps),
-                self.args.lr_milestones,
-                self.budget,
+                chosen, kind, num_training_steps, warmup, milestones, self.budget
             )
         return self.lr_scheduler
 
@@ -338,9 +312,6 @@ class ITATrainer(Trainer):
         folder = checkpoints.checkpoint_folder(self.output, self.state.global_step)
         written = checkpoints.temporary_folder(folder)
 
-        def write() -> None:
-            self._write_checkpoint(written)
-
         def commit() -> None:
             if self.is_world_process_zero():
                 checkpoints.commit(folder)
@@ -353,7 +324,7 @@ class ITATrainer(Trainer):
                 with contextlib.suppress(OSError):  # writing into it reports this
                     written.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            for part in (write, commit):
+            for part in (partial(self._write_checkpoint, written), commit):
                 failures = [reason for reason in gather_object([checkpoints.failure_of(part)]) if reason]
                 if failures:
                     if self.is_world_process_zero():
@@ -395,15 +366,7 @@ class ITATrainer(Trainer):
             checkpoints.load_weights(self.network, Path(resume_from_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the complete model, each file of it written or left unchanged, with `half_weights` in float16.
-
-        Args:
-            output_dir: A folder; None takes the run's.
-            _internal_call: Not used.
-
-        Raises:
-            ITAError: It cannot be written.
-        """
+        """Save the complete model, each file of it written or left unchanged, with `half_weights` in float16."""
         weights = fsdp.full_weights(self.network)
         if not self.is_world_process_zero():
             return
@@ -425,11 +388,6 @@ class ITATrainer(Trainer):
 
         The averaged weights are scored if there is an average. The run's random state is left unchanged.
 
-        Args:
-            eval_dataset: None takes the trainer's.
-            ignore_keys: Not used.
-            metric_key_prefix: Prefix of the names of the metrics.
-
         Returns:
             `eval_miou`, `eval_miou_seen`, `eval_miou_unseen`, `eval_fwiou`, `eval_macc`, `eval_pacc` in 0..1 (those
             that have a value), and the time it took.
@@ -448,7 +406,7 @@ class ITATrainer(Trainer):
         with self.metrics.exclude_time():
             with contextlib.nullcontext() if self.average is None else self.average.in_place():
                 samples = self._score(loader, confusion, indices)
-            samples = gather_object(samples)
+            samples = dict(gather_object(list(samples.items())))
         scores = confusion.compute(seen=self.classes.seen)  # summed over all processes
         metrics = {
             f"{metric_key_prefix}_{name}": scores[name] for name in SCORES if not math.isnan(scores[name])
@@ -458,17 +416,18 @@ class ITATrainer(Trainer):
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)
         with self.metrics.exclude_time():
-            self.save_results(sorted(samples, key=lambda sample: sample.index))
+            self.save_results([samples[index] for index in sorted(samples)])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _score(self, loader: DataLoader, confusion: ConfusionMatrix, indices: Sequence[int]) -> list[Sample]:
-        """Count the evaluation images of this process; return the first of all images as samples."""
-        model = self.network
+    def _score(
+        self, loader: DataLoader, confusion: ConfusionMatrix, indices: Sequence[int]
+    ) -> dict[int, Any]:
+        """Count the evaluation images of this process; return those among the first of all, drawn, by their index."""
+        model, samples = self.network, {}
         was_training = model.training
         model.eval()
-        samples: list[Sample] = []
-        done = 0
+        remaining = iter(indices)
         for batch in loader:
             with self.accelerator.autocast():
                 inputs = send_to_device(batch["inputs"], self.args.device)
@@ -477,23 +436,17 @@ class ITATrainer(Trainer):
             maps = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
             for place, (predicted, label) in enumerate(zip(maps, batch["labels"], strict=True)):
                 confusion.update(predicted, label)
-                if indices[done] < self.args.sample_images:
-                    samples.append(take_sample(batch, place, indices[done], predicted, self.processor))
-                done += 1
+                index = next(remaining)
+                if index < self.args.sample_images:
+                    samples[index] = take_sample(batch, place, predicted, self.processor, self.classes)
         model.train(was_training)
         return samples
 
-    def save_results(self, samples: Sequence[Sample]) -> None:
-        """Write the log, `results.png` and sample predictions; a disk that cannot be written costs only these.
-
-        Args:
-            samples: Of the evaluation at this step; also shown in TensorBoard, if that is used.
-        """
+    def save_results(self, samples: Sequence[Any]) -> None:
+        """Write the log, `results.png` and sample predictions; a disk that cannot be written costs only these."""
         if self.is_world_process_zero():
             boards = [one for one in self.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
             try:
-                write_results(
-                    self.output, self.state, samples, self.classes, [one.tb_writer for one in boards]
-                )
+                write_results(self.output, self.state, samples, [one.tb_writer for one in boards])
             except (OSError, ITAError) as error:
                 logger.error(f"the results could not be written, the run continues: {one_line(error)}")

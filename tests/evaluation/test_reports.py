@@ -16,12 +16,19 @@ from PIL import Image
 
 from ita_segmentation.errors import ITAError
 from ita_segmentation.evaluation import write_results
-from ita_segmentation.evaluation.reporting.confusions import classes_to_draw, worst_confusions
 from ita_segmentation.evaluation.reporting.examples import example_image, side_by_side
-from ita_segmentation.evaluation.reporting.figures import class_figure, confusion_figure
-from ita_segmentation.evaluation.reporting.published_scores import published_systems
+from ita_segmentation.evaluation.reporting.figures import (
+    class_figure,
+    classes_to_draw,
+    confusion_figure,
+    worst_confusions,
+)
 from ita_segmentation.evaluation.reporting.report import folder_names, summary_table
-from ita_segmentation.evaluation.reporting.score_tables import comparison_note, published_table
+from ita_segmentation.evaluation.reporting.score_tables import (
+    comparison_note,
+    published_systems,
+    published_table,
+)
 from ita_segmentation.visualization import color_of
 
 NAN = math.nan

@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ita_segmentation.data.training import TrainingClasses
 from ita_segmentation.errors import ITAError
 from ita_segmentation.training import draw_results, read_history
 from ita_segmentation.training.results import draw_samples, take_sample
 from modeling_ita import ITAImageProcessor
+
+CLASSES = TrainingClasses([["sky $x"], ["dog"]], [True, True], [])
 
 
 def test_a_run_draws_its_results_and_the_predictions_of_each_evaluation(finished):
@@ -62,10 +65,10 @@ def test_a_sample_shows_the_image_without_padding():
         "inputs": dict(processor(images=[pixels, pixels[:, :, :100]], do_resize=False, return_tensors="pt"))
     }
     batch |= {"labels": [None, np.zeros((320, 100), np.int64)], "image_names": ["zero", "one"]}
-    sample = take_sample(batch, 1, 7, torch.ones(320, 100, dtype=torch.int64), processor)
-    assert (sample.index, sample.name) == (7, "one")
-    assert np.array_equal(sample.image, pixels[:, :, :100].permute(1, 2, 0).numpy())
-    assert (sample.prediction == 1).all() and (sample.truth == 0).all()
+    sample = take_sample(batch, 1, torch.ones(320, 100, dtype=torch.int64), processor, CLASSES)
+    assert (sample.image_id, sample.score) == ("one", 0.0)
+    assert np.array_equal(np.asarray(sample.image), pixels[:, :, :100].permute(1, 2, 0).numpy())
+    assert [label for _, label, _ in sample.legend] == ["sky $x: missed", "dog: not in the labels"]
 
 
 def test_a_drawing_leaves_ignored_pixels_unpainted_and_survives_odd_names():
@@ -73,9 +76,9 @@ def test_a_drawing_leaves_ignored_pixels_unpainted_and_survives_odd_names():
     truth[:32] = 0
     inputs = {"pixel_values": torch.zeros(1, 3, 64, 64), "pixel_mask": torch.ones(1, 64, 64)}
     batch = {"inputs": inputs, "labels": [truth], "image_names": ["a $\\frac image\n$"]}
-    sample = take_sample(batch, 0, 0, torch.ones(64, 64, dtype=torch.int64), ITAImageProcessor())
-    drawn = draw_samples([sample], ["sky $x", "dog"], 255, "step 1").astype(int)
-    truth_part = drawn[:, 2 * drawn.shape[1] // 3 :]
-    is_painted = np.ptp(truth_part, axis=-1) > 20
-    rows = np.flatnonzero(is_painted.any(1))
-    assert 0.25 < len(rows) / len(drawn) < 0.75  # the upper half of the ground truth and its legend
+    prediction = torch.ones(64, 64, dtype=torch.int64)
+    sample = take_sample(batch, 0, prediction, ITAImageProcessor(), CLASSES)
+    is_painted = np.ptp(np.asarray(sample.reference).astype(int), axis=-1) > 20
+    assert is_painted[:32].all() and not is_painted[32:].any()
+    drawn = draw_samples([sample, sample])
+    assert drawn.height == 2 * draw_samples([sample]).height

@@ -1,7 +1,5 @@
 """The benchmarks that `ita prepare` knows, by name, and the readers of their official releases."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ita_segmentation.data.benchmarks.ade20k import Ade20k150, Ade20k847
@@ -14,8 +12,7 @@ from ita_segmentation.data.benchmarks.pascal_voc import PascalVoc
 
 __all__ = ["FOLDER", "SOURCE_DATASETS", "ImageEntry", "LabeledImage", "SourceDataset", "open_source_dataset"]
 
-FOLDER = "folder"
-"""The name for a user's own folder."""
+FOLDER = "folder"  # the name for a user's own folder
 
 SOURCE_DATASETS: dict[str, SourceDataset] = {
     "ade20k-150": Ade20k150(),
@@ -31,15 +28,5 @@ SOURCE_DATASETS: dict[str, SourceDataset] = {
 
 
 def open_source_dataset(benchmark: str, source: Path, classes: Path | None = None) -> SourceDataset:
-    """Find the reader of a benchmark's release.
-
-    Args:
-        benchmark: a name in `SOURCE_DATASETS`.
-        source: the folder of the release.
-        classes: the class file of a user's own folder.
-
-    Raises:
-        KeyError: if there is no such benchmark.
-        ITAError: if a user's own folder or class file is not as expected.
-    """
+    """Find the reader of a benchmark in `SOURCE_DATASETS`; a user's own folder is read with its class file."""
     return FolderDataset.at(source, classes) if benchmark == FOLDER else SOURCE_DATASETS[benchmark]

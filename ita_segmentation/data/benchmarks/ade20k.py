@@ -5,31 +5,20 @@ instances on top (Mask2Former), and images of the full dataset are resized to a 
 (MaskFormer).
 """
 
-from __future__ import annotations
-
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
-from ita_segmentation.data.benchmarks.readers import (
-    check_same_size,
-    decode,
-    files_by_stem,
-    image_size,
-    read_bytes,
-    read_color_png,
-    read_pair,
-    relabel,
-    require_folder,
-)
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.benchmarks import readers
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.images import DECODING_ERRORS
 
 FOLDERS = {"train": "training", "validation": "validation"}
 
@@ -38,7 +27,7 @@ FOLDERS = {"train": "training", "validation": "validation"}
 # 150 classes
 
 
-class Ade20k150:
+class Ade20k150(SourceDataset):
     """ADEChallengeData2016: 150 classes, 100 of them things.
 
     Semantic labels are `annotations/*.png`: 0 is any other class, 1..150 the classes. `annotations_instance/*.png`,
@@ -46,9 +35,7 @@ class Ade20k150:
     within the image, 0 for none. Without that folder the images have no panoptic maps.
     """
 
-    categories: Sequence[Category] = load_categories("ade20k-150")
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
+    categories = load_categories("ade20k-150")
     layout = (
         "ADEChallengeData2016: images/{training,validation}/*.jpg, annotations/{training,validation}/*.png "
         "and, for instances, annotations_instance/{training,validation}/*.png"
@@ -60,10 +47,10 @@ class Ade20k150:
         images, labels, instances = (
             f"{part}/{folder}" for part in ("images", "annotations", "annotations_instance")
         )
-        require_folder(source, [images, labels], self.layout)
+        readers.require_folder(source, [images, labels], self.layout)
         stems = (
-            files_by_stem(source / images, (".jpg",)).keys()
-            | files_by_stem(source / labels, (".png",)).keys()
+            readers.files_by_stem(source / images, (".jpg",)).keys()
+            | readers.files_by_stem(source / labels, (".png",)).keys()
         )
         if not stems:
             raise ITAError(f"{source / images} has no images (*.jpg)")
@@ -81,31 +68,24 @@ class Ade20k150:
 
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
-        image, annotation = read_pair(source, entry)
+        image, annotation = readers.read_pair(source, entry)
         values = {0: self.ignore_index} | {index + 1: index for index in range(len(self.categories))}
-        label = relabel(annotation, values, self.ignore_index, source / str(entry.label))
+        label = readers.relabel(annotation, values, self.ignore_index, source / str(entry.label))
         if entry.instances is None:
             return LabeledImage(entry.image_id, image, label)
         path = source / entry.instances
-        instances = read_color_png(path)
-        check_same_size(image_size(image), instances, source / entry.image, path)
+        instances = readers.read_color_png(path)
+        readers.check_same_size(readers.image_size(image), instances, source / entry.image, path)
         panoptic, segments = self._panoptic(label, instances, path)
         return LabeledImage(entry.image_id, image, label, panoptic, segments)
 
     def _panoptic(
         self, label: np.ndarray, instances: np.ndarray, path: Path
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Put the instances on top of the stuff of the semantic annotation; things without an instance become void.
+        """Put the instances (H, W, 3) on top of the stuff of the labels (H, W); things without an instance become void.
 
-        As published, a stuff class that instances cover completely keeps its segment, without pixels.
-
-        Args:
-            label: (H, W) uint8 class indices or 255.
-            instances: (H, W, 3) uint8 of the release.
-            path: the file of the instances, for messages.
-
-        Returns:
-            (H, W) int32 segment ids from 1, stuff before things, and the segments.
+        As published, a stuff class that instances cover completely keeps its segment, without pixels. Returns (H, W)
+        int32 ids from 1, stuff before things, and the segments.
         """
         present = np.flatnonzero(np.bincount(label.ravel(), minlength=256)[: len(self.categories)]).tolist()
         stuff = [index for index in present if not self.categories[index].is_thing]
@@ -147,7 +127,7 @@ def _class_of_instances(instances: np.ndarray, path: Path) -> dict[int, int]:
 # 847 classes
 
 
-class Ade20k847:
+class Ade20k847(SourceDataset):
     """ADE20K_2021_17_01: 847 of its more than 3,000 classes, the others ignored.
 
     `index_ade20k.pkl` lists the images; in their `_seg.png` a class is (R // 10) * 256 + G. Images and labels
@@ -155,9 +135,8 @@ class Ade20k847:
     nearest pixel. Resized images are stored as PNG; all others keep their file content.
     """
 
-    categories: Sequence[Category] = load_categories("ade20k-847")
+    categories = load_categories("ade20k-847")
     ignore_index = 65535
-    splits: tuple[str, ...] = ("train", "validation")
     layout = (
         "ADE20K_2021_17_01: index_ade20k.pkl and images/ADE/{training,validation}/**/*.jpg "
         "with *_seg.png beside them"
@@ -165,7 +144,7 @@ class Ade20k847:
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
         """List the images of a split; see `SourceDataset.index`."""
-        require_folder(source, ["index_ade20k.pkl", "images"], self.layout)
+        readers.require_folder(source, ["index_ade20k.pkl", "images"], self.layout)
         path = source / "index_ade20k.pkl"
         content = _load_plain_pickle(path)
         names, folders = _strings(content, "filename", path), _strings(content, "folder", path)
@@ -183,10 +162,10 @@ class Ade20k847:
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
         image_path, label_path = source / entry.image, source / str(entry.label)
-        image = read_bytes(image_path)
-        pil_image = decode(image, image_path)
-        encoded = read_color_png(label_path)
-        check_same_size(pil_image.size, encoded, image_path, label_path)
+        image = readers.read_bytes(image_path)
+        pil_image = readers.decode(image, image_path)
+        encoded = readers.read_color_png(label_path)
+        readers.check_same_size(pil_image.size, encoded, image_path, label_path)
         size = _reduced_size(*encoded.shape[:2])
         if size is not None:
             image = _png(_resize_bilinear(np.asarray(pil_image.convert("RGB")), size))
@@ -199,19 +178,11 @@ class Ade20k847:
         return LabeledImage(entry.image_id, image, _FULL_TO_847[full_index])
 
 
-NUM_OBJECTS = 3688
-"""Object classes of the full dataset; labels are 0 (none) to this number."""
+NUM_OBJECTS = 3688  # object classes of the full dataset; labels are 0 (none) to this number
 
 
-def _class_table(benchmark: str, num_values: int, ignore_index: int) -> np.ndarray:
-    """Build (num_values,) uint16: the class index of each label value, or the ignore index."""
-    table = np.full(num_values, ignore_index, np.uint16)
-    ids = category_ids(benchmark)
-    table[list(ids)] = np.arange(len(ids))
-    return table
-
-
-_FULL_TO_847 = _class_table("ade20k-847", 26 * 256, Ade20k847.ignore_index)
+_FULL_TO_847 = np.full(26 * 256, Ade20k847.ignore_index, np.uint16)
+_FULL_TO_847[list(category_ids("ade20k-847"))] = np.arange(847)
 
 
 def _inside_release(folder: str, name: str, path: Path) -> str:
@@ -241,49 +212,29 @@ class _PlainUnpickler(pickle.Unpickler):
     """Unpickles plain values and numpy arrays; refuses to import anything else."""
 
     ALLOWED = {
-        ("_codecs", "encode"),  # bytes in pickles of the old protocols
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"),
+        *("_codecs.encode", "numpy.dtype", "numpy.ndarray"),  # the first for bytes of the old protocols
+        *(
+            f"numpy.{core}.multiarray.{name}"
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        ),
+        *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
     }
 
     def find_class(self, module: str, name: str) -> Any:
         """Import a class or function, if it is allowed."""
-        if (module, name) not in self.ALLOWED:
+        if f"{module}.{name}" not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a list of images does not need")
         return super().find_class(module, name)
 
 
-# What unpickling raises on damaged files.
-_PICKLE_ERRORS = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    TypeError,
-    ValueError,
-)
-
-
 def _load_plain_pickle(path: Path) -> Any:
-    """Read a pickle of plain values and numpy arrays.
-
-    Raises:
-        ITAError: if it is truncated or damaged, or would run code.
-    """
-    content = io.BytesIO(read_bytes(path))
+    """Read a pickle of plain values and numpy arrays; ITAError if it is damaged or would run code."""
+    content = io.BytesIO(readers.read_bytes(path))
+    others = (pickle.UnpicklingError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError)
     try:
         return _PlainUnpickler(content).load()
-    except _PICKLE_ERRORS as error:
+    except (*DECODING_ERRORS, *others) as error:
         raise ITAError(f"{path} is refused or damaged: {one_line(error, 160)}") from error
 
 
@@ -301,10 +252,7 @@ def _reduced_size(height: int, width: int, shortest: int = 512) -> tuple[int, in
 
 
 def _resize_nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize (H, W, C) to (h, w, C) as OpenCV's INTER_NEAREST does: each pixel is at the floor of its scaled position.
-
-    The scale is the reciprocal of a rounded quotient, as in OpenCV; this sometimes decides between two pixels.
-    """
+    """Resize (H, W, C) to (h, w, C) as OpenCV's INTER_NEAREST does, by the reciprocal of a rounded quotient."""
     rows, columns = (
         np.minimum(np.floor(np.arange(new) * (1.0 / (new / old))).astype(np.int64), old - 1)
         for old, new in zip(pixels.shape, size, strict=False)

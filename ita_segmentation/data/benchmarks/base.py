@@ -4,12 +4,10 @@ A source dataset lists the images of a folder and decodes one of them at a time,
 release defines them. Both name the file that is missing or malformed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +18,8 @@ from ita_segmentation.data.categories import Category
 class ImageEntry:
     """An image of a source dataset and where its labels are. Paths are relative to the source folder.
 
-    Attributes:
-        image_id: unique within its split.
-        image: the image file.
-        label: the file of its label map or panoptic map; None if `annotation` has the labels.
-        instances: the file of its instance map; None where there is none.
-        annotation: what a shared annotation file says about the image, in picklable values.
-        has_segments: whether it has a panoptic map.
+    `label` is the file of its label map or panoptic map (None if `annotation` has the labels, as a shared file says
+    them), `instances` that of its instance map (None where there is none). `image_id` is unique within a split.
     """
 
     image_id: str
@@ -44,15 +37,11 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class LabeledImage:
-    """An image and its labels.
+    """An image, as the content of its JPEG or PNG file, and its labels.
 
-    Attributes:
-        image_id: unique within its split.
-        image: the encoded image (the content of a JPEG or PNG file).
-        label: (H, W) uint8 or uint16, class indices 0..K-1 or the ignore index.
-        panoptic: (H, W) int32 segment ids, 0 for none; None where the release has no segments.
-        segments: `{"id": int, "category_id": class index, "isthing": bool, "iscrowd": bool}` for each segment of
-            the panoptic map.
+    `label` is (H, W) uint8 or uint16, class indices 0..K-1 or the ignore index; `panoptic` is (H, W) int32 segment ids,
+    0 for none, or None, and `segments` has `{"id": int, "category_id": class index, "isthing": bool, "iscrowd": bool}`
+    for each of them.
     """
 
     image_id: str
@@ -62,7 +51,7 @@ class LabeledImage:
     segments: list[dict[str, Any]] = field(default_factory=list)
 
 
-class SourceDataset(Protocol):
+class SourceDataset:
     """The official release of one benchmark.
 
     Attributes:
@@ -72,23 +61,18 @@ class SourceDataset(Protocol):
         layout: what the folder must contain, in one line, for messages.
     """
 
-    categories: Sequence[Category]
-    ignore_index: int
-    splits: tuple[str, ...]
-    layout: str
+    categories: Sequence[Category] = ()
+    ignore_index: int = 255
+    splits: tuple[str, ...] = ("train", "validation")
+    layout: str = ""
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
-        """List the images of a split in the order of the release.
+        """List the images of a split in the order of the release; ITAError if the folder is not this release.
 
         Single missing files are left to `read`, so that all of them are reported and not only the first.
-
-        Raises:
-            ITAError: if the folder is not this release; the message says what was expected and what was found.
         """
+        raise NotImplementedError
 
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
-        """Read one image and its labels.
-
-        Raises:
-            ITAError: if a file is missing, truncated, of the wrong size or kind, or contains a label out of range.
-        """
+        """Read one image and its labels; ITAError names a file that is missing, truncated, or of wrong content."""
+        raise NotImplementedError

@@ -5,27 +5,14 @@ The download has `*_gtFine_labelIds.png` (34 label ids, 19 of which are classes)
 `*_gtFine_labelTrainIds.png` (0..18, 255) come from the authors' scripts and are used where they exist.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
-from ita_segmentation.data.benchmarks.readers import (
-    check_label_range,
-    check_same_size,
-    files_by_stem,
-    image_size,
-    read_all,
-    read_label_png,
-    read_pair,
-    relabel,
-    require_folder,
-)
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.benchmarks import readers
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError
 
 FOLDERS = {"train": "train", "validation": "val"}
@@ -33,12 +20,10 @@ IMAGE_ENDING = "_leftImg8bit"
 LABEL_IDS = range(34)
 
 
-class Cityscapes:
+class Cityscapes(SourceDataset):
     """leftImg8bit and gtFine. Images have panoptic maps if the folder has instanceIds."""
 
-    categories: Sequence[Category] = load_categories("cityscapes")
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
+    categories = load_categories("cityscapes")
     layout = (
         "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/ with *_gtFine_labelTrainIds.png "
         "or *_gtFine_labelIds.png, and *_gtFine_instanceIds.png for panoptic labels"
@@ -47,7 +32,7 @@ class Cityscapes:
     def index(self, source: Path, split: str) -> list[ImageEntry]:
         """List the images of a split; see `SourceDataset.index`."""
         folders = [f"{part}/{FOLDERS[split]}" for part in ("leftImg8bit", "gtFine")]
-        require_folder(source, folders, self.layout)
+        readers.require_folder(source, folders, self.layout)
         images = _files_by_city(source / folders[0], IMAGE_ENDING)
         labels = {
             kind: _files_by_city(source / folders[1], f"_gtFine_{kind}")
@@ -72,13 +57,15 @@ class Cityscapes:
         indices = CLASS_OF_TRAIN_ID if str(entry.label).endswith("TrainIds.png") else CLASS_OF_LABEL_ID
         label_path = source / str(entry.label)
         if entry.instances is None:
-            image, values = read_pair(source, entry)
-            return LabeledImage(entry.image_id, image, relabel(values, indices, 255, label_path))
+            image, values = readers.read_pair(source, entry)
+            return LabeledImage(entry.image_id, image, readers.relabel(values, indices, 255, label_path))
         path = source / entry.instances
-        (image, values), ids = read_all(lambda: read_pair(source, entry), lambda: read_label_png(path))
-        check_same_size(image_size(image), ids, source / entry.image, path)
+        (image, values), ids = readers.read_all(
+            lambda: readers.read_pair(source, entry), lambda: readers.read_label_png(path)
+        )
+        readers.check_same_size(readers.image_size(image), ids, source / entry.image, path)
         panoptic, segments = _segments(ids.astype(np.int32), path)
-        label = relabel(values, indices, 255, label_path)
+        label = readers.relabel(values, indices, 255, label_path)
         return LabeledImage(entry.image_id, image, label, panoptic, segments)
 
 
@@ -94,24 +81,13 @@ def _files_by_city(folder: Path, ending: str) -> set[str]:
         f"{city.name}/{stem}"
         for city in sorted(folder.iterdir())
         if city.is_dir() and not city.name.startswith(".")
-        for stem in files_by_stem(city, (".png",), ending)
+        for stem in readers.files_by_stem(city, (".png",), ending)
     }
 
 
 def _segments(ids: np.ndarray, path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Build the panoptic map of a map of instance ids, and its segments by ascending id.
-
-    Args:
-        ids: (H, W) int32.
-        path: the file, for messages.
-
-    Returns:
-        (H, W) int32 with 0 where there is no class, and the segments.
-
-    Raises:
-        ITAError: if an id belongs to no class.
-    """
-    check_label_range(np.where(ids < 1000, ids, ids // 1000), LABEL_IDS, path)
+    """Build the panoptic map (H, W) int32 of instance ids, 0 for no class, and its segments by ascending id."""
+    readers.check_label_range(np.where(ids < 1000, ids, ids // 1000), LABEL_IDS, path)
     segments = []
     for value in np.flatnonzero(np.bincount(ids.ravel())).tolist():
         index = CLASS_OF_LABEL_ID[value if value < 1000 else value // 1000]

@@ -1,24 +1,14 @@
 """COCO 2017 panoptic: 80 things and 53 stuff classes, for training (118,287 images) and validation (5,000)."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
-from ita_segmentation.data.benchmarks.readers import (
-    check_same_size,
-    image_size,
-    read_color_png,
-    read_image_bytes,
-    read_json,
-    require_folder,
-)
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.benchmarks import readers
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.data.segment_maps import lookup_ids, rgb_to_ids
 from ita_segmentation.errors import ITAError, one_line
 
@@ -33,16 +23,14 @@ class _Segment(NamedTuple):
     iscrowd: int
 
 
-class CocoPanoptic:
+class CocoPanoptic(SourceDataset):
     """COCO 2017 with its panoptic annotations: `panoptic_*.json` and PNGs of segment ids, R + 256 G + 65536 B.
 
     A pixel's class is that of its segment, crowds included; pixels without a segment (id 0) are void. Every segment
     of the JSON must be in its PNG, and every id of the PNG in the JSON.
     """
 
-    categories: Sequence[Category] = load_categories("coco-panoptic")
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
+    categories = load_categories("coco-panoptic")
     layout = (
         "COCO 2017: {train,val}2017/*.jpg, annotations/panoptic_{train,val}2017.json and the PNGs of "
         "panoptic_{train,val}2017.zip, unpacked in annotations/ or beside it"
@@ -55,7 +43,7 @@ class CocoPanoptic:
         maps = f"annotations/panoptic_{folder}"
         if not (source / maps).is_dir() and (source / f"panoptic_{folder}").is_dir():
             maps = f"panoptic_{folder}"
-        require_folder(source, [folder, annotations, maps], self.layout)
+        readers.require_folder(source, [folder, annotations, maps], self.layout)
         path = source / annotations
         images, rows = _read_annotations(path)
         class_of = {category_id: index for index, category_id in enumerate(category_ids("coco-panoptic"))}
@@ -84,9 +72,9 @@ class CocoPanoptic:
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
         image_path, panoptic_path = source / entry.image, source / str(entry.label)
-        image = read_image_bytes(image_path)
-        ids = rgb_to_ids(read_color_png(panoptic_path))
-        check_same_size(image_size(image), ids, image_path, panoptic_path)
+        image = readers.read_image_bytes(image_path)
+        ids = rgb_to_ids(readers.read_color_png(panoptic_path))
+        readers.check_same_size(readers.image_size(image), ids, image_path, panoptic_path)
         classes = {0: self.ignore_index} | {segment_id: index for segment_id, index, _ in entry.annotation}
         segments = [
             {
@@ -101,19 +89,7 @@ class CocoPanoptic:
 
 
 def _label_map(ids: np.ndarray, classes: dict[int, int], path: Path) -> np.ndarray:
-    """Look up the class of each pixel.
-
-    Args:
-        ids: (H, W) int32 segment ids, 0 for void.
-        classes: the class of each id, void included.
-        path: the file, for messages.
-
-    Returns:
-        (H, W) uint8.
-
-    Raises:
-        ITAError: if an id of the map has no class, or a segment has no pixel.
-    """
+    """Look up the class of each pixel: (H, W) uint8. Raises ITAError if an id has no class, or a segment no pixel."""
     present, label = lookup_ids(ids, classes, default=0)
     unknown = sorted(set(present.tolist()) - classes.keys())
     if unknown:
@@ -126,10 +102,6 @@ def _label_map(ids: np.ndarray, classes: dict[int, int], path: Path) -> np.ndarr
     return label.astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The JSON
-
-
 def _compact(entry: dict[str, Any]) -> Any:
     """Keep less of the segments, which are nearly all of the file."""
     if "iscrowd" in entry and "category_id" in entry and "id" in entry:
@@ -138,14 +110,10 @@ def _compact(entry: dict[str, Any]) -> Any:
 
 
 def _read_annotations(path: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    """Read the file names of the images by id, and the annotations, of `panoptic_*.json`.
-
-    Raises:
-        ITAError: if it is not JSON, or not a panoptic annotation file.
-    """
-    content = read_json(path, _compact)
-    lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
-    images, rows = lists
+    """Read the file names of the images by id, and the annotations, of `panoptic_*.json`."""
+    content = readers.read_json(path, _compact)
+    content = content if isinstance(content, dict) else {}
+    images, rows = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(rows, list):
         raise ITAError(f"{path} is not a panoptic annotation file: it needs lists 'images' and 'annotations'")
     try:
@@ -171,7 +139,11 @@ def _parse_annotation(
         raise ITAError(f"{path}: an annotation is malformed: {one_line(repr(row), 120)}") from error
     if unknown:
         raise ITAError(f"{where}: segment {unknown[0].id} has the unknown category {unknown[0].category_id}")
-    wrong = [value for value, count in ids.items() if count > 1 or not _is_segment_id(value)]
+    wrong = [
+        value
+        for value, count in ids.items()
+        if count > 1 or not (isinstance(value, int) and 0 < value < 1 << 24)
+    ]
     if wrong:
         raise ITAError(f"{where}: the segment id {wrong[0]!r} is not from 1 to 2^24 - 1, or occurs twice")
     for name in (images[image_id], panoptic):
@@ -179,7 +151,3 @@ def _parse_annotation(
             raise ITAError(f"{path}: {name!r} is not a file name")
     parsed = tuple((segment.id, class_of[segment.category_id], segment.iscrowd) for segment in segments)
     return images[image_id], panoptic, parsed
-
-
-def _is_segment_id(value: Any) -> bool:
-    return isinstance(value, int) and 0 < value < 1 << 24

@@ -10,8 +10,7 @@ lines `id:name,synonym,...` with the label values as ids (`invalid_class_id` is 
 Labels 255 and 65535 are ignored unless they are ids of classes.
 """
 
-from __future__ import annotations
-
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
 from ita_segmentation.data.benchmarks.readers import files_by_stem, read_pair, relabel, require_folder
 from ita_segmentation.data.categories import Category
 from ita_segmentation.errors import ITAError, one_line
@@ -27,29 +26,22 @@ from ita_segmentation.files import read_text
 from ita_segmentation.images import IMAGE_SUFFIXES
 
 CLASS_FILES = ("classes.json", "classes.txt")
-IGNORED = (255, 65535)
-SPLITS = ("train", "validation")
+IGNORED_VALUES = (255, 65535)
 
 
 @dataclass
-class FolderDataset:
+class FolderDataset(SourceDataset):
     """A user's folder; `FolderDataset.at(source)` reads its classes.
 
-    Attributes:
-        categories: K classes.
-        values: (K,) the label value of each class.
-        ignored: label values that are ignored, unless they belong to a class.
-        ignore_index: 255, or 65535 for more than 255 classes.
-        splits: the splits that have subfolders; "train" if there are no subfolders.
-        in_subfolders: whether splits have subfolders.
-        layout: what the folder must contain.
+    `values` (K,) are the label values of the classes; those in `ignored` are ignored unless they belong to a class.
+    Without subfolders for splits all images are of "train".
     """
 
     categories: Sequence[Category] = ()
     values: tuple[int, ...] = ()
-    ignored: tuple[int, ...] = IGNORED
+    ignored: tuple[int, ...] = IGNORED_VALUES
     ignore_index: int = 255
-    splits: tuple[str, ...] = SPLITS
+    splits: tuple[str, ...] = SourceDataset.splits
     in_subfolders: bool = True
     layout: str = (
         "classes.json or classes.txt (or a class file given), images/ and labels/ with images and PNGs of the same "
@@ -57,30 +49,22 @@ class FolderDataset:
     )
 
     @classmethod
-    def at(cls, source: Path, classes: Path | None = None) -> FolderDataset:
-        """Read the classes and splits of a folder.
-
-        Args:
-            source: the folder.
-            classes: the file of class names; default classes.json or classes.txt in the folder.
-
-        Raises:
-            ITAError: if the folder is not as expected, or the class file cannot be read.
-        """
+    def at(cls, source: Path, classes: Path | None = None) -> "FolderDataset":
+        """Read the splits and the classes (in classes.json or classes.txt unless another file is given) of a folder."""
         require_folder(source, ["images", "labels"], cls.layout)
         if classes is None:
             classes = next((source / name for name in CLASS_FILES if (source / name).is_file()), None)
         if classes is None:
             require_folder(source, CLASS_FILES[:1], cls.layout)
             raise ITAError(f"{source / CLASS_FILES[0]} is not a regular file")
-        splits = tuple(split for split in SPLITS if (source / "images" / split).is_dir())
+        splits = tuple(split for split in SourceDataset.splits if (source / "images" / split).is_dir())
         categories, values, invalid = read_classes(classes)
         return cls(
             categories=categories,
             values=values,
-            ignored=(*IGNORED, *invalid),
+            ignored=(*IGNORED_VALUES, *invalid),
             ignore_index=255 if len(categories) <= 255 else 65535,
-            splits=splits or SPLITS[:1],
+            splits=splits or ("train",),
             in_subfolders=bool(splits),
         )
 
@@ -105,25 +89,23 @@ class FolderDataset:
 
 
 def read_classes(path: Path) -> tuple[tuple[Category, ...], tuple[int, ...], tuple[int, ...]]:
-    """Read a class file.
-
-    Returns:
-        The categories, the label value of each, and the label values that the file says to ignore.
-
-    Raises:
-        ITAError: if the file cannot be read, a name belongs to two classes, or a thing is none of the classes.
-    """
+    """Read a class file: the categories, the label value of each, and the label values that it says to ignore."""
     from modeling_ita.text import normal_form
 
     text = read_text(path)
-    table = _json_object(text)
+    table = None
+    with contextlib.suppress(ValueError, RecursionError):
+        table = json.loads(text)
+    table = table if isinstance(table, dict) else None
     classes = read_vocabulary(path) if table is None else _classes_of_table(table, path)
     normal_names = [{normal_form(name) for name in names} for names in classes]
     for index, normal in enumerate(normal_names):
         if normal in normal_names[:index]:
             raise ITAError(f"{path} has the class {', '.join(classes[index])!r} twice")
-    things = None if table is None or "things" not in table else _thing_names(table["things"], path)
+    things = None if table is None or "things" not in table else table["things"]
     if things is not None:
+        if not isinstance(things, list) or not all(isinstance(name, str) for name in things):
+            raise ITAError(f"{path}: 'things' must be a list of names")
         unknown = [name for name in things if not any(normal_form(name) in names for names in normal_names)]
         if unknown:
             raise ITAError(f"{path}: the thing {unknown[0]!r} is none of the classes")
@@ -137,15 +119,6 @@ def read_classes(path: Path) -> tuple[tuple[Category, ...], tuple[int, ...], tup
     return tuple(categories), values, invalid
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
-    """Parse an object; None if the text is not JSON, or a list."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _classes_of_table(table: dict[str, Any], path: Path) -> list[list[str]]:
     if "classes" not in table or set(table) - {"classes", "things"}:
         raise ITAError(f'{path} must hold a list, or {{"classes": [...], "things": [...]}}')
@@ -156,12 +129,6 @@ def _classes_of_table(table: dict[str, Any], path: Path) -> list[list[str]]:
         return [list(names) for names in normalize_vocabulary(table["classes"])]
     except (ValueError, TypeError) as error:
         raise ITAError(f"{path}: {one_line(error)}") from error
-
-
-def _thing_names(names: Any, path: Path) -> list[str]:
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ITAError(f"{path}: 'things' must be a list of names")
-    return names
 
 
 def _label_values(text: str, num_classes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -5,10 +5,7 @@ as the published evaluations do: 4,996 and 5,104 images. The 59 classes come fro
 from `trainval/*.mat`.
 """
 
-from __future__ import annotations
-
 import io
-import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,25 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
-from ita_segmentation.data.benchmarks.readers import (
-    check_same_size,
-    image_size,
-    read_bytes,
-    read_image_bytes,
-    read_json,
-    relabel,
-    require_folder,
-)
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.benchmarks import readers
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.images import DECODING_ERRORS
 
 PHASES = {"train": "train", "validation": "val"}
 DETAIL_FILE = "trainval_merged.json"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The annotations of PASCAL in Detail
 
 
 class _Image(NamedTuple):
@@ -74,12 +60,8 @@ def _compact(entry: dict[str, Any]) -> Any:
 
 
 def _read_detail(path: Path) -> tuple[list[_Image], list[_Mask]]:
-    """Read the images and masks of the file, in its order.
-
-    Raises:
-        ITAError: if it is not JSON, or an entry of it is malformed.
-    """
-    content = read_json(path, _compact)
+    """Read the images and masks of the file, in its order."""
+    content = readers.read_json(path, _compact)
     if not isinstance(content, dict) or set(content) != {"images", "annos_segmentation"}:
         raise ITAError(f"{path} is not PASCAL in Detail's: 'images' and 'annos_segmentation' were expected")
     for key, kind in (("images", _Image), ("annos_segmentation", _Mask)):
@@ -103,25 +85,19 @@ def _images_of_split(split: str, images: Sequence[_Image], path: Path) -> list[_
     return chosen
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 59 classes
-
-
-class PascalContext59:
+class PascalContext59(SourceDataset):
     """VOC2010 with the merged annotations of PASCAL in Detail: 59 classes, everything else ignored.
 
     An image's masks are painted in the order of the file, later ones over earlier ones. What is visible in the end
     must belong to one of the 59 categories, whose classes are in ascending order of category ids.
     """
 
-    categories: Sequence[Category] = load_categories("pascal-context-59")
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
+    categories = load_categories("pascal-context-59")
     layout = f"VOC2010: JPEGImages/*.jpg and {DETAIL_FILE} (the annotations of PASCAL in Detail)"
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
         """List the images; see `SourceDataset.index`. `annotation` has the masks in the order of painting."""
-        require_folder(source, ["JPEGImages", DETAIL_FILE], self.layout)
+        readers.require_folder(source, ["JPEGImages", DETAIL_FILE], self.layout)
         path = source / DETAIL_FILE
         images, masks = _read_detail(path)
         masks_of: dict[int, list[_Mask]] = {image.image_id: [] for image in images}
@@ -140,44 +116,31 @@ class PascalContext59:
 
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
-        image = read_image_bytes(source / entry.image)
-        width, height = image_size(image)
+        image = readers.read_image_bytes(source / entry.image)
+        width, height = readers.image_size(image)
         where = f"{source / DETAIL_FILE}, {entry.image_id}.jpg"
         category_map = np.zeros((height, width), np.uint16)
         for number, mask in enumerate(entry.annotation):
             if (mask.height, mask.width) != (height, width):
-                raise ITAError(
-                    f"{where}: mask {number} is {mask.width} x {mask.height} pixels but the image is "
-                    f"{width} x {height}"
-                )
+                size = f"{mask.width} x {mask.height} pixels but the image is {width} x {height}"
+                raise ITAError(f"{where}: mask {number} is {size}")
             if not 0 < mask.category_id < 65536:
                 raise ITAError(f"{where}: mask {number} has the category {mask.category_id}")
-            category_map[decode_mask(mask.counts, height, width, f"{where}: mask {number}")] = (
-                mask.category_id
-            )
+            inside = decode_mask(mask.counts, height, width, f"{where}: mask {number}")
+            category_map[inside] = mask.category_id
         values = {0: self.ignore_index}
         values |= {value: index for index, value in enumerate(category_ids("pascal-context-59"))}
-        return LabeledImage(entry.image_id, image, relabel(category_map, values, self.ignore_index, where))
+        return LabeledImage(
+            entry.image_id, image, readers.relabel(category_map, values, self.ignore_index, where)
+        )
 
 
 def decode_mask(counts: str, height: int, width: int, where: str) -> np.ndarray:
-    """Decode a mask from COCO's compressed run-length encoding (runs go down the columns, background first).
+    """Decode a mask (height, width) bool from COCO's compressed run lengths (down the columns, background first).
 
-    pycocotools reads and writes out of bounds where an encoding is damaged, so the encoding is checked here.
-
-    Args:
-        counts: the run lengths. A number consists of groups of five bits, lowest first, each a character from "0" on
-            whose sixth bit says that more follow; the highest bit of the last group is the sign. From the fourth
-            number on, it is the difference to the one two before.
-        height: rows of the mask.
-        width: columns of the mask.
-        where: the file and mask, for messages.
-
-    Returns:
-        (height, width) bool.
-
-    Raises:
-        ITAError: if it is not the encoding of a mask of this size.
+    A number consists of groups of five bits, lowest first, each a character from "0" on whose sixth bit says that more
+    follow; the highest bit of the last group is the sign. From the fourth number on, it is the difference to the one
+    two before. pycocotools reads and writes out of bounds where an encoding is damaged, so it is checked here.
     """
     lengths: list[int] = []
     value = shift = 0
@@ -196,26 +159,21 @@ def decode_mask(counts: str, height: int, width: int, where: str) -> np.ndarray:
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 459 classes
-
-
-class PascalContext459:
+class PascalContext459(SourceDataset):
     """VOC2010 with Pascal Context's own annotations: `LabelMap` of `trainval/*.mat`, 0 ignored, 1..459 the classes.
 
     `trainval_merged.json` says which images belong to which split.
     """
 
-    categories: Sequence[Category] = load_categories("pascal-context-459")
+    categories = load_categories("pascal-context-459")
     ignore_index = 65535
-    splits: tuple[str, ...] = ("train", "validation")
     layout = (
         f"VOC2010: JPEGImages/*.jpg, trainval/*.mat and {DETAIL_FILE} (which tells training from validation)"
     )
 
     def index(self, source: Path, split: str) -> list[ImageEntry]:
         """List the images of a split; see `SourceDataset.index`."""
-        require_folder(source, ["JPEGImages", "trainval", DETAIL_FILE], self.layout)
+        readers.require_folder(source, ["JPEGImages", "trainval", DETAIL_FILE], self.layout)
         path = source / DETAIL_FILE
         stems = [Path(image.file_name).stem for image in _images_of_split(split, _read_detail(path)[0], path)]
         return [ImageEntry(stem, f"JPEGImages/{stem}.jpg", f"trainval/{stem}.mat") for stem in stems]
@@ -223,26 +181,24 @@ class PascalContext459:
     def read(self, source: Path, entry: ImageEntry) -> LabeledImage:
         """Read one image; see `SourceDataset.read`."""
         image_path, label_path = source / entry.image, source / str(entry.label)
-        image = read_image_bytes(image_path)
+        image = readers.read_image_bytes(image_path)
         label_map = _read_label_map(label_path)
-        check_same_size(image_size(image), label_map, image_path, label_path)
+        readers.check_same_size(readers.image_size(image), label_map, image_path, label_path)
         values = {0: self.ignore_index} | {index + 1: index for index in range(len(self.categories))}
-        return LabeledImage(entry.image_id, image, relabel(label_map, values, self.ignore_index, label_path))
+        return LabeledImage(
+            entry.image_id, image, readers.relabel(label_map, values, self.ignore_index, label_path)
+        )
 
 
 def _read_label_map(path: Path) -> np.ndarray:
-    """Read the (H, W) uint8 or uint16 `LabelMap` of a MATLAB file.
-
-    Raises:
-        ITAError: if the file is missing, truncated, of another format, or has no such map.
-    """
+    """Read the (H, W) uint8 or uint16 `LabelMap` of a MATLAB file."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    errors = (MatReadError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, OverflowError)
+    errors = (*DECODING_ERRORS, MatReadError, NotImplementedError, MemoryError, zlib.error)
     try:
-        content = loadmat(io.BytesIO(read_bytes(path)), variable_names=["LabelMap"])
-    except (*errors, NotImplementedError, MemoryError, struct.error, zlib.error) as error:
+        content = loadmat(io.BytesIO(readers.read_bytes(path)), variable_names=["LabelMap"])
+    except errors as error:
         raise ITAError(f"{path} cannot be read as a MATLAB file: {one_line(error, 120)}") from error
     label_map = content.get("LabelMap")
     if label_map is None:

@@ -4,32 +4,23 @@ Labels are palette PNGs of `SegmentationClass`: 0 is background, 1..20 the objec
 Everingham et al., The PASCAL Visual Object Classes Challenge 2012.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
 
-from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage
+from ita_segmentation.data.benchmarks.base import ImageEntry, LabeledImage, SourceDataset
 from ita_segmentation.data.benchmarks.readers import read_bytes, read_pair, relabel, require_folder
-from ita_segmentation.data.categories import Category, category_ids, load_categories
+from ita_segmentation.data.categories import category_ids, load_categories
 from ita_segmentation.errors import ITAError
 
 LISTS = {"train": "ImageSets/Segmentation/train.txt", "validation": "ImageSets/Segmentation/val.txt"}
 
 
-class PascalVoc:
-    """VOC2012 with the classes of one of the two benchmarks.
+class PascalVoc(SourceDataset):
+    """VOC2012 as "pascal-voc-20" (background ignored) or "pascal-voc-21" (background is class 0)."""
 
-    Args:
-        benchmark: "pascal-voc-20" (background ignored) or "pascal-voc-21" (background is class 0).
-    """
-
-    ignore_index = 255
-    splits: tuple[str, ...] = ("train", "validation")
     layout = "VOC2012: JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/Segmentation/{train,val}.txt"
 
     def __init__(self, benchmark: str):
-        self.categories: Sequence[Category] = load_categories(benchmark)
+        self.categories = load_categories(benchmark)
         classes = {value: index for index, value in enumerate(category_ids(benchmark))}
         self._indices = {0: self.ignore_index, 255: self.ignore_index} | classes
 

@@ -1,7 +1,5 @@
 """Look at the folders of a release, and read and check its files. Every failure is an `ITAError` naming the file."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings
@@ -18,62 +16,30 @@ from ita_segmentation.images import DECODING_ERRORS, open_image
 
 GRAY_MODES = {"L": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I": np.uint16}
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
-LISTED = 8
-"""Names of a folder's content that a message shows."""
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Folders
+LISTED = 8  # names of a folder's content that a message shows
 
 
 def require_folder(source: Path, parts: Sequence[str], layout: str) -> None:
-    """Check that the source folder contains these files and folders.
-
-    Args:
-        source: the folder that the user gave.
-        parts: paths relative to it ("images/validation").
-        layout: what the folder must contain, in one line: the layout of the source dataset.
-
-    Raises:
-        ITAError: if something is missing. The message says what was expected and what was found, and names the
-            subfolder that contains everything, if exactly one does.
-    """
+    """Raise ITAError, saying what was expected and found, unless the source folder contains these files and folders."""
     if not source.is_dir():
         raise ITAError(f"there is no folder {source}: expected {layout}")
     missing = [part for part in parts if not (source / part).exists()]
     if not missing:
         return
-    inside = [folder for folder in _subfolders(source) if all((folder / part).exists() for part in parts)]
+    first = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+    second = [path for folder in first for path in sorted(folder.iterdir()) if path.is_dir()]
+    inside = [folder for folder in first + second if all((folder / part).exists() for part in parts)]
+    names = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    found = (", ".join(names[:LISTED]) + more) or "nothing"
     hint = f"; {inside[0]} has them: give that as the source" if len(inside) == 1 else ""
     raise ITAError(
-        f"{source} is not the release: missing: {', '.join(missing)}; found: {_content(source)}{hint}; "
-        f"expected {layout}"
+        f"{source} is not the release: missing: {', '.join(missing)}; found: {found}{hint}; expected {layout}"
     )
 
 
-def _subfolders(source: Path) -> list[Path]:
-    """List the folders in the source and in those, in order."""
-    first = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return first + [path for folder in first for path in sorted(folder.iterdir()) if path.is_dir()]
-
-
-def _content(folder: Path) -> str:
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
-    return (", ".join(names[:LISTED]) + more) or "nothing"
-
-
 def files_by_stem(folder: Path, suffixes: Sequence[str], ending: str = "") -> dict[str, str]:
-    """List the files of a folder by their stem, in order, without hidden files.
-
-    Args:
-        folder: the folder to list.
-        suffixes: lower-case suffixes to accept.
-        ending: what stems must end in, such as "_seg"; it is removed.
-
-    Raises:
-        ITAError: if the folder cannot be read or two files have the same stem.
-    """
+    """List the files of a folder by stem, in order, without hidden ones; `ending` ("_seg") is cut off the stems."""
     found: dict[str, str] = {}
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -90,16 +56,8 @@ def files_by_stem(folder: Path, suffixes: Sequence[str], ending: str = "") -> di
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def read_bytes(path: Path) -> bytes:
-    """Read a file.
-
-    Raises:
-        ITAError: if it is missing, empty, not a regular file (such as a named pipe), or cannot be read.
-    """
+    """Read a file; refuses one that is missing, empty or not regular (such as a named pipe)."""
     try:
         if path.exists() and not path.is_file():
             raise ITAError(f"{path} is not a regular file")
@@ -114,15 +72,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any]) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: the file.
-        object_hook: replaces each object, innermost objects first.
-
-    Raises:
-        ITAError: if it cannot be read or is not JSON.
-    """
+    """Read a JSON file; `object_hook` replaces each object, innermost objects first."""
     try:
         return json.loads(read_bytes(path), object_hook=object_hook)
     except (ValueError, RecursionError) as error:
@@ -130,25 +80,14 @@ def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 def read_image_bytes(path: Path) -> bytes:
-    """Read an image file without changing it, after decoding it once to check it.
-
-    Raises:
-        ITAError: if it is missing, empty, truncated or not an image.
-    """
+    """Read an image file without changing it, after decoding it once to check it."""
     content = read_bytes(path)
     decode(content, path)
     return content
 
 
 def read_label_png(path: Path) -> np.ndarray:
-    """Read the labels of a PNG with one channel.
-
-    Returns:
-        (H, W) uint8, or uint16 for 16 bits; palette indices, not colors, if it has a palette.
-
-    Raises:
-        ITAError: if it is missing, empty, truncated, not a PNG, or has colors and no palette.
-    """
+    """Read the labels of a PNG with one channel: (H, W) uint8, or uint16 for 16 bits; of a palette, the indices."""
     image = decode(read_bytes(path), path, kind="PNG")
     if image.mode == "P":
         return np.array(image)
@@ -158,11 +97,7 @@ def read_label_png(path: Path) -> np.ndarray:
 
 
 def read_color_png(path: Path) -> np.ndarray:
-    """Read a PNG whose three channels encode ids: (H, W, 3) uint8; an alpha channel is dropped.
-
-    Raises:
-        ITAError: if it is missing, empty, truncated, not a PNG, or does not have three channels.
-    """
+    """Read a PNG whose three channels encode ids: (H, W, 3) uint8; an alpha channel is dropped."""
     image = decode(read_bytes(path), path, kind="PNG")
     if image.mode not in ("RGB", "RGBA"):
         raise ITAError(f"{path} is a PNG of mode {image.mode}, not RGB")
@@ -170,18 +105,7 @@ def read_color_png(path: Path) -> np.ndarray:
 
 
 def decode(content: bytes, path: Path, kind: str | None = None) -> Image.Image:
-    """Decode an image as stored, without EXIF rotation or a change of mode; check the checksums of a PNG.
-
-    Gray PNGs of 1, 2 or 4 bits are refused: nothing says whether their values are to be scaled.
-
-    Args:
-        content: the content of the file.
-        path: the file, for messages.
-        kind: the format that it must have, such as "PNG".
-
-    Raises:
-        ITAError: if it is truncated, damaged, not an image, or of another format.
-    """
+    """Decode an image as stored, checksums included; of a PNG that holds labels, fewer than 8 bits are ambiguous."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -212,11 +136,7 @@ def image_size(content: bytes) -> tuple[int, int]:
 
 
 def read_pair(source: Path, entry: ImageEntry) -> tuple[bytes, np.ndarray]:
-    """Read the content of an image and its label map, (H, W) uint8 or uint16, unchanged.
-
-    Raises:
-        ITAError: if one or both are missing, truncated or of the wrong kind, or if they differ in size.
-    """
+    """Read the content of an image and its label map, (H, W) uint8 or uint16, unchanged and of one size."""
     image_path, label_path = source / entry.image, source / str(entry.label)
     image, label = read_all(lambda: read_image_bytes(image_path), lambda: read_label_png(label_path))
     check_same_size(image_size(image), label, image_path, label_path)
@@ -224,11 +144,7 @@ def read_pair(source: Path, entry: ImageEntry) -> tuple[bytes, np.ndarray]:
 
 
 def read_all(*reads: Callable[[], Any]) -> list[Any]:
-    """Call each function and return the results.
-
-    Raises:
-        ITAError: if some of them raised one; the message joins theirs.
-    """
+    """Call each function and return the results; if some raise ITAError, the message of one joins theirs."""
     results, problems = [], []
     for read in reads:
         try:
@@ -238,10 +154,6 @@ def read_all(*reads: Callable[[], Any]) -> list[Any]:
     if problems:
         raise ITAError("; ".join(problems))
     return results
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Labels
 
 
 def check_same_size(size: tuple[int, int], label: np.ndarray, image_path: Path, label_path: Path) -> None:
@@ -267,17 +179,8 @@ def relabel(
 ) -> np.ndarray:
     """Replace the label values of a release by class indices.
 
-    Args:
-        label: (H, W) unsigned integers of at most 16 bits.
-        indices: the class index, or `ignore_index`, of every value that may occur.
-        ignore_index: 255 or 65535.
-        where: the file, for messages.
-
-    Returns:
-        (H, W) uint8 if `ignore_index` is 255, else uint16.
-
-    Raises:
-        ITAError: if a value occurs that is not in `indices`.
+    `indices` has the class index, or `ignore_index`, of every value that may occur; another one raises ITAError.
+    Returns (H, W) uint8 if `ignore_index` is 255, else uint16.
     """
     check_label_range(label, indices, where)
     table = np.full(max(indices) + 1, ignore_index, np.uint8 if ignore_index == 255 else np.uint16)

@@ -59,11 +59,7 @@ def scenes_vocabulary() -> ScenesVocabulary:
 
 
 def select_classes(classes: str | Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Resolve a selection of classes ("seen", "all" or ids) to thing ids and stuff ids, sorted, without duplicates.
-
-    Raises:
-        ValueError: if it is another string, an id is unknown, or nothing is selected.
-    """
+    """Resolve a selection ("seen", "all" or ids) to sorted thing ids and stuff ids; ValueError if there are none."""
     if not isinstance(classes, str):
         classes = tuple(classes)
     return _select_classes(classes)

@@ -9,10 +9,9 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
 
-@dataclass(frozen=True)
-class _Split:
+class _Split(NamedTuple):
     seed: int
     classes: str
     num_images: int
@@ -38,8 +36,7 @@ SPLITS = {
     "train": _Split(seed=17, classes="seen", num_images=10_000),
     "validation": _Split(seed=1_000_003, classes="all", num_images=500),
 }
-NUM_SHARDS = 16
-"""The number of shards of a stream, which workers share."""
+NUM_SHARDS = 16  # the number of shards of a stream, which workers share
 CREDIT = "Pictograms: OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0"
 
 
@@ -90,7 +87,14 @@ def scenes_dataset(
 
     maker = datasets.IterableDataset if streaming else datasets.Dataset
     dataset = maker.from_generator(_rows, features=_features(), gen_kwargs=arguments, split=split)
-    dataset.info.description = json.dumps({"classes": _class_table(), "credit": CREDIT})
+    vocabulary = scenes_vocabulary()
+    classes = [
+        {"name": names[0], "synonyms": names[1:], "isthing": is_thing, "seen": seen}
+        for names, is_thing, seen in zip(
+            vocabulary.classes, vocabulary.is_thing, vocabulary.seen, strict=True
+        )
+    ]
+    dataset.info.description = json.dumps({"classes": classes, "credit": CREDIT})
     dataset.info.homepage, dataset.info.license = "https://openmoji.org", "CC BY-SA 4.0"
     return dataset
 
@@ -129,26 +133,8 @@ def _features() -> Features:
         "category_id": datasets.ClassLabel(names=scenes_vocabulary().names),
         "isthing": datasets.Value("bool"),
     }
-    image = datasets.Image()
-    return datasets.Features(
-        {
-            "image": image,
-            "label": image,
-            "panoptic": image,
-            "segments": [segment],
-            "image_id": datasets.Value("int64"),
-        }
-    )
-
-
-def _class_table() -> list[dict[str, Any]]:
-    vocabulary = scenes_vocabulary()
-    return [
-        {"name": names[0], "synonyms": names[1:], "isthing": is_thing, "seen": seen}
-        for names, is_thing, seen in zip(
-            vocabulary.classes, vocabulary.is_thing, vocabulary.seen, strict=True
-        )
-    ]
+    images = dict.fromkeys(("image", "label", "panoptic"), datasets.Image())
+    return datasets.Features({**images, "segments": [segment], "image_id": datasets.Value("int64")})
 
 
 @lru_cache(maxsize=1)

@@ -21,13 +21,11 @@ from ita_segmentation.data.scenes.textures import draw_stuff
 IGNORE_INDEX = 255
 MIN_SIDE, MAX_SIDE = 16, 4096
 MAX_THINGS, MAX_STUFF = 6, 4
-SMALLEST, LARGEST = 0.14, 0.6
-"""Longer side of a thing in a scene, relative to the scene's shorter side."""
+SMALLEST, LARGEST = 0.14, 0.6  # longer side of a thing in a scene, relative to the scene's shorter side
 MIN_THING_SIDE, MIN_AREA, MIN_VISIBLE = 20, 60, 0.35
 """A thing has at least this side (pixels), and is drawn where at least this area and share of it is visible."""
 BORDER_LEVEL, BORDER_STEPS = 128, 24
-STUFF_COUNTS = (0.22, 0.60, 0.87)
-"""Cumulative probabilities of one, two and three textures; else four."""
+STUFF_COUNTS = (0.22, 0.60, 0.87)  # cumulative probabilities of one, two and three textures; else four
 SCENE_TAG, OBJECT_TAG, STUFF_TAG, DECK_TAG = 11, 12, 13, 14
 
 Size = int | tuple[int, int]
@@ -98,7 +96,9 @@ def scene(seed: int, index: int, size: Size = 192, classes: Classes = "seen") ->
     num_stuff = 1 + int(np.searchsorted(STUFF_COUNTS, rng.random(), side="right"))
     num_things = int(rng.integers(2, MAX_THINGS + 1))
     regions, canvas = _lay_ground(rng, _deal(stuff, seed, index, num_stuff, MAX_STUFF), height, width)
-    hand = _repeat_one(rng, _deal(things, seed, index, num_things, MAX_THINGS))
+    hand = _deal(things, seed, index, num_things, MAX_THINGS)
+    if hand and rng.random() < 0.15:  # one class twice, so that only position distinguishes instances
+        hand = hand[: MAX_THINGS - 1] + hand[:1]
     placed = _place_things(rng, hand, height, width)
     panoptic, segments = _paint(rng, canvas, regions, placed)
     lookup = np.full(len(segments) + 1, IGNORE_INDEX, np.uint8)
@@ -110,14 +110,7 @@ def scene(seed: int, index: int, size: Size = 192, classes: Classes = "seen") ->
 def object_image(seed: int, index: int, size: Size = 64, classes: Classes = "all") -> ObjectImage:
     """Draw one thing, 0.45 to 0.95 of the shorter side, on one texture.
 
-    Args:
-        seed: as in `scene`.
-        index: as in `scene`.
-        size: as in `scene`.
-        classes: "seen", "all" or class ids; the texture is one of its stuff classes, or any if it has none.
-
-    Raises:
-        ValueError: if an argument is out of range, or `classes` has no thing.
+    Arguments and errors as of `scene`; the texture is any if `classes` has no stuff.
     """
     height, width = check_size(size)
     short = min(height, width)
@@ -139,17 +132,7 @@ def object_image(seed: int, index: int, size: Size = 64, classes: Classes = "all
 
 
 def stuff_image(seed: int, index: int, size: Size = 64, classes: Classes = "all") -> StuffImage:
-    """Draw one texture alone.
-
-    Args:
-        seed: as in `scene`.
-        index: as in `scene`.
-        size: as in `scene`.
-        classes: "seen", "all" or class ids, at least one of them stuff.
-
-    Raises:
-        ValueError: if an argument is out of range, or `classes` has no stuff.
-    """
+    """Draw one texture alone; arguments and errors as of `scene`."""
     height, width = check_size(size)
     stuff = select_classes(classes)[1]
     if not stuff:
@@ -161,11 +144,7 @@ def stuff_image(seed: int, index: int, size: Size = 64, classes: Classes = "all"
 
 
 def check_size(size: Size) -> tuple[int, int]:
-    """Convert a size to (height, width).
-
-    Raises:
-        ValueError: if it is neither an integer nor a pair, or a side is out of range.
-    """
+    """Convert a size to (height, width); ValueError if it is neither an integer nor a pair, or out of range."""
     sides = (size, size) if isinstance(size, int | np.integer) else size
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise ValueError(f"size must be an integer or (height, width), got {size!r}")
@@ -197,13 +176,6 @@ def _deal(ids: tuple[int, ...], seed: int, index: int, count: int, most: int) ->
     positions = range(index * most, index * most + count)
     cards = [_deck(ids, seed, position // len(ids))[position % len(ids)] for position in positions]
     return list(dict.fromkeys(cards))
-
-
-def _repeat_one(rng: np.random.Generator, class_ids: list[int]) -> list[int]:
-    """Sometimes add a second thing of the first class, so that only position distinguishes instances."""
-    if class_ids and rng.random() < 0.15:
-        return class_ids[: MAX_THINGS - 1] + class_ids[:1]
-    return class_ids
 
 
 def _texture(
@@ -263,11 +235,7 @@ def _cover_table(sharpness: int) -> np.ndarray:
 
 
 def _border_field(rng: np.random.Generator, height: int, width: int, angle: float, patch: bool) -> np.ndarray:
-    """Measure how far inside a half-plane or a patch each pixel is.
-
-    Returns:
-        (H, W) uint8: BORDER_LEVEL on the border, BORDER_STEPS more for each pixel inward.
-    """
+    """Measure how far inside a half-plane or a patch each pixel is: (H, W) uint8, BORDER_LEVEL on the border."""
     short = min(height, width)
     rows, columns = (max(side // 2, 2) for side in (height, width))
     x = np.linspace(-0.5, 0.5, columns, dtype=np.float32) * np.float32(width / short)

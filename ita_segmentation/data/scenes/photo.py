@@ -11,8 +11,7 @@ from ita_segmentation.data.scenes.textures import noise
 
 BANK = 512
 BANK_TAG = 7_002
-BLUR, NOISE, COMPRESSION = 0.35, 0.65, 0.25
-"""Probabilities of the three defects."""
+BLUR, NOISE, COMPRESSION = 0.35, 0.65, 0.25  # probabilities of the three defects
 
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _TURNS = np.array(

@@ -11,12 +11,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-TILE = 384
-"""Side of a tile in pixels."""
-VARIANTS = 3
-"""Tiles of each class."""
-OVERSAMPLING = 2
-"""Tiles are stored enlarged, so that cropping needs no interpolation (ten times faster)."""
+TILE = 384  # side of a tile in pixels
+VARIANTS = 3  # tiles of each class
+OVERSAMPLING = 2  # tiles are stored enlarged, so that cropping needs no interpolation (ten times faster)
 TILE_TAG = 7_001
 
 Painter = Callable[[np.random.Generator], np.ndarray]
@@ -192,16 +189,11 @@ def _carpet(rng: np.random.Generator) -> np.ndarray:
     u, v = (X + Y) % 48, (X - Y) % 48
     border = np.minimum(np.minimum(u, 48 - u), np.minimum(v, 48 - v))
     diamond = np.maximum(np.abs(u - 24), np.abs(v - 24))
-    base = ramp(
-        unit(rng.standard_normal((TILE, TILE), dtype=np.float32) * 0.6 + 0.5 * noise(rng, 1.0)),
-        (112, 6, 44),
-        (176, 20, 76),
-    )
+    pile = rng.standard_normal((TILE, TILE), dtype=np.float32) * 0.6 + 0.5 * noise(rng, 1.0)
+    base = ramp(unit(pile), (112, 6, 44), (176, 20, 76))
     base = mix(base, (226, 170, 60), step(3.5 - border, 1.5) * 0.9)
-    return (
-        mix(base, (244, 206, 170), step(6 - diamond, 1.5) * 0.9)
-        * (0.9 + 0.1 * unit(noise(rng, 0.4)))[..., None]
-    )
+    base = mix(base, (244, 206, 170), step(6 - diamond, 1.5) * 0.9)
+    return base * (0.9 + 0.1 * unit(noise(rng, 0.4)))[..., None]
 
 
 def _tiles(rng: np.random.Generator) -> np.ndarray:
@@ -255,14 +247,8 @@ def _lava(rng: np.random.Generator) -> np.ndarray:
     gap = gap + 0.06 * noise(rng, 1.4)
     glow = np.clip(1 - gap / 0.42, 0, 1)
     crust = 0.08 * unit(noise(rng, 1.0))
-    return ramp(
-        np.clip(glow * 0.95 + crust, 0, 1),
-        (30, 10, 8),
-        (120, 18, 4),
-        (238, 84, 6),
-        (255, 176, 30),
-        (255, 244, 150),
-    )
+    heat = np.clip(glow * 0.95 + crust, 0, 1)
+    return ramp(heat, (30, 10, 8), (120, 18, 4), (238, 84, 6), (255, 176, 30), (255, 244, 150))
 
 
 def _straw(rng: np.random.Generator) -> np.ndarray:
@@ -371,17 +357,7 @@ def _painted(name: str, variant: int) -> Image.Image:
 
 
 def draw_stuff(rng: np.random.Generator, name: str, size: tuple[int, int], image_side: int) -> Image.Image:
-    """Draw a random crop of a texture: variant, position, scale, rotation, reflection.
-
-    Args:
-        rng: random generator.
-        name: a stuff class.
-        size: (height, width) of the crop in pixels.
-        image_side: shorter side of the image that it is for; larger images show coarser patterns.
-
-    Returns:
-        An "RGB" image.
-    """
+    """Draw a random crop (height, width) of a texture, "RGB"; the larger the image it is for, the coarser."""
     height, width = size
     chance = rng.random(6).tolist()
     variant, mirror = int(chance[0] * VARIANTS), -1.0 if chance[1] < 0.5 else 1.0

@@ -10,10 +10,16 @@ from ita_segmentation.data.training.arguments import ITADataArguments, build_aug
 from ita_segmentation.data.training.augmentation import LargeScaleJitter, ShortestEdgeCrop
 from ita_segmentation.data.training.classes import TrainingClasses, dataset_classes, scenes_classes
 from ita_segmentation.data.training.collators import EvaluationCollator, TrainingCollator
-from ita_segmentation.data.training.disk import DiskEvaluation, DiskTraining, load_disk
-from ita_segmentation.data.training.preview import show_augmented
+from ita_segmentation.data.training.examples import (
+    INFINITE_LENGTH,
+    DiskEvaluation,
+    DiskTraining,
+    ScenesEvaluation,
+    ScenesTraining,
+    load_disk,
+    show_augmented,
+)
 from ita_segmentation.data.training.rows import CorruptImageError
-from ita_segmentation.data.training.scenes import INFINITE_LENGTH, ScenesEvaluation, ScenesTraining
 
 __all__ = [
     "INFINITE_LENGTH",

@@ -21,8 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ita_segmentation.data.training.rows import seed_of
 
-GRAY = 128
-"""The value that images are padded with."""
+GRAY = 128  # the value that images are padded with
 CROP_TRIES = 10
 
 
@@ -37,8 +36,7 @@ def seeded(*key: int) -> Iterator[None]:
 def color_distortion() -> v2.Transform:
     """SSD's color distortion (arXiv 1512.02325): brightness, contrast, saturation and hue, each half of the time.
 
-    The ranges are Mask2Former's, but brightness is multiplied, not added. Unlike torchvision's
-    `RandomPhotometricDistort` it never permutes channels: a red bus does not become a blue one.
+    The ranges are Mask2Former's, but brightness is multiplied, not added; channels are never permuted.
     """
     parts = [
         v2.ColorJitter(brightness=32 / 255),
@@ -85,14 +83,9 @@ class Augmentation:
         self.color_jitter = color_distortion() if color_jitter else None
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment an image and its labels.
+        """Augment an image (3, H, W) uint8 and its labels (H, W), resized to the nearest.
 
-        Args:
-            image: (3, H, W) uint8.
-            labels: (H, W) integers, resized to the nearest.
-
-        Returns:
-            (3, h, w) and (h, w), with h and w at most `size`, or equal to it if images are filled.
+        Returns (3, h, w) and (h, w), with h and w at most `size`, or equal to it if images are filled.
         """
         pixels, maps = self.flip(tv_tensors.Image(image), tv_tensors.Mask(labels[None]))
         factor = self.scale(*labels.shape)
@@ -131,10 +124,7 @@ class Augmentation:
 
 
 class LargeScaleJitter(Augmentation):
-    """Large-scale jitter for panoptic and instance training; arguments as of `Augmentation`.
-
-    At scale 1 the image fits the crop.
-    """
+    """Large-scale jitter for panoptic and instance training, as `Augmentation`; at scale 1 the image fits the crop."""
 
     def __init__(self, size: int, min_scale: float = 0.1, max_scale: float = 2.0, **kwargs: bool) -> None:
         super().__init__(size, min_scale, max_scale, **kwargs)

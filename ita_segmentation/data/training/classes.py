@@ -55,16 +55,12 @@ def scenes_classes() -> TrainingClasses:
 
 
 def dataset_classes(dataset: Any, unseen: Sequence[str] = ()) -> TrainingClasses:
-    """Read the classes of a dataset.
+    """Read the classes of a `datasets.Dataset`.
 
     They are the table `classes` of `name`, `synonyms`, `isthing` and `seen` (all but the name optional) in the JSON of
     `dataset.info.description`, as `scenes_dataset` writes it; or the vocabulary of a prepared dataset; or the names of
-    the first ClassLabel among the features, where commas separate synonyms.
-
-    Args:
-        dataset: a `datasets.Dataset`.
-        unseen: names of classes whose masks are withheld, in addition to those of the table. Case and blanks do not
-            count.
+    the first ClassLabel among the features, where commas separate synonyms. Those named in `unseen` (case and blanks do
+    not count) are withheld, too.
 
     Raises:
         ITAError: if there are no class names, `unseen` has a name that is not a class, or no class is seen.

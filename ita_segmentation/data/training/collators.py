@@ -2,18 +2,14 @@
 
 from typing import Any
 
-from torch import Tensor
 from torch.nn.functional import pad
 
 
 class TrainingCollator:
-    """Collate training examples into the model's arguments.
+    """Collate training examples into the model's arguments; the `ITAImageProcessor` normalizes and pads images.
 
     Returns `pixel_values`, `pixel_mask` (omitted where nothing is padded), `mask_labels` and `class_labels`, and for
     the trainer `image_names` and `skipped_images` (lists of str).
-
-    Args:
-        processor: an `ITAImageProcessor`, which normalizes and pads images.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -26,7 +22,8 @@ class TrainingCollator:
         height, width = batch["pixel_values"].shape[-2:]
         if bool(batch["pixel_mask"].all()):
             del batch["pixel_mask"]
-        batch["mask_labels"] = [_pad(example["mask_labels"], height, width) for example in examples]
+        masks = [example["mask_labels"] for example in examples]
+        batch["mask_labels"] = [pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2])) for m in masks]
         batch["class_labels"] = [example["class_labels"] for example in examples]
         return batch | _names(examples)
 
@@ -34,9 +31,7 @@ class TrainingCollator:
 class EvaluationCollator:
     """Collate evaluation examples into `{"inputs": model arguments, "labels": list of (H, W) arrays}` and names.
 
-    Args:
-        processor: an `ITAImageProcessor`.
-        do_resize: whether to resize images to the processor's size instead of keeping their own.
+    Images are resized to the processor's size with `do_resize`, and keep their own otherwise.
     """
 
     def __init__(self, processor: Any, do_resize: bool) -> None:
@@ -47,10 +42,6 @@ class EvaluationCollator:
         images = [example["image"] for example in examples]
         inputs = dict(self.processor(images=images, do_resize=self.do_resize, return_tensors="pt"))
         return {"inputs": inputs, "labels": [example["label"] for example in examples]} | _names(examples)
-
-
-def _pad(masks: Tensor, height: int, width: int) -> Tensor:
-    return pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
 
 
 def _names(examples: list[dict[str, Any]]) -> dict[str, list[str]]:

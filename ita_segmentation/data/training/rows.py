@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -31,37 +31,15 @@ from modeling_ita.image_io import image_to_rgb
 class CorruptImageError(ITAError):
     """An image or label map that cannot be used; the message is one line and names it.
 
-    A `DataLoader` raises the exception of a worker again with its traceback as the message; only the last line
-    is kept.
+    A `DataLoader` raises it again with the traceback of a worker as the message, of which only the last line is kept.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().splitlines()[-1].rpartition("CorruptImageError: ")[2])
 
 
-class Rows(Protocol):
-    """Rows of a split, with encoded images."""
-
-    split: str
-    columns: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle all indices, (N,) int64."""
-        ...
-
-
 class MappedRows:
-    """Rows of a `datasets.Dataset`.
-
-    Args:
-        dataset: with images in `Image` columns.
-        split: the name of the split, for messages.
-        limit: use only the first rows.
-    """
+    """The first rows (None: all) of a `datasets.Dataset` with images in `Image` columns."""
 
     def __init__(self, dataset: ArrowDataset, split: str, limit: int | None = None) -> None:
         for name, feature in dataset.features.items():
@@ -83,15 +61,10 @@ class MappedRows:
 
 
 class ParquetRows:
-    """Rows of parquet files, read in place.
+    """The first rows (None: all) of parquet files, read in place, each with its row group.
 
-    A row is read with its row group. An epoch visits the row groups in random order and shuffles within a window.
-
-    Args:
-        files: the files of one split, in order.
-        split: the name of the split, for messages.
-        window: how many rows are shuffled among each other, and kept in memory by each worker.
-        limit: use only the first rows.
+    An epoch visits the row groups in random order and shuffles within a window of so many rows, which each worker keeps
+    in memory.
     """
 
     COLUMNS = ("image", "label", "panoptic", "segments", "image_id")
@@ -143,18 +116,15 @@ class ParquetRows:
         return self._cache[group]
 
 
+Rows = MappedRows | ParquetRows
+
+
 class EpochSampler(Sampler[int]):
     """All examples of a dataset once, in an order that depends on the epoch; indices include the epoch.
 
-    Yields `epoch * len(dataset) + index`. A worker process has a copy of the dataset that no `set_epoch` reaches, and
-    this index is all it needs to draw the augmentation of that epoch. So the examples are the same for any number of
-    workers and processes, and after resuming.
-
-    accelerate announces an epoch to the sampler or, where the batch samplers of a resumed run hide it, to the dataset;
-    both set the same attribute.
-
-    Args:
-        dataset: has `rows`, `seed`, `epoch` and `set_epoch`.
+    Yields `epoch * len(dataset) + index`, all that a worker's copy of the dataset, which no `set_epoch` reaches, needs
+    to draw the augmentation of that epoch. accelerate announces an epoch to the sampler or, where the batch samplers of
+    a resumed run hide it, to the dataset; both set the same attribute.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -178,10 +148,6 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One row
-
-
 def image_id_of(rows: Rows, index: int, row: Mapping[str, Any]) -> str:
     """The row's `image_id`, or SPLIT[INDEX] if it has none."""
     value = row.get("image_id")
@@ -189,19 +155,10 @@ def image_id_of(rows: Rows, index: int, row: Mapping[str, Any]) -> str:
 
 
 def read_row(rows: Rows, index: int, map_column: str) -> tuple[Tensor, np.ndarray, dict[str, Any]]:
-    """Decode the image and a map of a row, upright and of the same size.
+    """Decode the image and a map ("label" or "panoptic") of a row, upright and of the same size.
 
-    Args:
-        rows: the rows.
-        index: which row.
-        map_column: "label" or "panoptic".
-
-    Returns:
-        The image (3, H, W) uint8, channels last in memory (torchvision resizes it faster); the map (H, W) of integers;
-        the row.
-
-    Raises:
-        CorruptImageError: if an image is truncated or damaged, or the two differ in size.
+    Returns the image (3, H, W) uint8, channels last in memory (torchvision resizes it faster), the map (H, W) of
+    integers, and the row; raises CorruptImageError.
     """
     row = rows[index]
     where = f"{image_id_of(rows, index, row)} ({rows.split}[{index}])"
@@ -209,7 +166,11 @@ def read_row(rows: Rows, index: int, map_column: str) -> tuple[Tensor, np.ndarra
     try:
         image = image_to_rgb(_open(row["image"]))
         part = f"{map_column} map"
-        labels = label_array(row[map_column])
+        labels = row[map_column]
+        if isinstance(labels, Mapping | Image.Image):
+            labels = ImageOps.exif_transpose(_open(labels))
+        labels = np.asarray(labels)
+        labels = labels if labels.ndim == 2 else rgb_to_ids(labels)
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise CorruptImageError(f"{where}: its {part} cannot be read: {one_line(error, 120)}") from error
     if labels.shape != image.size[::-1]:
@@ -221,14 +182,6 @@ def read_row(rows: Rows, index: int, map_column: str) -> tuple[Tensor, np.ndarra
 def image_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB PIL image to (3, H, W) uint8, channels last in memory."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def label_array(labels: Any) -> np.ndarray:
-    """Convert a label map to (H, W) integers: an array, or an encoded or decoded image (colors encode ids)."""
-    if isinstance(labels, Mapping | Image.Image):
-        labels = ImageOps.exif_transpose(_open(labels))
-    array = np.asarray(labels)
-    return array if array.ndim == 2 else rgb_to_ids(array)
 
 
 def _open(value: Any) -> Image.Image:

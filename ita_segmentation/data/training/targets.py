@@ -19,12 +19,7 @@ from ita_segmentation.data.segment_maps import lookup_ids
 
 @dataclass(frozen=True)
 class TargetMap:
-    """The targets of an image.
-
-    Attributes:
-        numbers: (H, W) uint8, or int16 for more than 255 targets: 1..n, and 0 for none.
-        classes: (n,) int64, class of each target in the training vocabulary.
-    """
+    """The targets of an image: 1..n (0: none) in (H, W) uint8, or int16, and their (n,) training labels."""
 
     numbers: Tensor
     classes: Tensor
@@ -40,16 +35,10 @@ class TargetMap:
 def segment_targets(
     segment_map: np.ndarray, segments: Iterable[dict[str, Any]], training_label: np.ndarray
 ) -> TargetMap:
-    """Find the targets of a panoptic map: things one by one, stuff merged by class.
+    """Find the targets of a panoptic map: things one by one, stuff merged by class; crowds are none.
 
-    Args:
-        segment_map: (H, W) integer ids.
-        segments: "id", "isthing" and "class_id" (or "category_id") of each, and perhaps "iscrowd"; crowds are no
-            targets.
-        training_label: (K,) as `TrainingClasses.training_label`; classes with -1 are no targets.
-
-    Raises:
-        ValueError: if a segment has none of the K classes.
+    `segments` have "id", "isthing", "class_id" (or "category_id") and perhaps "iscrowd"; `training_label` (K,) is that
+    of `TrainingClasses`, -1 for no target. Raises ValueError if a segment has none of the K classes.
     """
     targets: dict[tuple[bool, int], int] = {}
     classes: list[int] = []
@@ -72,16 +61,7 @@ def segment_targets(
 def semantic_targets(
     label_map: np.ndarray, training_label: np.ndarray, ignore_index: int = IGNORE_INDEX
 ) -> TargetMap:
-    """Find the targets of a semantic map: one per class.
-
-    Args:
-        label_map: (H, W) class ids and `ignore_index`.
-        training_label: (K,) as `TrainingClasses.training_label`; classes with -1 are no targets.
-        ignore_index: the label of ignored pixels.
-
-    Raises:
-        ValueError: if a label is not a class.
-    """
+    """Find the targets of a semantic map, one per class; arguments as above. ValueError if a label is not a class."""
     seen = np.flatnonzero(training_label >= 0)
     table = np.full(max(len(training_label), ignore_index + 1), -1, np.int16)
     table[: len(training_label)] = 0

@@ -5,8 +5,6 @@ its names, the map is resized to the image, and a pixel gets the class with the 
 once, the image tower runs once an image, and only the small decoder runs for every prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,24 +23,17 @@ from ita_segmentation.evaluation.baselines.postprocessing import (
 )
 from ita_segmentation.evaluation.predictors import ImagePrediction
 
-TEMPLATE = "a photo of a {}."
-"""The one that the code of CLIPSeg's authors calls `fixed`."""
+TEMPLATE = "a photo of a {}."  # the one that the code of CLIPSeg's authors calls `fixed`
 
-BACKGROUND_LOGIT = 0.0
-"""A pixel whose classes are all below this is background: probability 1/2."""
+BACKGROUND_LOGIT = 0.0  # a pixel whose classes are all below this is background: probability 1/2
 
 PROMPTS_AT_ONCE = 32
 
 
 class ClipSegPredictor(BaselinePredictor):
-    """CLIPSeg for one vocabulary.
+    """CLIPSeg, with its tokenizer, for one vocabulary.
 
     A class named "background" is no prompt: it is where no other class has a logit of `BACKGROUND_LOGIT` or more.
-
-    Args:
-        network: a `CLIPSegForImageSegmentation` and its image processor.
-        tokenizer: of its text tower.
-        classes: K classes, each a list of names.
     """
 
     def __init__(self, network: Network, tokenizer: Any, classes: Sequence[Sequence[str]]) -> None:

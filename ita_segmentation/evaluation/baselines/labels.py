@@ -5,8 +5,6 @@ same. Datasets spell one class in many ways ("wall-other-merged", "diningtable",
 from the strictest way to the loosest, and each class gets the labels that name it in the strictest way.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,11 +27,8 @@ PLACEHOLDER = re.compile(r"(label|class)?[\s_-]*\d+")
 class LabelMatch:
     """Labels of a model and the classes of a benchmark.
 
-    Attributes:
-        labels: (n,) label indices with a class, ascending; the others are not scored.
-        classes: (n,) the class index of each.
-        missing: class indices that no label names; they can never be predicted.
-        notes: what a reader of the scores should know, one line each.
+    `labels` are the indices with a class, ascending, and `classes` theirs; other labels are not scored, and the classes
+    in `missing`, which no label names, can never be predicted. `notes` are for readers of the scores, one line each.
     """
 
     labels: tuple[int, ...]
@@ -43,7 +38,7 @@ class LabelMatch:
 
 
 def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> LabelMatch:
-    """Find each label's class.
+    """Find each label's class; labels are "name, synonym, ...", classes lists of names.
 
     Names are compared first in their normal form, then without punctuation, spaces and `SUFFIXES`; the first name of
     both first, then any. A label that names several classes equally well gets none of them; several labels may be one
@@ -54,12 +49,7 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
     - background: if the benchmark has a class "background" that no label names, every label without a class is
       background.
 
-    Args:
-        labels: the model's labels in order, each "name, synonym, ...".
-        classes: K lists of names.
-
-    Raises:
-        ValueError: the labels are placeholders ("LABEL_0"), or no label names a class.
+    Raises ValueError if the labels are placeholders ("LABEL_0"), or no label names a class.
     """
     if all(PLACEHOLDER.fullmatch(normal_form(label)) for label in labels):
         raise ValueError(
@@ -69,12 +59,13 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
     found = _matches_by_name([_names(label) for label in labels], classes)
     if not found:
         raise ValueError(
-            f"none of its {len(labels)} labels ({_quoted(labels)}) is one of the {len(classes)} classes "
-            f"({_quoted([names[0] for names in classes])})"
+            f"none of its {len(labels)} labels ({quoted(labels)}) is one of the {len(classes)} classes "
+            f"({quoted([names[0] for names in classes])})"
         )
     notes = []
-    by_index = _rest_by_index(found, len(labels), len(classes))
-    if by_index:
+    in_order = len(labels) == len(classes) and all(label == index for label, index in found.items())
+    by_index = [index for index in range(len(labels)) if index not in found]
+    if in_order and by_index and len(found) >= ORDER_AGREEMENT * len(labels):
         pairs = [f"{labels[index]!r} is {classes[index][0]!r}" for index in by_index]
         notes.append(f"{len(by_index)} of {len(labels)} labels are matched by their index: {_first(pairs)}")
         found |= {index: index for index in by_index}
@@ -85,17 +76,11 @@ def match_labels(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Lab
         found |= dict.fromkeys(rest, background)
     elif rest:
         notes.append(
-            f"{len(rest)} labels that are no class are left out: {_quoted([labels[i] for i in rest])}"
+            f"{len(rest)} labels that are no class are left out: {quoted([labels[i] for i in rest])}"
         )
     chosen = tuple(sorted(found))
     missing = tuple(sorted(set(range(len(classes))) - set(found.values())))
     return LabelMatch(chosen, tuple(found[index] for index in chosen), missing, tuple(notes))
-
-
-def describe_missing(match: LabelMatch, classes: Sequence[Sequence[str]]) -> str:
-    """Say which classes have no label."""
-    names = [classes[index][0] for index in match.missing]
-    return f"has no label for {len(names)} of the {len(classes)} classes: {_quoted(names)}"
 
 
 def background_class(classes: Sequence[Sequence[str]]) -> int | None:
@@ -147,14 +132,8 @@ def _matches_by_name(
     return found
 
 
-def _rest_by_index(found: dict[int, int], num_labels: int, num_classes: int) -> list[int]:
-    in_order = num_labels == num_classes and all(label == index for label, index in found.items())
-    if not in_order or len(found) < ORDER_AGREEMENT * num_labels:
-        return []
-    return [index for index in range(num_labels) if index not in found]
-
-
-def _quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
+    """List the first names in quotes."""
     return _first([repr(name) for name in names])
 
 

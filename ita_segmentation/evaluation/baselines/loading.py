@@ -5,8 +5,6 @@ benchmark's classes (`labels.py`), with its own image processor and post-process
 `CLIPSegForImageSegmentation` with class names as prompts (`clipseg.py`).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -16,17 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
-    AutoTokenizer,
-    CLIPSegForImageSegmentation,
-    OneFormerProcessor,
-)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
     MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
@@ -34,46 +24,28 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.evaluation.baselines import models
 from ita_segmentation.evaluation.baselines.clipseg import ClipSegPredictor
-from ita_segmentation.evaluation.baselines.labels import LabelMatch, describe_missing, match_labels
-from ita_segmentation.evaluation.baselines.models import (
-    DetrPredictor,
-    EomtPredictor,
-    OneFormerPredictor,
-    SemanticPredictor,
-    UniversalPredictor,
-)
+from ita_segmentation.evaluation.baselines.labels import LabelMatch, match_labels, quoted
 from ita_segmentation.evaluation.baselines.postprocessing import BaselinePredictor, Network
 from ita_segmentation.evaluation.predictors import Predictor
 
 UNUSED_WEIGHTS = {"dpt": "neck.fusion_stage.layers.0.residual_layer1."}
 """Weights that a model has and never uses (its first fusion layer has nothing to fuse); files may lack them."""
 
-BROKEN_CHECKPOINT_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    SafetensorError,
+BROKEN_CHECKPOINT_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) + (
+    (AttributeError, ImportError, SafetensorError)
 )
 UNIVERSAL_PREDICTORS = {
-    "detr": DetrPredictor,
-    "eomt": EomtPredictor,
-    "eomt_dinov3": EomtPredictor,
-    "oneformer": OneFormerPredictor,
+    "detr": models.DetrPredictor,
+    "eomt": models.EomtPredictor,
+    "eomt_dinov3": models.EomtPredictor,
+    "oneformer": models.OneFormerPredictor,
 }
 
 
 def is_baseline(path: Path) -> bool:
-    """Return whether the config.json of a checkpoint names another model than ITA.
-
-    False for a folder without a readable config.json, and for what is neither a folder nor a model that transformers
-    finds on the Hub.
-    """
+    """Tell whether a folder or a name on the Hub has a readable config.json of another model than ITA."""
     if not path.is_dir() and not _may_be_on_hub(path):
         return False
     try:
@@ -104,9 +76,6 @@ def load_baseline(
         size: shortest side of the network's input in pixels; None for the checkpoint's own.
         allow_missing: score classes without a label as never predicted, with a warning, instead of an error.
 
-    Returns:
-        a predictor whose `seen` is None.
-
     Raises:
         ITAError: the checkpoint cannot be loaded, is no segmentation model, lacks weights or an image processor,
             cannot take images of `size`, or its labels are not the benchmark's classes.
@@ -120,18 +89,25 @@ def load_baseline(
         predictor: BaselinePredictor = ClipSegPredictor(network, tokenizer, classes)
     else:
         match = _match(path, network.model.config.id2label, classes, allow_missing)
-        predictor = _predictor(kind, network, image_processor, match, is_thing)
-    if size is not None:
-        _check_size(path, predictor, size)
+        if kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
+            chosen = UNIVERSAL_PREDICTORS.get(kind, models.UniversalPredictor)
+            predictor = chosen(network, image_processor, match, is_thing)
+        else:
+            predictor = models.SemanticPredictor(network, image_processor, match)
+    if size is not None:  # find out whether the model takes images of another size than its own
+        blank = Image.new("RGB", (round(size * 4 / 3), size), "gray")
+        with _named(f"{path} cannot take images of size {size}", 200):
+            predictor([blank], [(blank.height, blank.width)], frozenset({"semantic"}))
     return predictor
 
 
-def _predictor(
-    kind: str, network: Network, image_processor: Any, match: LabelMatch, is_thing: Sequence[bool] | None
-) -> BaselinePredictor:
-    if kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
-        return UNIVERSAL_PREDICTORS.get(kind, UniversalPredictor)(network, image_processor, match, is_thing)
-    return SemanticPredictor(network, image_processor, match)
+@contextmanager
+def _named(problem: str, limit: int = 160) -> Iterator[None]:
+    """Turn what a broken checkpoint raises into an ITAError that begins with the problem."""
+    try:
+        yield
+    except BROKEN_CHECKPOINT_ERRORS as error:
+        raise ITAError(f"{problem}: {one_line(error, limit)}") from error
 
 
 def _match(
@@ -142,7 +118,8 @@ def _match(
     except ValueError as error:
         raise ITAError(f"{path} cannot be scored here: {one_line(error)}") from error
     if match.missing:
-        lack = f"{path} {describe_missing(match, classes)}"
+        names = [classes[index][0] for index in match.missing]
+        lack = f"{path} has no label for {len(names)} of the {len(classes)} classes: {quoted(names)}"
         if not allow_missing:
             raise ITAError(f"{lack} (--allow_missing_classes scores them as never predicted)")
         warnings.warn(f"{lack}; they are scored as never predicted", stacklevel=3)
@@ -154,16 +131,11 @@ def _may_be_on_hub(path: Path) -> bool:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Return the content of config.json.
-
-    Raises:
-        OSError: there is none that can be read.
-        ValueError: it is not JSON, or holds something else.
-    """
+    """Return the content of config.json; OSError or ValueError if that cannot be read."""
     if path.is_dir():
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     else:
-        settings = AutoConfig.from_pretrained(path.as_posix()).to_dict()
+        settings = transformers.AutoConfig.from_pretrained(path.as_posix()).to_dict()
     if not isinstance(settings, dict):
         raise ValueError("config.json holds no settings")
     return settings
@@ -183,9 +155,8 @@ def _kind(path: Path) -> str:
         raise ITAError(f"the config.json of {path} cannot be read: {one_line(error, 160)}") from error
     known = MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
     if kind != "clipseg" and not any(kind in names for names in known):
-        raise ITAError(
-            f"{path} is a {kind} model, which transformers has no universal or semantic segmentation of"
-        )
+        lacks = "which transformers has no universal or semantic segmentation of"
+        raise ITAError(f"{path} is a {kind} model, {lacks}")
     return kind
 
 
@@ -193,51 +164,34 @@ def _load(path: Path, kind: str, device: str, dtype: torch.dtype | None) -> tupl
     """Load the model with its processor, and its tokenizer if it has prompts."""
     name = str(path) if path.is_dir() else path.as_posix()
     if kind == "clipseg":
-        loader: Any = CLIPSegForImageSegmentation
+        loader: Any = transformers.CLIPSegForImageSegmentation
     elif kind in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
-        loader = AutoModelForUniversalSegmentation
+        loader = transformers.AutoModelForUniversalSegmentation
     else:
-        loader = AutoModelForSemanticSegmentation
-    try:
+        loader = transformers.AutoModelForSemanticSegmentation
+    with _named(f"the checkpoint {path} cannot be loaded", 240):
         model, report = loader.from_pretrained(name, output_loading_info=True)
         model = model.eval().to(device)
-    except BROKEN_CHECKPOINT_ERRORS as error:
-        raise ITAError(f"the checkpoint {path} cannot be loaded: {one_line(error, 240)}") from error
     unused = UNUSED_WEIGHTS.get(kind)
     missing = sorted(key for key in report["missing_keys"] if not (unused and key.startswith(unused)))
     if missing:
         raise ITAError(f"the checkpoint {path} lacks {len(missing)} of its weights, such as {missing[0]}")
-    processor = _image_processor(path, name, kind)
-    tokenizer = _tokenizer(path, name) if kind in ("clipseg", "oneformer") else None
-    if kind == "oneformer":
-        lengths = {"max_seq_length": model.config.max_seq_len, "task_seq_length": model.config.task_seq_len}
-        processor = OneFormerProcessor(processor, tokenizer, **lengths)
-    return Network(model, processor, dtype), tokenizer
-
-
-def _image_processor(path: Path, name: str, kind: str) -> Any:
     # OneFormer's image processor asks the Hub for a list of class names that only training needs.
     settings = {"class_info_file": None} if kind == "oneformer" else {}
-    try:
-        return AutoImageProcessor.from_pretrained(name, **settings)
-    except BROKEN_CHECKPOINT_ERRORS as error:
-        raise ITAError(
-            f"the checkpoint {path} has no image processor that can be loaded (preprocessor_config.json): "
-            f"{one_line(error, 160)}"
-        ) from error
-
-
-def _tokenizer(path: Path, name: str) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    lacks = f"the checkpoint {path} has no"
+    with _named(f"{lacks} image processor that can be loaded (preprocessor_config.json)"):
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **settings)
+    if kind not in ("clipseg", "oneformer"):
+        return Network(model, processor, dtype), None
+    with _named(f"{lacks} tokenizer that can be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         knows_names = tokenizer("cat")["input_ids"] != tokenizer("dog")["input_ids"]
-    except BROKEN_CHECKPOINT_ERRORS as error:
-        raise ITAError(
-            f"the checkpoint {path} has no tokenizer that can be loaded: {one_line(error, 160)}"
-        ) from error
     if not knows_names:  # what transformers loads from a folder without a tokenizer's files
-        raise ITAError(f"the checkpoint {path} has no tokenizer (tokenizer.json)")
-    return tokenizer
+        raise ITAError(f"{lacks} tokenizer (tokenizer.json)")
+    if kind == "oneformer":
+        lengths = {"max_seq_length": model.config.max_seq_len, "task_seq_length": model.config.task_seq_len}
+        processor = transformers.OneFormerProcessor(processor, tokenizer, **lengths)
+    return Network(model, processor, dtype), tokenizer
 
 
 @contextmanager
@@ -253,30 +207,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _configure_size(image_processor: Any, side: int | None) -> None:
-    """Turn off cropping, as every pixel is scored, and set the shortest side.
-
-    A square size becomes side x side; a shortest and a longest edge are scaled alike.
-    """
+    """Turn off cropping, as every pixel is scored, and set the shortest side; a longest one is scaled alike."""
     if getattr(image_processor, "do_center_crop", False):
         image_processor.do_center_crop = False
     if side is None:
         return
     size = dict(image_processor.size)
     if size.get("shortest_edge"):
-        longest = size.get("longest_edge")
         changed = {"shortest_edge": side}
-        if longest:
-            changed["longest_edge"] = round(longest * side / size["shortest_edge"])
+        if size.get("longest_edge"):
+            changed["longest_edge"] = round(size["longest_edge"] * side / size["shortest_edge"])
     else:
         changed = {"height": side, "width": side}
     image_processor.size = type(image_processor.size)(**changed)
     image_processor.do_resize = True
-
-
-def _check_size(path: Path, predictor: BaselinePredictor, side: int) -> None:
-    """Run one gray image, to find out whether the model takes images of another size than its own."""
-    blank = Image.new("RGB", (round(side * 4 / 3), side), "gray")
-    try:
-        predictor([blank], [(blank.height, blank.width)], frozenset({"semantic"}))
-    except BROKEN_CHECKPOINT_ERRORS as error:
-        raise ITAError(f"{path} cannot take images of size {side}: {one_line(error, 200)}") from error

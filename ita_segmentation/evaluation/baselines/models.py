@@ -1,9 +1,6 @@
 """Other transformers models as predictors, with their own post-processing."""
 
-from __future__ import annotations
-
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,19 +26,13 @@ from ita_segmentation.evaluation.predictors import EVALUATION_TASKS, ImagePredic
 MASK2FORMER_SIDE = 384
 """transformers' post-processing resizes Mask2Former's masks to this height and width first."""
 
-MAX_INSTANCES = 100
-"""Of an image, as COCO's mask AP counts them."""
+MAX_INSTANCES = 100  # of an image, as COCO's mask AP counts them
 
 
 class SemanticPredictor(BaselinePredictor):
     """A model with one logit for each label and pixel (SegFormer, UperNet, DPT, BEiT, ...).
 
     Labels without a class are left out: the best of the others is a pixel's label.
-
-    Args:
-        network: the model.
-        image_processor: the one with the post-processing.
-        match: the model's labels among the benchmark's classes.
     """
 
     def __init__(self, network: Network, image_processor: Any, match: LabelMatch) -> None:
@@ -81,20 +72,15 @@ class SemanticPredictor(BaselinePredictor):
 class UniversalPredictor(SemanticPredictor):
     """A model of queries with a mask and a class each (Mask2Former, MaskFormer, DETR).
 
-    A query's probability of labels without a class goes to "no object".
-
-    Args:
-        is_thing: (K,) which classes have instances; None if that is not known, which leaves the semantic task only.
+    A query's probability of labels without a class goes to "no object". Where `is_thing` (K,) is not known, only the
+    semantic task is left.
     """
 
     class_field, mask_field = "class_queries_logits", "masks_queries_logits"
+    panoptic_options: Mapping[str, Any] = {"label_ids_to_fuse": set()}
 
     def __init__(
-        self,
-        network: Network,
-        image_processor: Any,
-        match: LabelMatch,
-        is_thing: Sequence[bool] | None,
+        self, network: Network, image_processor: Any, match: LabelMatch, is_thing: Sequence[bool] | None
     ):
         super().__init__(network, image_processor, match)
         self.things = frozenset(i for i, thing in enumerate(is_thing or ()) if thing)
@@ -103,6 +89,11 @@ class UniversalPredictor(SemanticPredictor):
 
     def _abilities(self) -> frozenset[str]:
         return frozenset(EVALUATION_TASKS)
+
+    @property
+    def instance_processor(self) -> Any:
+        """The image processor that finds instances."""
+        return self.image_processor
 
     def _predict(self, image: Image.Image, size: tuple[int, int], tasks: frozenset[str]) -> ImagePrediction:
         outputs = self._outputs(image, tasks)
@@ -139,10 +130,7 @@ class UniversalPredictor(SemanticPredictor):
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Post-process with the default thresholds, stuff fused: (H, W) int32 ids and their segments."""
         post_process = self.image_processor.post_process_panoptic_segmentation
-        unfused: dict[str, Any] = (
-            {"label_ids_to_fuse": set()} if accepts(post_process, "label_ids_to_fuse") else {}
-        )
-        found = post_process(outputs, target_sizes=[size], **unfused)[0]
+        found = post_process(outputs, target_sizes=[size], **self.panoptic_options)[0]
         return fuse_stuff(found["segmentation"], found["segments_info"], self.match.classes, self.stuff)
 
     def _instances(self, outputs: SimpleNamespace, size: tuple[int, int]) -> Instances:
@@ -164,12 +152,7 @@ class UniversalPredictor(SemanticPredictor):
         self, outputs: SimpleNamespace, size: tuple[int, int]
     ) -> tuple[Any, list[dict[str, Any]]]:
         """Return masks (n, H, W), above 0 inside, and the "label_id" (index in `match.labels`) and "score" of each."""
-        return self._overlapping_masks(self.image_processor, outputs, size)
-
-    def _overlapping_masks(
-        self, image_processor: Any, outputs: SimpleNamespace, size: tuple[int, int]
-    ) -> tuple[Any, list[dict[str, Any]]]:
-        post_process = image_processor.post_process_instance_segmentation
+        post_process = self.instance_processor.post_process_instance_segmentation
         found = post_process(outputs, threshold=0.0, target_sizes=[size], return_binary_maps=True)[0]
         return found["segmentation"], found["segments_info"]
 
@@ -193,10 +176,10 @@ class OneFormerPredictor(UniversalPredictor):
     def _outputs(self, image: Image.Image, tasks: frozenset[str]) -> dict[str, SimpleNamespace]:
         return {task: self.network(image, task_inputs=[task]) for task in sorted(tasks)}
 
-    def _instance_masks(
-        self, outputs: SimpleNamespace, size: tuple[int, int]
-    ) -> tuple[Any, list[dict[str, Any]]]:
-        return self._overlapping_masks(MaskFormerImageProcessor(), outputs, size)
+    @property
+    def instance_processor(self) -> Any:
+        """MaskFormer's."""
+        return MaskFormerImageProcessor()
 
 
 class EomtPredictor(UniversalPredictor):
@@ -206,6 +189,8 @@ class EomtPredictor(UniversalPredictor):
     removed before. Instances are processed query by query, as they would otherwise be drawn over one another.
     """
 
+    panoptic_options: Mapping[str, Any] = {}
+
     def _abilities(self) -> frozenset[str]:
         return frozenset({"semantic"}) if self.image_processor.do_split_image else frozenset(EVALUATION_TASKS)
 
@@ -214,11 +199,8 @@ class EomtPredictor(UniversalPredictor):
         return len(outputs.masks_queries_logits) * height * width
 
     def _network_size(self) -> tuple[int, int]:
-        shortest, longest = (
-            self.image_processor.size["shortest_edge"],
-            self.image_processor.size["longest_edge"],
-        )
-        return shortest, longest or shortest
+        size = self.image_processor.size
+        return size["shortest_edge"], size["longest_edge"] or size["shortest_edge"]
 
     def _scores(
         self, outputs: SimpleNamespace, labels: Sequence[int], image: Image.Image, size: tuple[int, int]
@@ -236,20 +218,14 @@ class EomtPredictor(UniversalPredictor):
         self, outputs: SimpleNamespace, size: tuple[int, int]
     ) -> tuple[Any, list[dict[str, Any]]]:
         masks, infos = [], []
+        post_process = self.image_processor.post_process_instance_segmentation
         for query in range(outputs.class_queries_logits.shape[1]):
-            alone = replace_fields(
-                outputs,
-                class_queries_logits=outputs.class_queries_logits[:, query : query + 1],
-                masks_queries_logits=outputs.masks_queries_logits[:, query : query + 1],
-            )
-            post_process = self.image_processor.post_process_instance_segmentation
-            found = post_process(alone, target_sizes=[size], threshold=0.0)[0]
+            fields = {
+                name: getattr(outputs, name)[:, query : query + 1]
+                for name in (self.class_field, self.mask_field)
+            }
+            found = post_process(replace_fields(outputs, **fields), target_sizes=[size], threshold=0.0)[0]
             for info in found["segments_info"]:
                 masks.append(found["segmentation"] == info["id"])
                 infos.append(info)
         return masks, infos
-
-
-def accepts(function: Any, name: str) -> bool:
-    """Return whether a function has a parameter of this name."""
-    return name in inspect.signature(function).parameters

@@ -8,8 +8,6 @@ that changes nothing.
 Symbols: L labels of the model, Q queries, (H, W) the image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +23,7 @@ SCORE_BYTES = 256 * 2**20  # memory for the scores of the labels that are scored
 
 
 class Network:
-    """A model with its processor: images in, float32 outputs out.
-
-    Args:
-        model: in eval mode, on its device.
-        processor: makes the model's inputs from images.
-        dtype: of mixed precision (`torch.autocast`); None or float32 for none.
-    """
+    """A model in eval mode with its processor: images in, float32 outputs out, computed by autocast in `dtype`."""
 
     def __init__(self, model: Any, processor: Any, dtype: torch.dtype | None = None) -> None:
         self.model, self.processor = model, processor
@@ -69,11 +61,7 @@ class BaselinePredictor:
     def __call__(
         self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], tasks: frozenset[str]
     ) -> list[ImagePrediction]:
-        """Predict; see `Predictor`.
-
-        Raises:
-            ValueError: the model cannot do one of the tasks, or its output is NaN.
-        """
+        """Predict; see `Predictor`. Raises ValueError for a task that the model cannot do, or NaN."""
         if not tasks <= self.tasks:
             raise ValueError(f"this model cannot do {', '.join(sorted(tasks - self.tasks))} segmentation")
         return [self._predict(image, size, tasks) for image, size in zip(images, sizes, strict=True)]
@@ -88,11 +76,7 @@ def to_device(value: Any, device: torch.device | str) -> Any:
 
 
 def to_float32(value: Any) -> Any:
-    """Convert a tensor of floats to float32; return anything else unchanged.
-
-    Raises:
-        ValueError: it holds NaN.
-    """
+    """Convert a tensor of floats to float32, ValueError if it holds NaN; return anything else unchanged."""
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return value
     if value.isnan().any():
@@ -106,16 +90,9 @@ def replace_fields(outputs: SimpleNamespace, **fields: Any) -> SimpleNamespace:
 
 
 def logits_of_labels(class_logits: Tensor, labels: Sequence[int]) -> Tensor:
-    """Keep the class logits of some labels and assign all others to void.
+    """Keep the class logits (..., L + 1), void last, of n labels and assign all others to void: (..., n + 1).
 
     The softmax of the result gives the chosen labels the same probabilities.
-
-    Args:
-        class_logits: (..., L + 1), void last.
-        labels: n label indices.
-
-    Returns:
-        (..., n + 1), void last; `class_logits` itself for all labels.
     """
     num_labels = class_logits.shape[-1] - 1
     if list(labels) == list(range(num_labels)):
@@ -136,15 +113,9 @@ def best_labels(
 ) -> tuple[Tensor, Tensor]:
     """Find the best label of each pixel, the first of equals, without the scores of all labels at once.
 
-    Args:
-        scores_of: some labels -> their scores (n, H, W).
-        labels: those to choose from.
-        size: (H, W).
-        device: where the scores are.
-        intermediate_pixels: values per label that computing the scores needs, if that is more than H * W.
-
-    Returns:
-        positions in `labels` (H, W) int64, and their scores (H, W) float32, -inf if there are no labels.
+    `scores_of` gives some labels' scores (n, H, W), for which it needs `intermediate_pixels` values per label, if that
+    is more than H * W. Returns positions in `labels` (H, W) int64, and their scores (H, W), -inf if there are no
+    labels.
     """
     best = torch.full(size, -torch.inf, device=device)
     positions = torch.zeros(size, dtype=torch.int64, device=device)
@@ -158,25 +129,14 @@ def best_labels(
 
 
 def fuse_stuff(
-    segmentation: Any,
-    segments_info: Sequence[dict[str, Any]],
-    class_of: Sequence[int],
-    stuff: frozenset[int],
+    segmentation: Any, segments_info: Sequence[dict[str, Any]], class_of: Sequence[int], stuff: frozenset[int]
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Fuse all segments of one stuff class in a panoptic result.
+    """Fuse all segments of one stuff class in a panoptic result; `class_of` maps labels to classes.
 
     transformers' own fusing gives a new segment the id of an older one whenever something was fused before (the count
-    continues from the fused id), so separate segments are asked for and fused here.
-
-    Args:
-        segmentation: (H, W) segment ids, tensor or array.
-        segments_info: each with "id", "label_id" and "score".
-        class_of: label -> class.
-        stuff: classes whose segments are fused.
-
-    Returns:
-        (H, W) int32 ids from 1 in the order of the segments, 0 for none; and each segment's "id", "label_id" (a class),
-        "score" (the best of those fused).
+    continues from the fused id), so separate segments are asked for and fused here. Returns (H, W) int32 ids from 1 in
+    the order of the segments, 0 for none; and each segment's "id", "label_id" (a class), "score" (the best of those
+    fused).
     """
     ids = np.asarray(to_device(segmentation, "cpu"))
     panoptic = np.zeros(ids.shape, dtype=np.int32)

@@ -1,7 +1,5 @@
 """What the metrics share: states that merge and travel as arrays, and checks of their input."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,14 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 class ArrayStateMetric(Metric):
     """A `torchmetrics.Metric` of K classes whose state is a set of arrays, summed or concatenated across processes.
 
-    `compute` takes arguments, so its result is not cached.
-
-    Args:
-        num_classes: K, at least 1.
-        **kwargs: as for `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: `num_classes` is below 1.
+    `compute` takes arguments, so its result is not cached. Raises ValueError if there is no class.
     """
 
     full_state_update = False
@@ -61,14 +52,11 @@ class ArrayStateMetric(Metric):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the state as arrays, which `merge_arrays` takes."""
-        return {name: _array(getattr(self, name)) for name in self._defaults}
+        states = {name: getattr(self, name) for name in self._defaults}
+        return {n: (dim_zero_cat(s) if isinstance(s, list) else s).cpu().numpy() for n, s in states.items()}
 
     def merge_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Add another metric's state, given as `arrays` returns it.
-
-        Raises:
-            ValueError: the state is another metric's, or of another number of classes.
-        """
+        """Add another metric's state, given as `arrays` returns it; ValueError if it does not fit."""
         own = self.arrays()
         fits = own.keys() == arrays.keys() and all(
             arrays[name].dtype == array.dtype
@@ -93,20 +81,8 @@ class ArrayStateMetric(Metric):
         self._update_count += 1
 
 
-def _array(state: Tensor | list[Tensor]) -> np.ndarray:
-    return dim_zero_cat(state).cpu().numpy() if isinstance(state, list) else state.cpu().numpy()
-
-
 def as_integers(labels: Any, role: str) -> np.ndarray:
-    """Return integers as an array in native byte order.
-
-    Args:
-        labels: array, tensor on any device, image or nested lists.
-        role: what they are, for the message.
-
-    Raises:
-        ValueError: the dtype is not an integer.
-    """
+    """Return integers (array, tensor, image or lists) as an array in native byte order; ValueError for others."""
     array = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{role} must hold integer labels, got {array.dtype}")
@@ -114,11 +90,7 @@ def as_integers(labels: Any, role: str) -> np.ndarray:
 
 
 def check_labels(labels: np.ndarray | Tensor, num_classes: int, role: str, hint: str = "") -> None:
-    """Refuse class indices outside [0, num_classes).
-
-    Raises:
-        ValueError: names the lowest or highest of them.
-    """
+    """Raise ValueError for class indices outside [0, num_classes), naming the lowest or highest of them."""
     if not len(labels):
         return
     lowest, highest = int(labels.min()), int(labels.max())
@@ -130,11 +102,7 @@ def check_labels(labels: np.ndarray | Tensor, num_classes: int, role: str, hint:
 
 
 def class_flags(flags: Sequence[bool], num_classes: int, role: str) -> np.ndarray:
-    """Return one flag for each class as a (K,) bool array.
-
-    Raises:
-        ValueError: there is not one flag for each class.
-    """
+    """Return one flag for each class as a (K,) bool array; ValueError if there are not so many."""
     array = np.asarray(flags, dtype=bool)
     if array.shape != (num_classes,):
         raise ValueError(f"{role} has {array.size} entries for {num_classes} classes")

@@ -10,8 +10,6 @@ which one they report:
 Scores are computed in the order of operations of detectron2's evaluator, so they are the same floats.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +28,8 @@ class ConfusionMatrix(ArrayStateMetric):
 
     Args:
         num_classes: K, at least 1.
-        ignore_index: the reference label of ignored pixels; not a class index.
+        ignore_index: the reference label of ignored pixels; not a class index (ValueError).
         **kwargs: as for `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: `num_classes` is below 1, or `ignore_index` is one of the classes.
     """
 
     matrix: Tensor
@@ -64,21 +59,11 @@ def count_pixels(
     ignore_index: int = 255,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Count the pixels of each pair of classes.
+    """Count the pixels of each pair of classes: (K, K) int64 on `device`; rows are reference classes.
 
-    Args:
-        prediction: class indices of any integer dtype and shape, as array, tensor, image or nested lists; values at
-            ignored pixels are not read.
-        reference: class indices or `ignore_index`, in the same shape.
-        num_classes: K.
-        ignore_index: the reference label of ignored pixels.
-        device: where the counting is done.
-
-    Returns:
-        (K, K) int64 on `device`; rows are reference classes.
-
-    Raises:
-        ValueError: shapes differ, a dtype is not an integer, or a label outside [0, K) is not ignored.
+    Prediction and reference are class indices of any integer dtype and one shape, as array, tensor, image or nested
+    lists; predictions are not read where the reference is `ignore_index`. Raises ValueError if shapes differ, a dtype
+    is not an integer, or a label outside [0, K) is not ignored.
     """
     predicted, referred = (
         _integer_tensor(labels, role, device)
@@ -96,22 +81,13 @@ def count_pixels(
 
 
 def iou_scores(matrix: np.ndarray, seen: Sequence[bool] | None = None) -> dict[str, Any]:
-    """Compute the semantic scores of a confusion matrix.
+    """Compute the semantic scores of a confusion matrix (K, K), in [0, 1], NaN where no pixel decides one.
 
-    Args:
-        matrix: (K, K) pixel counts, rows are reference classes.
-        seen: (K,) whether masks of each class were in training; adds the means over both groups.
-
-    Returns:
-        Scores in [0, 1], NaN where no pixel decides one: `miou` (over classes with ground truth),
-        `miou_with_predicted` (over these and classes that are only predicted), `fwiou` (weighted by each class's share
-        of the reference pixels), `macc` and `pacc` (mean class accuracy, pixel accuracy); `num_classes_counted` and
-        `num_classes_with_predicted`, how many classes the two means are over; with `seen`, all of these means and
-        numbers again as `miou_seen`, `miou_unseen`, `num_seen_counted`, ...; `per_class_iou` and `per_class_acc`,
-        (K,) float64.
-
-    Raises:
-        ValueError: `seen` has not one entry for each class.
+    `miou` (over classes with ground truth), `miou_with_predicted` (over these and classes that are only predicted),
+    `fwiou` (weighted by each class's share of the reference pixels), `macc` and `pacc` (mean class accuracy, pixel
+    accuracy); `num_classes_counted` and `num_classes_with_predicted`, how many classes the two means are over;
+    `per_class_iou` and `per_class_acc`, (K,) float64. With `seen` (K,), whether masks of each class were in training,
+    the two means and numbers again as `miou_seen`, `miou_unseen`, `num_seen_counted`, ...
     """
     true_positives = np.diag(matrix).astype(np.float64)
     referred = matrix.sum(axis=1).astype(np.float64)

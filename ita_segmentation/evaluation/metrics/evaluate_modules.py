@@ -6,11 +6,8 @@ They write no cache file, so `keep_in_memory`, `cache_dir` and `experiment_id` h
 `torch.distributed` group, `compute` adds up the states of all processes.
 """
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import datasets
 import evaluate
@@ -20,36 +17,29 @@ from ita_segmentation.evaluation.metrics.confusion_matrix import ConfusionMatrix
 from ita_segmentation.evaluation.metrics.mask_ap import MaskAveragePrecision
 from ita_segmentation.evaluation.metrics.panoptic_quality import PanopticQuality
 
-_LABELS = datasets.List(datasets.Value("int32"))
-_MASKS = datasets.List(datasets.Image())
+_INTEGER, _IMAGE = datasets.Value("int32"), datasets.Image()
+_INSTANCES = {"labels": datasets.List(_INTEGER), "masks": datasets.List(_IMAGE)}
 
 
-class StreamingModule(evaluate.Metric, ABC):
-    """A module of `evaluate` around a `torchmetrics` metric.
+class StreamingModule(evaluate.Metric):
+    """A module of `evaluate` around a `torchmetrics` metric; `state` is what was counted since the last `compute`."""
 
-    Attributes:
-        state: what was counted since the last `compute`.
-
-    Args:
-        config_name: unused; `evaluate.load` passes it.
-        **kwargs: as for `evaluate.Metric`.
-    """
-
+    metric: ClassVar[Callable[..., ArrayStateMetric]]
+    options: ClassVar[tuple[str, ...]] = ("num_classes",)
     description, inputs_description = "", ""
     features: Mapping[str, Any] = {}
+    keys: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = ((), ())
+    """Keys that each prediction and each reference must have; the metric's `update` takes their values in order."""
+    optional_keys: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config_name: str | None = None, **kwargs: Any) -> None:
-        self.state = self._new_state()
-        self._num_examples = 0
+    def __init__(self, config_name: str | None = None, *, num_classes: int, **kwargs: Any) -> None:
+        kwargs["num_classes"] = num_classes
+        self._arguments = {name: kwargs.pop(name) for name in self.options if name in kwargs}
+        self._start()
         super().__init__(config_name, **kwargs)
 
-    @abstractmethod
-    def _new_state(self) -> ArrayStateMetric:
-        """Return an empty metric."""
-
-    @abstractmethod
-    def _update(self, state: Any, prediction: Any, reference: Any) -> None:
-        """Count one example."""
+    def _start(self) -> None:
+        self.state, self._num_examples = type(self).metric(**self._arguments), 0
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -63,23 +53,32 @@ class StreamingModule(evaluate.Metric, ABC):
         return self._num_examples
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Count a batch.
-
-        Raises:
-            ValueError: predictions and references differ in number, or one of them is invalid. Nothing of the batch is
-                counted then.
-        """
+        """Count a batch; if one example of it is invalid, raise ValueError and count nothing of it."""
         if kwargs:
             raise ValueError(f"{self.name} takes predictions and references, and no {', '.join(kwargs)}")
         if predictions is None or references is None:
             raise ValueError(f"{self.name} takes predictions and references, and got only one of them")
         if len(predictions) != len(references):
             raise ValueError(f"there are {len(predictions)} predictions and {len(references)} references")
-        batch = self._new_state()
-        for prediction, reference in zip(predictions, references, strict=True):
-            self._update(batch, prediction, reference)
+        batch = type(self).metric(**self._arguments)
+        for pair in zip(predictions, references, strict=True):
+            batch.update(*self._values(*pair))
         self.state.merge_state(batch)
         self._num_examples += len(predictions)
+
+    def _values(self, prediction: Any, reference: Any) -> list[Any]:
+        """List the arguments of the metric's `update`."""
+        if self.keys == ((), ()):
+            return [prediction, reference]
+        for example, names in zip((prediction, reference), self.keys, strict=True):
+            if missing := [name for name in names if name not in example]:
+                raise ValueError(
+                    f"an example has no {', '.join(missing)}; it has {', '.join(sorted(example))}"
+                )
+        of_prediction, of_reference = (
+            [e[k] for k in ks] for e, ks in zip((prediction, reference), self.keys, strict=True)
+        )
+        return [*of_prediction, *of_reference, *(reference.get(name) for name in self.optional_keys)]
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Count one image; raises as `add_batch`."""
@@ -92,61 +91,32 @@ class StreamingModule(evaluate.Metric, ABC):
     ) -> dict[str, Any]:
         """Return the scores of everything added, and of these predictions and references; then start over.
 
-        Args:
-            predictions: as for `add_batch`, optional.
-            references: as for `add_batch`, optional.
-            seen: (K,) whether each class was seen in training; adds the means over both groups.
-
-        Raises:
-            ValueError: as `add_batch` does, or `seen` has not one entry for each class.
+        With `seen` (K,), whether each class was seen in training, also the means over both groups.
         """
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         scores = self.state.compute(seen)
-        self.state, self._num_examples = self._new_state(), 0
+        self._start()
         return scores
 
 
 class MeanIoU(StreamingModule):
-    """Semantic scores: mean IoU, frequency-weighted IoU, mean and pixel accuracy (`ConfusionMatrix`).
+    """Semantic scores: mean IoU and others, with the arguments `num_classes`, `ignore_index` of `ConfusionMatrix`."""
 
-    Args:
-        config_name: unused.
-        num_classes: K.
-        ignore_index: the reference label of ignored pixels.
-        **kwargs: as for `evaluate.Metric`.
-    """
-
+    metric, options = ConfusionMatrix, ("num_classes", "ignore_index")
     description = "Mean intersection over union and related scores, from one confusion matrix."
     inputs_description = """
     predictions: (B, H, W) integer array or tensor of class indices, or a list of (H, W) ones of any sizes.
     references: like predictions, `ignore_index` at ignored pixels.
     """
-    features = {"predictions": datasets.Image(), "references": datasets.Image()}
-
-    def __init__(
-        self, config_name: str | None = None, *, num_classes: int, ignore_index: int = 255, **kwargs: Any
-    ) -> None:
-        self.num_classes, self.ignore_index = num_classes, ignore_index
-        super().__init__(config_name, **kwargs)
-
-    def _new_state(self) -> ConfusionMatrix:
-        return ConfusionMatrix(self.num_classes, self.ignore_index)
-
-    def _update(self, state: ConfusionMatrix, prediction: Any, reference: Any) -> None:
-        state.update(prediction, reference)
+    features = {"predictions": _IMAGE, "references": _IMAGE}
 
 
 class PanopticQualityMetric(StreamingModule):
-    """Panoptic, segmentation and recognition quality (`PanopticQuality`).
+    """Panoptic quality and its parts, with the arguments `num_classes` and `is_thing` of `PanopticQuality`."""
 
-    Args:
-        config_name: unused.
-        num_classes: K.
-        is_thing: (K,) whether each class is a thing; None if that is not known.
-        **kwargs: as for `evaluate.Metric`.
-    """
-
+    metric, options = PanopticQuality, ("num_classes", "is_thing")
+    keys = ("segmentation", "segments_info"), ("segmentation", "segments_info")
     description = "Panoptic quality with COCO's rules for crowds and void."
     inputs_description = """
     predictions: a list of {"segmentation": (H, W) ids, 0 for none, "segments_info": [{"id", "label_id"}, ...]}, as
@@ -156,57 +126,24 @@ class PanopticQualityMetric(StreamingModule):
     """
     features = {
         "predictions": {
-            "segmentation": datasets.Image(),
-            "segments_info": datasets.List(
-                {"id": datasets.Value("int32"), "label_id": datasets.Value("int32")}
-            ),
+            "segmentation": _IMAGE,
+            "segments_info": datasets.List({"id": _INTEGER, "label_id": _INTEGER}),
         },
         "references": {
-            "segmentation": datasets.Image(),
+            "segmentation": _IMAGE,
             "segments_info": datasets.List(
-                {
-                    "id": datasets.Value("int32"),
-                    "category_id": datasets.Value("int32"),
-                    "iscrowd": datasets.Value("bool"),
-                }
+                {"id": _INTEGER, "category_id": _INTEGER, "iscrowd": datasets.Value("bool")}
             ),
         },
     }
 
-    def __init__(
-        self,
-        config_name: str | None = None,
-        *,
-        num_classes: int,
-        is_thing: Sequence[bool] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.num_classes, self.is_thing = num_classes, is_thing
-        super().__init__(config_name, **kwargs)
-
-    def _new_state(self) -> PanopticQuality:
-        return PanopticQuality(self.num_classes, self.is_thing)
-
-    def _update(self, state: PanopticQuality, prediction: Any, reference: Any) -> None:
-        _check_keys(prediction, "segmentation", "segments_info")
-        _check_keys(reference, "segmentation", "segments_info")
-        state.update(
-            prediction["segmentation"],
-            prediction["segments_info"],
-            reference["segmentation"],
-            reference["segments_info"],
-        )
-
 
 class MaskAP(StreamingModule):
-    """COCO's average precision and recall of masks (`MaskAveragePrecision`).
+    """COCO's average precision and recall of masks, with the argument `num_classes` of `MaskAveragePrecision`."""
 
-    Args:
-        config_name: unused.
-        num_classes: K.
-        **kwargs: as for `evaluate.Metric`.
-    """
-
+    metric = MaskAveragePrecision
+    keys = ("scores", "labels", "masks"), ("image_id", "labels", "masks")
+    optional_keys = ("iscrowd", "areas")
     description = "COCO's average precision and recall of masks."
     inputs_description = """
     predictions: a list of {"scores": (n,), "labels": (n,), "masks": (n, H, W) bool}.
@@ -214,37 +151,10 @@ class MaskAP(StreamingModule):
         "areas": (m,) (optional)}.
     """
     features = {
-        "predictions": {
-            "scores": datasets.List(datasets.Value("float64")),
-            "labels": _LABELS,
-            "masks": _MASKS,
-        },
-        "references": {"image_id": datasets.Value("int64"), "labels": _LABELS, "masks": _MASKS},
+        "predictions": {"scores": datasets.List(datasets.Value("float64")), **_INSTANCES},
+        "references": {"image_id": datasets.Value("int64"), **_INSTANCES},
     }
 
-    def __init__(self, config_name: str | None = None, *, num_classes: int, **kwargs: Any) -> None:
-        self.num_classes = num_classes
-        super().__init__(config_name, **kwargs)
-
-    def _new_state(self) -> MaskAveragePrecision:
-        return MaskAveragePrecision(self.num_classes)
-
-    def _update(self, state: MaskAveragePrecision, prediction: Any, reference: Any) -> None:
-        _check_keys(prediction, "scores", "labels", "masks")
-        _check_keys(reference, "image_id", "labels", "masks")
-        state.update(
-            reference["image_id"],
-            prediction["scores"],
-            prediction["labels"],
-            prediction["masks"],
-            reference["labels"],
-            reference["masks"],
-            reference.get("iscrowd"),
-            reference.get("areas"),
-        )
-
-
-def _check_keys(example: Mapping[str, Any], *names: str) -> None:
-    missing = [name for name in names if name not in example]
-    if missing:
-        raise ValueError(f"an example has no {', '.join(missing)}; it has {', '.join(sorted(example))}")
+    def _values(self, prediction: Any, reference: Any) -> list[Any]:
+        *detections, image_id, labels, masks, crowd, areas = super()._values(prediction, reference)
+        return [image_id, *detections, labels, masks, crowd, areas]

@@ -5,8 +5,6 @@ memory of the evaluation does not grow with the number of classes. IoU and area 
 are encoded row by row (as images of W x H), which avoids transposing them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,9 +30,6 @@ class MaskAveragePrecision(ArrayStateMetric):
     Args:
         num_classes: K, at least 1.
         **kwargs: as for `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: `num_classes` is below 1.
     """
 
     image_ids: list[Tensor]
@@ -71,8 +66,7 @@ class MaskAveragePrecision(ArrayStateMetric):
             reference_areas: (m,) areas in pixels that decide the area range; None: the masks' own.
 
         Raises:
-            ValueError: lengths or sizes do not fit each other, a score is not finite, or a class index is not in
-                [0, K). Nothing is counted then.
+            ValueError: something does not fit; nothing is counted then.
         """
         found, size = encode_masks(masks, "prediction")
         known, known_size = encode_masks(reference_masks, "reference")
@@ -105,17 +99,10 @@ class MaskAveragePrecision(ArrayStateMetric):
     def compute(self, seen: Sequence[bool] | None = None) -> dict[str, Any]:
         """Return all scores in [0, 1], NaN where no reference decides one (COCO's -1).
 
-        Args:
-            seen: (K,) whether masks of each class were in training; adds the means over both groups.
-
-        Returns:
-            `ap`, `ap50`, `ap75`, `aps`, `apm`, `apl` (small, medium and large masks), `ar1`, `ar10`, `ar100`, `ars`,
-            `arm`, `arl`: means over the classes that have a reference; `num_classes_counted`, how many these are; with
-            `seen` also `ap_seen`, `ap_unseen`, `num_seen_counted`, `num_unseen_counted`; `per_class_ap`: (K,) float64,
-            NaN for classes without a reference.
-
-        Raises:
-            ValueError: `seen` has not one entry for each class, or an image was counted twice.
+        `ap`, `ap50`, `ap75`, `aps`, `apm`, `apl` (small, medium and large masks), `ar1`, `ar10`, `ar100`, `ars`, `arm`,
+        `arl`: means over the classes that have a reference; `num_classes_counted`, how many these are; `per_class_ap`,
+        (K,) float64. With `seen` (K,), whether masks of each class were in training, also `ap_seen`, `ap_unseen`,
+        `num_seen_counted`, `num_unseen_counted`. Raises ValueError if an image was counted twice.
         """
         groups = class_groups(seen, self.num_classes)
         precision, recall = self._curves()
@@ -195,17 +182,12 @@ def _evaluate_class(
     cocos = []
     for wanted in (True, False):
         coco = COCO()
-        coco.dataset = {
-            "images": images,
-            "categories": [{"id": 1}],
-            "annotations": [
-                one for one, reference in zip(annotations, is_reference, strict=True) if reference == wanted
-            ],
-        }
-        with contextlib.redirect_stdout(None):  # pycocotools prints
-            coco.createIndex()
+        chosen = [annotations[i] for i in np.flatnonzero(is_reference == wanted)]
+        coco.dataset = {"images": images, "categories": [{"id": 1}], "annotations": chosen}
         cocos.append(coco)
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(None):  # pycocotools prints
+        for coco in cocos:
+            coco.createIndex()
         evaluation = COCOeval(*cocos, iouType="segm")
         evaluation.params.maxDets = list(MAX_DETECTIONS)
         evaluation.evaluate()
@@ -216,16 +198,8 @@ def _evaluate_class(
 def encode_masks(masks: Any, role: str) -> tuple[list[dict[str, Any]], tuple[int, int]]:
     """Run-length encode the masks of one image, row by row.
 
-    Args:
-        masks: (n, H, W) bool or integer array or tensor (anything but 0 is inside), or a sequence of (H, W) ones or of
-            COCO run-length encodings.
-        role: what the masks are, for the messages.
-
-    Returns:
-        n encodings {"size": [W, H], "counts": bytes}, and (H, W), (0, 0) without masks.
-
-    Raises:
-        ValueError: masks are not (H, W), differ in size, or are floats.
+    Masks are (n, H, W) bool or integer (anything but 0 is inside), or a sequence of (H, W) ones or of COCO run-length
+    encodings. Returns n encodings {"size": [W, H], "counts": bytes}, and (H, W), (0, 0) without masks.
     """
     if len(masks) == 0:
         return [], (0, 0)

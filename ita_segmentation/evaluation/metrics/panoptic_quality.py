@@ -13,8 +13,6 @@ has several crowd segments of one class, the last one listed is that crowd.
 The IoUs of the matches are kept and added up exactly (`math.fsum`), so scores do not depend on the order of images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,9 +33,6 @@ class PanopticQuality(ArrayStateMetric):
         num_classes: K, at least 1.
         is_thing: (K,) whether each class is a thing; None if that is not known.
         **kwargs: as for `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: `num_classes` is below 1, or `is_thing` has not one entry for each class.
     """
 
     matched_classes: list[Tensor]
@@ -70,8 +65,7 @@ class PanopticQuality(ArrayStateMetric):
                 without a pixel is a false negative.
 
         Raises:
-            ValueError: shapes differ, an id of a map belongs to no segment, a segment's id is 0 or comes twice, a
-                predicted segment has no pixel, or a class index is not in [0, K). Nothing is counted then.
+            ValueError: the maps and segments do not fit each other; nothing is counted then.
         """
         prediction = as_integers(prediction_map, "prediction")
         reference = as_integers(reference_map, "reference")
@@ -99,17 +93,10 @@ class PanopticQuality(ArrayStateMetric):
     def compute(self, seen: Sequence[bool] | None = None) -> dict[str, Any]:
         """Return all scores in [0, 1], NaN where no segment decides one.
 
-        Args:
-            seen: (K,) whether masks of each class were in training; adds the means over both groups.
-
-        Returns:
-            `pq`, `sq`, `rq`: means over the classes that have a segment; `num_classes_counted`, how many these are; the
-            same over things and stuff if these are known (`pq_things`, ..., `num_stuff_counted`), and with `seen` over
-            seen and unseen classes; `per_class_pq`, `per_class_sq`, `per_class_rq`: (K,) float64, NaN for classes
-            without a segment.
-
-        Raises:
-            ValueError: `seen` has not one entry for each class.
+        `pq`, `sq`, `rq`: means over the classes that have a segment; `num_classes_counted`, how many these are; the
+        same over things and stuff if these are known (`pq_things`, ..., `num_stuff_counted`), and with `seen` (K,),
+        whether masks of each class were in training, over seen and unseen classes; `per_class_pq`, `per_class_sq`,
+        `per_class_rq`: (K,) float64.
         """
         groups = {"": np.ones(self.num_classes, dtype=bool)}
         if self.is_thing is not None:

@@ -1,1 +1,1 @@
-"""."""
+"""What an evaluation writes: tables, figures, example images and the page with all of them."""

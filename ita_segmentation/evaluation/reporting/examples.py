@@ -1,7 +1,5 @@
 """Single images of an evaluation to look at: the image, its labels and what was predicted, small."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +20,10 @@ GAP, TITLE_SIZE, PAPER, INK = 8, 15, (255, 255, 255), (24, 24, 24)
 
 @dataclass(frozen=True)
 class ExampleImage:
-    """One image of a benchmark, to look at.
+    """One of the best or worst images of a benchmark, with overlays of its labels and of what was predicted.
 
-    Attributes:
-        image_id: the dataset's own.
-        group: "best" or "worst".
-        score: mean IoU of the classes in this image's labels, in [0, 1].
-        image: the image.
-        reference: overlay of its labels.
-        prediction: overlay of what was predicted.
-        legend: of both overlays: (color id, class name and remark, IoU in this image or None).
+    `score` is the mean IoU of the classes in its labels, in [0, 1]; the legend, (color id, class name and remark, IoU
+    in this image or None), is of both overlays.
     """
 
     image_id: str
@@ -89,21 +81,7 @@ def example_image(
     names: Sequence[str],
     ignore_index: int,
 ) -> ExampleImage:
-    """Draw overlays of an image's labels and prediction, at most 480 pixels long, with one legend for both.
-
-    Args:
-        image_id: the dataset's own.
-        group: "best" or "worst".
-        score: the image's mean IoU.
-        image: any mode and size.
-        reference: (H, W) integers, class indices or `ignore_index`.
-        prediction: (H, W) integers, class indices.
-        names: (K,) class names.
-        ignore_index: label of ignored pixels.
-
-    Raises:
-        ValueError: the maps differ in shape.
-    """
+    """Draw overlays of an image's labels and prediction, (H, W) class indices, with one legend for both."""
     if reference.shape != prediction.shape:
         raise ValueError(f"{image_id}: the reference is {reference.shape}, the prediction {prediction.shape}")
     counted = reference != ignore_index
@@ -163,10 +141,10 @@ def jpeg_of(image: Image.Image, quality: int, longest_side: int | None = None) -
     return content.getvalue()
 
 
-def side_by_side(example: ExampleImage) -> Image.Image:
-    """Draw the three images in a row under their titles, and the legend."""
+def side_by_side(example: ExampleImage, title: str = "image") -> Image.Image:
+    """Draw the three images in a row under their titles (the first one's is given), and the legend."""
     parts = {
-        "image": example.image,
+        title: example.image,
         "reference": example.reference,
         f"prediction, mean IoU {100 * example.score:.1f} %": example.prediction,
     }

@@ -1,16 +1,17 @@
-"""The figures of a report, by matplotlib: a confusion matrix, and a bar for each class."""
+"""The figures of a report, by matplotlib: a confusion matrix, and a bar for each class.
 
-from __future__ import annotations
+Rows of a confusion matrix are compared by their shares of the row's pixels, so rare classes are as visible as others.
+"""
 
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from ita_segmentation.evaluation.reporting.confusions import classes_to_draw
 from ita_segmentation.evaluation.reporting.score_tables import class_title, counted_classes, score_of
 
 TRUE_COLOR, FALSE_COLOR, MUTED = "#1f61a8", "#c43e1c", "#6e6e6e"
@@ -20,18 +21,61 @@ MEANS = {"iou": "miou", "acc": "macc", "pq": "pq", "sq": "sq", "rq": "rq", "ap":
 MAX_NAMED_BARS = 90
 MAX_NAME_CHARACTERS = 26
 DPI = 100
+MAX_CLASSES_DRAWN = 40
+MIN_SHARE_OF_MEAN = 0.01  # classes with fewer of the mean class's pixels are too small to be called confused
+
+
+class Confusion(NamedTuple):
+    """Pixels of one class (index) predicted as another, and their share of the reference class's, in (0, 1]."""
+
+    reference: int
+    prediction: int
+    pixels: int
+    share: float
+
+    def text(self, names: Sequence[str]) -> str:
+        """Format as one line: "wall -> building: 13.2 % of wall's pixels"."""
+        reference, prediction = names[self.reference], names[self.prediction]
+        return f"{reference} -> {prediction}: {100 * self.share:.1f} % of {reference}'s pixels"
+
+
+def worst_confusions(matrix: np.ndarray, count: int, by: str) -> list[Confusion]:
+    """Return the largest confusions of a matrix (K, K), worst first; equal ones in the order of the classes.
+
+    They are compared by "pixels", or by their "share" of the reference class's pixels, which leaves out classes with
+    less than a hundredth of the mean class's pixels.
+    """
+    pixels = matrix.sum(1)
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    if by == "share":
+        wrong[pixels < MIN_SHARE_OF_MEAN * pixels.sum() / max(1, np.count_nonzero(pixels))] = 0
+    shares = wrong / np.maximum(pixels, 1)[:, None]
+    rows, columns = np.nonzero(wrong)
+    keys = (wrong if by == "pixels" else shares)[rows, columns]
+    order = np.argsort(-keys, kind="stable")[:count]
+    return [
+        Confusion(int(row), int(column), int(wrong[row, column]), float(shares[row, column]))
+        for row, column in zip(rows[order], columns[order], strict=True)
+    ]
+
+
+def classes_to_draw(matrix: np.ndarray, limit: int = MAX_CLASSES_DRAWN) -> list[int]:
+    """Return the classes that have pixels, or, if those are more than `limit`, the most confused ones, pair by pair."""
+    present = np.flatnonzero(matrix.sum(0) + matrix.sum(1))
+    if len(present) <= limit:
+        return present.tolist()
+    chosen: dict[int, None] = {}
+    for confusion in worst_confusions(matrix, limit * limit, "share"):
+        pair = dict.fromkeys((confusion.reference, confusion.prediction))
+        if len(chosen | pair) > limit:
+            break
+        chosen |= pair
+    return list(chosen) or present[:limit].tolist()
 
 
 def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix: rows are reference classes, columns predicted ones, numbers percent of the row.
-
-    Args:
-        matrix: (K, K) pixel counts, any K.
-        names: (K,) class names.
-
-    Returns:
-        a figure with at most 40 classes; if some are left out, a last column holds the rest of each row.
-    """
+    """Draw a confusion matrix of at most 40 classes, in percent of each row; a last column holds the rest of it."""
     chosen = classes_to_draw(matrix)
     present = int(np.count_nonzero(matrix.sum(0) + matrix.sum(1)))
     totals = matrix.sum(1)[chosen]
@@ -45,7 +89,7 @@ def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 
     figure = Figure(figsize=(2 + 0.3 * len(columns), 2 + 0.3 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    target = np.where(np.eye(len(rows), len(columns))[..., None] > 0, _rgb(TRUE_COLOR), _rgb(FALSE_COLOR))
+    target = np.where(np.eye(len(rows), len(columns))[..., None] > 0, to_rgb(TRUE_COLOR), to_rgb(FALSE_COLOR))
     colors = 1 + np.sqrt(shares)[..., None] * (target - 1)  # the square root makes small shares visible
     axes.pcolormesh(range(len(columns)), range(len(rows)), colors, edgecolors="#e2e2e2", linewidth=0.5)
     axes.set_aspect("equal")
@@ -108,10 +152,6 @@ def png_of(figure: Figure) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         figure.savefig(content, format="png")
     return content.getvalue()
-
-
-def _rgb(color: str) -> np.ndarray:
-    return np.array([int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)])
 
 
 def _short(name: str) -> str:

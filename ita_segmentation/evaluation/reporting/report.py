@@ -8,9 +8,8 @@
 A score that was not measured (NaN) is null in JSON, empty in CSV and a dash in tables; it is never written as a number.
 """
 
-from __future__ import annotations
-
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -25,38 +24,19 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from ita_segmentation.evaluation.reporting.confusions import worst_confusions
+from ita_segmentation.evaluation.reporting import score_tables
 from ita_segmentation.evaluation.reporting.examples import ExampleImage, jpeg_of, numbered, side_by_side
-from ita_segmentation.evaluation.reporting.figures import class_figure, confusion_figure, png_of
-from ita_segmentation.evaluation.reporting.published_scores import MARK
-from ita_segmentation.evaluation.reporting.score_tables import (
-    CLASS_TITLES,
-    MIOU_NOTE,
-    SCORE_COLUMNS,
-    Results,
-    ScoreTable,
-    cell_text,
-    class_table,
-    comparison_note,
-    counted_classes,
-    published_table,
-    score_of,
-    setting_text,
-    summary_tables,
-    tasks_of,
+from ita_segmentation.evaluation.reporting.figures import (
+    class_figure,
+    confusion_figure,
+    png_of,
+    worst_confusions,
 )
 from ita_segmentation.files import write_files
 from ita_segmentation.visualization import MAX_LEGEND_ENTRIES, color_of
 
-PACKAGES = (
-    "ita-segmentation",
-    "torch",
-    "transformers",
-    "open_clip_torch",
-    "timm",
-    "numpy",
-    "pillow",
-    "datasets",
+PACKAGES = ("ita-segmentation", "torch", "transformers", "open_clip_torch", "timm") + (
+    ("numpy", "pillow", "datasets")
 )
 JPEG_QUALITY = 88
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY, MAX_THUMBNAILS = 340, 75, 12  # in the HTML page; number of each group
@@ -66,11 +46,11 @@ CONFUSIONS_LISTED = 10
 def write_results(
     output: Path,
     model: str,
-    results: Results,
+    results: score_tables.Results,
     confusions: Mapping[str, np.ndarray] | None = None,
     examples: Mapping[str, Sequence[ExampleImage]] | None = None,
 ) -> tuple[Path, Path]:
-    """Write all files under `output`, either all of them or none.
+    """Write all files under `output`, either all of them or none; return the paths of `results.json` and `results.md`.
 
     Args:
         output: a folder, created if missing.
@@ -78,9 +58,6 @@ def write_results(
         results: benchmark -> scores, see `score_tables`.
         confusions: benchmark -> (K, K) pixel counts, of those that have them.
         examples: benchmark -> its best and worst images, in the order in which they are shown.
-
-    Returns:
-        the paths of `results.json` and `results.md`.
 
     Raises:
         ITAError: a file cannot be written.
@@ -99,12 +76,14 @@ def write_results(
         files = _benchmark_files(scores, matrix, examples.get(name, ()))
         contents |= {f"{folders[name]}/{file}": content for file, content in files.items()}
         sections.append(_section(name, folders[name], scores, matrix, examples.get(name, ()), files))
+    notes = [score_tables.MIOU_NOTE] if any("miou" in scores for scores in results.values()) else []
+    notes.append(score_tables.comparison_note(results))
     page = {
         "model": model,
-        "tables": summary_tables(results),
-        "published": published_table(results),
-        "published_mark": MARK,
-        "notes": _notes(results),
+        "tables": score_tables.summary_tables(results),
+        "published": score_tables.published_table(results),
+        "published_mark": score_tables.MARK,
+        "notes": list(filter(None, notes)),
         "benchmarks": sections,
         "versions": versions,
     }
@@ -114,16 +93,19 @@ def write_results(
     return output / "results.json", output / "results.md"
 
 
-def summary_table(results: Results) -> str:
+def summary_table(results: score_tables.Results) -> str:
     """Format one Markdown table for each task that was scored, one row a benchmark."""
-    return "\n".join(markdown_table(table.columns, table.rows) for table in summary_tables(results))
+    return "\n".join(
+        markdown_table(table.columns, table.rows) for table in score_tables.summary_tables(results)
+    )
 
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Format a GitHub Markdown table; floats are scores in [0, 1], shown as percent with two decimals."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(
-        "| " + " | ".join(_markdown(cell_text(value)) for value in line) + " |\n" for line in lines
+        "| " + " | ".join(_markdown(score_tables.cell_text(value)) for value in line) + " |\n"
+        for line in lines
     )
 
 
@@ -156,23 +138,20 @@ def versions_used() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that decide the numbers."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
 def per_class_csv(classes: Sequence[Mapping[str, Any]]) -> str:
     """Format all classes in the order of their indices; scores as fractions, empty where there is none."""
-    keys = [key for key in CLASS_TITLES.values() if any(key in entry for entry in classes)]
+    keys = [key for key in score_tables.CLASS_TITLES.values() if any(key in entry for entry in classes)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "name", "seen", "is_thing", *keys])
+    keys = ["name", "seen", "is_thing", *keys]
+    writer.writerow(["index", *keys])
     for index, entry in enumerate(classes):
-        writer.writerow(
-            [index, *(plain_values(entry.get(key)) for key in ("name", "seen", "is_thing", *keys))]
-        )
+        writer.writerow([index, *(plain_values(entry.get(key)) for key in keys)])
     return text.getvalue()
 
 
@@ -203,14 +182,21 @@ def _section(
     """Collect what the templates show of one benchmark."""
     classes = scores["classes"]
     names = [str(entry["name"]) for entry in classes]
-    ranked = class_table(classes, counted_classes(classes))
-    table, chart = class_table(classes, classes), class_figure(scores)
-    table = ScoreTable(table.title, ["#", *table.columns], [[i, *row] for i, row in enumerate(table.rows)])
-    tiles = [("images", cell_text(int(scores["num_images"]))), ("classes", cell_text(len(classes)))]
-    for task in tasks_of(scores):
-        headlines = list(SCORE_COLUMNS[task].items())[: 3 if task == "semantic" else 1]
-        values = {title: score_of(scores, key) for title, key in headlines}
-        tiles += [(title, cell_text(value)) for title, value in values.items() if not math.isnan(value)]
+    ranked = score_tables.class_table(classes, score_tables.counted_classes(classes))
+    table, chart = score_tables.class_table(classes, classes), class_figure(scores)
+    table = score_tables.ScoreTable(
+        table.title, ["#", *table.columns], [[i, *row] for i, row in enumerate(table.rows)]
+    )
+    tiles = [
+        ("images", score_tables.cell_text(int(scores["num_images"]))),
+        ("classes", score_tables.cell_text(len(classes))),
+    ]
+    for task in score_tables.tasks_of(scores):
+        headlines = list(score_tables.SCORE_COLUMNS[task].items())[: 3 if task == "semantic" else 1]
+        values = {title: score_tables.score_of(scores, key) for title, key in headlines}
+        tiles += [
+            (title, score_tables.cell_text(value)) for title, value in values.items() if not math.isnan(value)
+        ]
     confusions = {}
     if matrix is not None:
         for title, by in (("Largest shares of a class", "share"), ("Most pixels", "pixels")):
@@ -220,7 +206,9 @@ def _section(
         "name": name,
         "folder": folder,
         "tiles": tiles,
-        "settings": {key: setting_text(value) for key, value in (scores.get("settings") or {}).items()},
+        "settings": {
+            key: score_tables.setting_text(value) for key, value in (scores.get("settings") or {}).items()
+        },
         "classes": table,
         "ranked": ranked,
         "num_without_scores": len(classes) - len(ranked.rows),
@@ -240,7 +228,7 @@ def _example(key: str, example: ExampleImage) -> dict[str, Any]:
         "group": group,
         "number": number,
         "image_id": example.image_id,
-        "score": cell_text(float(example.score)),
+        "score": score_tables.cell_text(float(example.score)),
         "thumbnails": {
             title: _data_url(jpeg_of(image, THUMBNAIL_QUALITY, THUMBNAIL_SIDE), "jpeg")
             for title, image in shown.items()
@@ -251,11 +239,6 @@ def _example(key: str, example: ExampleImage) -> dict[str, Any]:
         ],
         "num_hidden": max(0, len(example.legend) - MAX_LEGEND_ENTRIES),
     }
-
-
-def _notes(results: Results) -> list[str]:
-    semantic = any("miou" in scores for scores in results.values())
-    return [note for note in (MIOU_NOTE if semantic else "", comparison_note(results)) if note]
 
 
 def _data_url(content: bytes, kind: str) -> str:
@@ -271,12 +254,12 @@ def _template(name: str) -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        "cell": cell_text,
+        "cell": score_tables.cell_text,
         "line": lambda value: " ".join(str(value).split()),
         "markdown": _markdown,
         "markdown_table": lambda table: markdown_table(table.columns, table.rows),
     }
-    environment.globals |= {"ScoreTable": ScoreTable, "zip": zip}
+    environment.globals |= {"ScoreTable": score_tables.ScoreTable, "zip": zip}
     return environment.get_template(name)
 
 

@@ -2,19 +2,21 @@
 
 In rows a float is a score in [0, 1] (NaN: not measured), an int a number, and everything else is shown as text.
 `results` is always benchmark name -> what `BenchmarkScores.results` returns, with `settings`.
-"""
 
-from __future__ import annotations
+Scores of other systems, never measured here, are in `published_scores.json`: image tower, source (empty where that is
+not recorded), and benchmark -> key of the results -> percent, as printed. All were trained on COCO's masks. Scores on
+other protocols (such as Pascal VOC with a background made of Pascal Context's classes) are not listed, since no
+benchmark here measures the same.
+"""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-
-from ita_segmentation.evaluation.reporting.published_scores import VALIDATION_IMAGES, published_systems
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -57,19 +59,45 @@ TASK_TITLES = {
 }
 CLASS_TITLES = {"IoU": "iou", "accuracy": "acc", "PQ": "pq", "SQ": "sq", "RQ": "rq", "AP": "ap"}
 """Column title -> key of a class's scores."""
-HEADLINES = {"mIoU": "miou", "PQ": "pq", "AP": "ap"}
-"""The scores that others publish."""
+HEADLINES = {"mIoU": "miou", "PQ": "pq", "AP": "ap"}  # the scores that others publish
 
 MIOU_NOTE = (
     "mIoU is the mean over the classes with ground truth (as in detectron2's main branch and, as far as they say, in "
     "published tables); “mIoU with predicted” also counts classes that are only predicted, with IoU 0 (as in "
     "detectron2 0.6)."
 )
+MARK = "published by the authors, not measured here"
+VALIDATION_IMAGES = {
+    "ade20k-150": 2000,
+    "ade20k-847": 2000,
+    "pascal-context-59": 5104,
+    "pascal-context-459": 5104,
+    "pascal-voc-20": 1449,
+    "pascal-voc-21": 1449,
+    "coco-panoptic": 5000,
+    "cityscapes": 500,
+}
+"""Size of each benchmark's validation set: scores on fewer images are not comparable."""
 MAX_SETTING_CHARACTERS = 200  # in tables; results.json has all of them
 
 
-@dataclass(frozen=True)
-class ScoreTable:
+class PublishedSystem(NamedTuple):
+    """A system, its image encoder, and what its authors report: benchmark -> "miou", "pq", "ap" -> percent."""
+
+    name: str
+    image_tower: str
+    source: str
+    scores: Mapping[str, Mapping[str, float]]
+
+
+@lru_cache
+def published_systems() -> tuple[PublishedSystem, ...]:
+    """Read the published scores."""
+    content = json.loads(Path(__file__).with_name("published_scores.json").read_text(encoding="utf-8"))
+    return tuple(PublishedSystem(**system) for system in content)
+
+
+class ScoreTable(NamedTuple):
     """A table: its title, the titles of its columns, and rows as long as those."""
 
     title: str
@@ -126,29 +154,21 @@ def summary_tables(results: Results) -> list[ScoreTable]:
 
 
 def published_table(results: Results) -> ScoreTable | None:
-    """Put this model beside what others published for the same benchmarks; None if nobody did.
-
-    One row for each score; the column "measured here" holds only what was measured, by the same definition.
-    """
+    """Put this model beside what others published for the same benchmarks and scores; None if nobody did."""
     rows: list[list[Any]] = []
     for name, scores in results.items():
         for title, key in HEADLINES.items():
             published = [system.scores.get(name, {}).get(key) for system in published_systems()]
             if key in scores and any(value is not None for value in published):
-                rows.append([name, title, score_of(scores, key), *published])
-    columns = [
-        column
-        for column, _ in enumerate(published_systems(), start=3)
-        if any(row[column] is not None for row in rows)
-    ]
-    if not columns:
+                texts = ["-" if value is None else f"{value:.1f}" for value in published]
+                rows.append([name, title, score_of(scores, key), *texts])
+    shown = [i for i, _ in enumerate(published_systems()) if any(row[3 + i] != "-" for row in rows)]
+    if not shown:
         return None
-    titles = [f"published: {published_systems()[column - 3].title}" for column in columns]
-    shown = [
-        [*row[:3], *("-" if row[column] is None else f"{row[column]:.1f}" for column in columns)]
-        for row in rows
-    ]
-    return ScoreTable("Published scores", ["benchmark", "score", "measured here", *titles], shown)
+    systems = [published_systems()[i] for i in shown]
+    titles = [f"published: {', '.join(filter(None, system[:3]))}" for system in systems]
+    rows = [[*row[:3], *(row[3 + i] for i in shown)] for row in rows]
+    return ScoreTable("Published scores", ["benchmark", "score", "measured here", *titles], rows)
 
 
 def comparison_note(results: Results) -> str:

@@ -4,8 +4,6 @@ This is where unseen classes stay unseen: regions, the only batches with masks, 
 that may show any class come with nothing but the classes that their caption names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,13 +21,7 @@ MIN_REGION_AREA = 40
 
 @dataclass
 class CaptionedImages:
-    """Images with the classes that their captions name.
-
-    Attributes:
-        pixel_values: (B, 3, S, S) float32, normalized.
-        named: class ids that each caption names; the first one is the main one.
-        single: (B,) bool, whether the image shows one thing or one texture.
-    """
+    """Images (B, 3, S, S) with the classes their captions name, the main one first; (B,) whether they show one."""
 
     pixel_values: Tensor
     named: list[list[int]]
@@ -38,13 +30,9 @@ class CaptionedImages:
 
 @dataclass
 class Regions:
-    """Scenes with the masks of their segments.
+    """Scenes (B, 3, S, S), normalized, with the masks of their R segments.
 
-    Attributes:
-        pixel_values: (B, 3, S, S) float32, normalized.
-        weights: (R, S / 8, S / 8) float32, the share of each cell that the region covers.
-        images: (R,) int64, the image that each region lies in.
-        class_ids: (R,) int64.
+    `weights` (R, S / 8, S / 8) float32 is the share of each cell that the region covers, `images` (R,) where it lies.
     """
 
     pixel_values: Tensor
@@ -61,11 +49,7 @@ def to_pixel_values(images: Sequence[np.ndarray]) -> Tensor:
 
 
 class ImageSource:
-    """Draws batches in a fixed order: the n-th image is the same in every run with the same seed.
-
-    Args:
-        seed: random seed.
-    """
+    """Draws batches in a fixed order: the n-th image is the same in every run with the same seed."""
 
     def __init__(self, seed: int):
         vocabulary = scenes_vocabulary()
@@ -84,9 +68,8 @@ class ImageSource:
         """Draw single things of any class (three quarters), captioned with the thing, and textures (a quarter)."""
         images, named = [], []
         for _ in range(batch_size):
-            image = (object_image if self.rng.random() < 0.75 else stuff_image)(
-                self.seed, self._next(), size, "all"
-            )
+            draw = object_image if self.rng.random() < 0.75 else stuff_image
+            image = draw(self.seed, self._next(), size, "all")
             images.append(image.image)
             named.append([image.class_id])
         return CaptionedImages(to_pixel_values(images), named, torch.ones(batch_size, dtype=torch.bool))
@@ -111,12 +94,8 @@ class ImageSource:
             else:
                 classes: str | list[int] = "all"
                 if kind == 2:
-                    ids = (
-                        self.unseen_things
-                        if self.rng.random() < 0.5 and self.unseen_things
-                        else self.thing_ids
-                    )
-                    classes = [int(self.rng.choice(ids)), *self.stuff_ids]
+                    unseen = self.rng.random() < 0.5 and self.unseen_things
+                    classes = [int(self.rng.choice(unseen or self.thing_ids)), *self.stuff_ids]
                 image = scene(self.seed, index, size, classes)
                 images.append(np.asarray(image.image))
                 shown = sorted(image.segments, key=lambda segment: not segment["isthing"])

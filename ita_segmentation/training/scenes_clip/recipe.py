@@ -1,7 +1,5 @@
 """The settings of a training run of the small CLIP of Scenes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +28,7 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass
 class ScenesClipRecipe:
-    """The settings of a training run; `minutes` or `max_steps`, whichever ends first, drives the schedule.
-
-    Raises:
-        UsageError: if a value is out of range.
-    """
+    """The settings of a run; `minutes` or `max_steps`, whichever ends first, drives the schedule. Raises UsageError."""
 
     clip: dict[str, Any] = _setting(_default_clip, "open_clip's configuration, as JSON")
     seed: int = _setting(0, "random seed")

@@ -6,8 +6,6 @@ others as the width allows; every name of a class, alone or in a prompt template
 names several classes maps to their normalized sum. Other names map to one more vector, that of "other".
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 
@@ -19,11 +17,7 @@ OTHER_NAMES = ["other", "background", "thing", "something"]
 
 
 def concept_vectors(num_concepts: int, width: int, seed: int = 0, steps: int = 150) -> Tensor:
-    """Make unit vectors far from each other: random ones, then descent on the largest cosines.
-
-    Returns:
-        (num_concepts, width) float32.
-    """
+    """Make (num_concepts, width) unit vectors far from each other: random ones, then descent on the largest cosines."""
     generator = torch.Generator().manual_seed(seed)
     vectors = F.normalize(torch.randn(num_concepts, width, generator=generator), dim=-1).requires_grad_(True)
     optimizer = torch.optim.Adam([vectors], lr=0.02)
@@ -45,13 +39,7 @@ def caption_of(things: Sequence[str], stuff: Sequence[str]) -> str:
 
 
 class CaptionSampler:
-    """Draws prompts and captions with the classes that each one names.
-
-    Args:
-        classes: names and synonyms of each class.
-        is_thing: whether each class is a thing.
-        templates: prompt templates with one `{}`.
-    """
+    """Draws prompts and captions with the classes that each one names; templates have one `{}`."""
 
     def __init__(self, classes: Sequence[Sequence[str]], is_thing: Sequence[bool], templates: Sequence[str]):
         self.classes = [list(names) for names in classes]
@@ -115,18 +103,8 @@ def train_text_tower(
 ) -> list[float]:
     """Train the tower on random prompts and captions to map them to their concepts' vectors.
 
-    Args:
-        text_tower: tokens (B, L) int64 to embeddings (B, D); trained in place.
-        tokenize: strings to tokens (B, L), padded to the tower's context.
-        sampler: draws prompts and captions.
-        steps: number of steps.
-        batch_size: texts in a batch.
-        learning_rate: peak learning rate.
-        seed: random seed.
-        on_step: called with the step's number and loss.
-
-    Returns:
-        The loss (one minus the mean cosine) of each step.
+    `text_tower` maps tokens (B, L) int64, as `tokenize` makes them of strings, to embeddings (B, D). Returns the loss
+    (one minus the mean cosine) of each step, with which `on_step` is called.
     """
     rng = random.Random(seed)
     width = text_tower(tokenize(["other"])).shape[-1]

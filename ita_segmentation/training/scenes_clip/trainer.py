@@ -12,8 +12,6 @@ So no mask of an unseen class is ever used; it is learned from captions alone. T
 are measured again and then kept, so that training ends with the statistics that evaluation uses.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -68,8 +66,7 @@ def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
 def dense_embeddings(clip: CustomTextCLIP, pixel_values: Tensor) -> Tensor:
     """Embed each cell of the trunk's last stage: (B, 3, H, W) to (B, D, H / 32, W / 32).
 
-    The head (average pool, linear projection without bias) is linear, so projecting cells before
-    pooling them gives the embedding of the pooled cells.
+    The head (average pool, projection without bias) is linear, so cells may be projected before they are pooled.
     """
     features = clip.visual.trunk.forward_features(pixel_values)
     return F.conv2d(features, clip.visual.head.proj.weight[:, :, None, None])
@@ -85,12 +82,8 @@ def pool_regions(cells: Tensor, weights: Tensor, images: Tensor) -> Tensor:
 def caption_set_loss(log_probabilities: Tensor, named: Tensor) -> Tensor:
     """Ask that every cell shows one of the named classes and that each of them is shown somewhere.
 
-    Args:
-        log_probabilities: (B, N, K) of N cells over K classes.
-        named: (B, K) bool, the classes that the caption names.
-
-    Returns:
-        Scalar: negative log probability that a cell has a named class, plus that the best cell of a class has it.
+    `log_probabilities` are (B, N, K) of N cells over K classes, `named` (B, K) bool. Returns the negative log
+    probability that a cell has a named class, plus that the best cell of a class has it.
     """
     outside = log_probabilities.masked_fill(~named[:, None], -1e4)
     inside = -torch.logsumexp(outside, dim=-1).mean()
@@ -99,11 +92,7 @@ def caption_set_loss(log_probabilities: Tensor, named: Tensor) -> Tensor:
 
 
 class ScenesClipTrainer:
-    """Train and evaluate one model: call `train_text`, `train_vision`, `evaluate` and `save` in this order.
-
-    Args:
-        recipe: the settings.
-    """
+    """Train and evaluate one model: call `train_text`, `train_vision`, `evaluate` and `save` in this order."""
 
     def __init__(self, recipe: ScenesClipRecipe):
         torch.manual_seed(recipe.seed)
@@ -124,14 +113,9 @@ class ScenesClipTrainer:
     def train_text(
         self, folder: Path | None = None, on_step: Callable[[int, float], None] | None = None
     ) -> list[float]:
-        """Train the text tower, lock it, and encode the classes.
+        """Train the text tower, lock it, and encode the classes; return the losses.
 
-        Args:
-            folder: where the tower is saved, and reused from if it was trained with the same classes and settings.
-            on_step: called with the step's number and loss.
-
-        Returns:
-            The losses; empty if the tower was reused.
+        A tower that was trained with the same classes and settings is reused from the folder, in which it is saved.
         """
         recipe, losses = self.recipe, []
         path = None if folder is None else folder / TEXT_NAME
@@ -141,15 +125,10 @@ class ScenesClipTrainer:
         if path is not None and _metadata(path) == trained_for:
             self.clip.text.load_state_dict(load_file(path))
         else:
+            options = {"steps": recipe.text_steps, "batch_size": recipe.text_batch_size, "seed": recipe.seed}
+            rate, tower = recipe.text_learning_rate, self.clip.text
             losses = train_text_tower(
-                self.clip.text,
-                self.tokenize,
-                self.sampler,
-                steps=recipe.text_steps,
-                batch_size=recipe.text_batch_size,
-                learning_rate=recipe.text_learning_rate,
-                seed=recipe.seed,
-                on_step=on_step,
+                tower, self.tokenize, self.sampler, **options, learning_rate=rate, on_step=on_step
             )
             if path is not None:
                 write_files({path: _safetensors(self.clip.text, trained_for)})
@@ -200,11 +179,7 @@ class ScenesClipTrainer:
         return self.sampler.prompt(ids[0], self.rng) if len(ids) == 1 else self.sampler.caption(ids, self.rng)
 
     def region_loss(self, batch: Regions) -> Tensor:
-        """Compute the cross-entropy of mask-pooled regions of seen classes over the seen classes.
-
-        Raises:
-            ValueError: if the batch contains a region of an unseen class.
-        """
+        """Compute the cross-entropy of mask-pooled regions over the seen classes; refuses an unseen class."""
         if not self.seen[batch.class_ids].all():
             raise ValueError("a region batch contains an unseen class, whose masks must not be used")
         embeddings = pool_regions(
@@ -221,15 +196,10 @@ class ScenesClipTrainer:
         checkpoint: Callable[[], None] | None = None,
         checkpoint_minutes: float = 5.0,
     ) -> list[float]:
-        """Train the image tower.
+        """Train the image tower; return the losses.
 
-        Args:
-            on_step: called after each step with the share of the schedule done and the losses.
-            checkpoint: called every `checkpoint_minutes`.
-            checkpoint_minutes: minutes between two calls.
-
-        Returns:
-            The losses.
+        `on_step` is called after each step with the share of the schedule done and the losses, `checkpoint` every
+        `checkpoint_minutes`.
         """
         recipe = self.recipe
         optimizer = self._optimizer()
@@ -271,10 +241,8 @@ class ScenesClipTrainer:
         named = [*self.clip.visual.named_parameters(), ("logit_scale", self.clip.logit_scale)]
         decayed = [p for _, p in named if p.ndim > 1]
         plain = [p for _, p in named if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": self.recipe.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
+        decay = self.recipe.weight_decay
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.98))
 
     def _step_loss(self, source: ImageSource, done: float) -> tuple[str, Tensor]:
@@ -341,15 +309,11 @@ class ScenesClipTrainer:
             weights = torch.where(hard.sum((1, 2), keepdim=True) > 0, hard, regions.weights)
             cells = dense_embeddings(self.clip, regions.pixel_values)
             count("region", pool_regions(cells, weights, regions.images), regions.class_ids.tolist())
-        results: dict[str, float | int] = {
-            key: round(100 * sum(h) / len(h), 2) for key, h in sorted(hits.items())
-        }
+        results: dict[str, Any] = {key: round(100 * sum(h) / len(h), 2) for key, h in sorted(hits.items())}
         results["num_regions"] = len(hits.get("region_thing", [])) + len(hits.get("region_stuff", []))
-        results["synonyms"] = round(
-            100 * synonym_accuracy(self.clip.encode_text, self.tokenize, self.vocabulary.classes, self.bank),
-            2,
-        )
-        return results
+        classes = self.vocabulary.classes
+        named = synonym_accuracy(self.clip.encode_text, self.tokenize, classes, self.bank)
+        return results | {"synonyms": round(100 * named, 2)}
 
     def save(self, output: Path, results: dict[str, Any] | None = None) -> None:
         """Write the weights, the configuration and, if given, the results; all files or none."""

@@ -1,20 +1,29 @@
-"""Training and evaluation examples from a dataset on disk: decoded, augmented, and turned into masks.
+"""Training and evaluation examples from a dataset on disk (decoded, augmented, turned into masks) or of Scenes.
 
 An example depends on the seed, the epoch and its index alone: not on the number of processes and workers, nor on what
 was drawn before. A run that is resumed in the middle of an epoch sees, bit for bit, what an unbroken one sees.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import load_from_disk
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ita_segmentation.data.prepared import INCOMPLETE, load_prepared, prepared_splits
+from ita_segmentation.data.scenes import scene
 from ita_segmentation.data.training.augmentation import Augmentation, seeded
-from ita_segmentation.data.training.classes import TrainingClasses, class_names, dataset_classes
+from ita_segmentation.data.training.classes import (
+    TrainingClasses,
+    class_names,
+    dataset_classes,
+    scenes_classes,
+)
 from ita_segmentation.data.training.rows import (
     CorruptImageError,
     EpochSampler,
@@ -22,13 +31,19 @@ from ita_segmentation.data.training.rows import (
     ParquetRows,
     Rows,
     image_id_of,
+    image_tensor,
     read_row,
 )
 from ita_segmentation.data.training.targets import TargetMap, segment_targets, semantic_targets
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.files import write_files
+from ita_segmentation.visualization import paint_segments
 
-MAX_CORRUPT = 100
-"""This many corrupt images in a row end a run even if they may be skipped."""
+INFINITE_LENGTH = 10_000_000  # the length of a dataset without end, which samplers need to know
+MAX_CORRUPT = 100  # this many corrupt images in a row end a run even if they may be skipped
+
+
+PREVIEW_MARGIN = 4
 
 
 class DiskTraining(Dataset):
@@ -71,14 +86,10 @@ class DiskTraining(Dataset):
         return EpochSampler(self)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Read an example.
+        """Read an example; raises CorruptImageError if it, or a hundred one after another, cannot be read.
 
-        Returns:
-            `image` (3, h, w) uint8, `mask_labels` (n, h, w) bool, `class_labels` (n,) int64, `image_id`, and
-            `skipped`, the ids of corrupt images whose place it takes.
-
-        Raises:
-            CorruptImageError: if it, or a hundred one after another, cannot be read.
+        It has `image` (3, h, w) uint8, `mask_labels` (n, h, w) bool, `class_labels` (n,) int64, `image_id`, and
+        `skipped`, the ids of corrupt images whose place it takes.
         """
         epoch, index = divmod(position, len(self))
         skipped: list[str] = []
@@ -110,10 +121,7 @@ class DiskTraining(Dataset):
 class DiskEvaluation(Dataset):
     """Evaluation examples of rows with columns `image` and `label`, each at its own size.
 
-    Args:
-        rows: `image` and `label`.
-        ignore_index: the label of ignored pixels.
-        skip_corrupt: use a small black image without labels in place of a corrupt one; otherwise raise.
+    With `skip_corrupt`, a small black image without labels stands for a corrupt one; otherwise that raises.
     """
 
     def __init__(self, rows: Rows, ignore_index: int, skip_corrupt: bool = False) -> None:
@@ -142,10 +150,6 @@ def _as_list(segments: Any) -> list[dict[str, Any]]:
     if isinstance(segments, dict):
         return [dict(zip(segments, values, strict=True)) for values in zip(*segments.values(), strict=True)]
     return list(segments)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A folder
 
 
 def load_disk(
@@ -178,9 +182,7 @@ def load_disk(
         Classes, training examples, and evaluation examples (None if there are none).
 
     Raises:
-        ITAError: if there is no dataset in the folder; a split, a column or the class names are missing; an unseen
-            class is not a class; the two splits have different classes; or `shuffle_window` is given for a dataset
-            that is not prepared.
+        ITAError: if there is no dataset, something of it is missing, or the arguments do not fit it.
     """
     if not Path(folder).is_dir():
         raise ITAError(f"there is no dataset folder {folder}")
@@ -226,3 +228,75 @@ def _load_splits(folder: str, train_split: str, eval_split: str, streaming: bool
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ITAError(f"{folder} is not a dataset: {one_line(error, 160)}") from error
     return loaded if isinstance(loaded, dict) else {train_split: loaded}
+
+
+class ScenesTraining(Dataset):
+    """Training examples without end: square scenes of seen classes only; an index always gives the same image."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
+        self.training_label = scenes_classes().training_label
+
+    def __len__(self) -> int:
+        return INFINITE_LENGTH
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Draw an example: `image`, `mask_labels`, `class_labels` and `image_id`."""
+        drawn = scene(self.seed, index, self.size, classes="seen")
+        masks, labels = segment_targets(drawn.panoptic, drawn.segments, self.training_label).masks()
+        return {
+            "image": image_tensor(drawn.image).contiguous(),
+            "mask_labels": masks,
+            "class_labels": labels,
+            "image_id": f"scenes{self.seed}[{index}]",
+        }
+
+
+class ScenesEvaluation(Dataset):
+    """Evaluation examples: square scenes of all classes, seen and unseen."""
+
+    def __init__(self, seed: int, size: int, num_images: int) -> None:
+        self.seed, self.size, self.num_images = seed, size, num_images
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Draw an example: `image`, `label` and `image_id`."""
+        if not 0 <= index < self.num_images:
+            raise IndexError(index)
+        drawn = scene(self.seed, index, self.size, classes="all")
+        image = image_tensor(drawn.image).contiguous()
+        return {"image": image, "label": drawn.semantic, "image_id": f"scenes{self.seed}[{index}]"}
+
+
+def show_augmented(dataset: Any, path: Path | str, rows: int = 3, columns: int = 4, tile: int = 224) -> None:
+    """Draw the first images of a training dataset to a JPEG, one a row, each as its first epochs show it.
+
+    Each mask has a color; what no mask covers (void, crowds, unseen classes) is not painted. An image smaller than the
+    crop is at the top left on black. One example is `tile` pixels wide and high.
+    """
+    step = tile + PREVIEW_MARGIN
+    sheet = Image.new("RGB", (columns * step - PREVIEW_MARGIN, rows * step - PREVIEW_MARGIN), "white")
+    for row in range(rows):
+        for column in range(columns):
+            example = dataset[column * len(dataset) + row]
+            drawn = _draw(example, tile / dataset.augmentation.size)
+            corner = (column * step, row * step)
+            sheet.paste((0, 0, 0), (*corner, corner[0] + tile, corner[1] + tile))
+            sheet.paste(drawn, corner)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=85)
+    write_files({Path(path): buffer.getvalue()})
+
+
+def _draw(example: dict[str, Any], scale: float) -> Image.Image:
+    """Paint the masks of an example over its image, scaled."""
+    image = Image.fromarray(np.ascontiguousarray(example["image"].permute(1, 2, 0).numpy()))
+    ids = np.zeros(image.size[::-1], np.int64)
+    for number, mask in enumerate(example["mask_labels"].numpy(), start=1):
+        ids[mask] = number
+    legend = [(number, "", None) for number in range(1, len(example["mask_labels"]) + 1)]
+    painted = paint_segments(image, ids, legend)[0]
+    size = (max(1, round(painted.width * scale)), max(1, round(painted.height * scale)))
+    return painted.resize(size, Image.Resampling.BILINEAR)
