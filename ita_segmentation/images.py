@@ -40,11 +40,7 @@ DECODING_ERRORS = (
 
 
 def find_images(sources: Sequence[Path]) -> list[Path]:
-    """List the files given and the images directly in the folders given, in order, each once.
-
-    Raises:
-        ITAError: a source does not exist or is not a regular file, or a folder holds no image.
-    """
+    """List the files given and the images directly in the folders given, in order, each once."""
     found: dict[Path, Path] = {}
     for source in sources:
         if source.is_dir():

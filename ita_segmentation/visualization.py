@@ -215,15 +215,7 @@ def add_legend(
 def draw_legend_line(
     canvas: Image.Image, corner: tuple[int, int], text: str, color: Color | None, font: Any
 ) -> None:
-    """Draw a line of a legend: a square in `color` (None: no square, muted text) and the text to its right.
-
-    Args:
-        canvas: what is drawn on.
-        corner: (x, y) of the upper left corner in pixels.
-        text: what the line says.
-        color: of the square.
-        font: a `PIL.ImageFont` with a `size`, which is the square's, too.
-    """
+    """Draw a line of a legend: a square in `color` (None: no square, muted text) and the text to its right."""
     (x, y), size, draw = corner, round(font.size), ImageDraw.Draw(canvas)
     if color is not None:
         dark = tuple(round(OUTLINE_SHADE * part) for part in color)

@@ -32,13 +32,7 @@ CLASSES_PER_STEP = 16
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
-
-    Attributes:
-        max_pixels: pixels of the image.
-        names: class names.
-        tiles: tiles that the image is cut into.
-    """
+    """What one request may ask for."""
 
     max_pixels: int = 25_000_000
     names: NameLimits = field(default_factory=NameLimits)
@@ -62,11 +56,7 @@ class ClassExample:
     box: Any = ""
 
     def pixels(self) -> tuple[float, ...] | None:
-        """Read the box; None for the whole image.
-
-        Raises:
-            ITAError: it is not four numbers.
-        """
+        """Read the box; None for the whole image."""
         text = str(self.box or "").strip()
         try:
             numbers = tuple(map(float, text.replace(",", " ").split()))
@@ -83,13 +73,6 @@ class GradioSegmenter:
     """A model that several people use at once: one call runs through the network at a time.
 
     Nothing about a person is kept: an answer depends on its own request alone.
-
-    Args:
-        model: `ITAForOpenVocabSegmentation` in eval mode.
-        processor: its `ITAImageProcessor`.
-        checkpoint: what the Python lines call the checkpoint.
-        limits: what one request may ask for.
-        notice: what is shown with every result, such as what the checkpoint was trained on.
     """
 
     def __init__(
@@ -106,10 +89,6 @@ class GradioSegmenter:
         """Answer in steps, so that a caller who has left can be noticed between them.
 
         Takes what `segment` takes.
-
-        Yields:
-            None after each step, and at the end what `segment` gives, or what the user can put right as {"error":
-            sentence}.
         """
         try:
             yield from self._steps(*request)
@@ -126,23 +105,7 @@ class GradioSegmenter:
         tiles: Any = None,
         example: ClassExample | None = None,
     ) -> dict[str, Any]:
-        """Segment one image.
-
-        Args:
-            path: the image's file; None where the user gave none.
-            tags: class names, see `read_class_list`.
-            task: "semantic", "panoptic" or "instance".
-            threshold: minimum score of a segment, 0 to 1; None for the task's own.
-            name: what the user calls the image (default: the file's name).
-            tiles: side in pixels of the tiles that a larger image is cut into; None or 0 to leave it whole.
-            example: a region that shows one of the classes.
-
-        Returns:
-            what JSON can hold: see `view_of_result`.
-
-        Raises:
-            ITAError: what the user can put right, in a sentence.
-        """
+        """Segment one image."""
         steps = self._steps(path, tags, task, threshold, name, tiles, example)
         return [step for step in steps if step is not None][-1]
 

@@ -55,14 +55,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def serve(argv: Sequence[str] | None = None) -> int:
-    """Run the command; it serves until it is interrupted.
-
-    Args:
-        argv: arguments; None takes the process's own.
-
-    Raises:
-        ITAError: what stops everything.
-    """
+    """Run the command; it serves until it is interrupted."""
     arguments = build_parser().parse_command_line(argv)
     if arguments.write_space is not None:
         from ita_segmentation.app.space import write_space

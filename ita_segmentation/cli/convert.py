@@ -70,11 +70,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def convert(argv: Sequence[str] | None = None) -> int:
-    """Convert a checkpoint; the output folder is complete or not there.
-
-    Raises:
-        ITAError: the checkpoint cannot be downloaded, read, converted or written.
-    """
+    """Convert a checkpoint; the output folder is complete or not there."""
     arguments = build_parser().parse_command_line(argv)
     published = published_checkpoint(arguments.name) if arguments.name else None
     if published is None and not (arguments.checkpoint and arguments.clip_model and arguments.vocabulary):

@@ -84,11 +84,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse options that contradict each other.
-
-    Raises:
-        UsageError: names the first contradiction.
-    """
+    """Refuse options that contradict each other."""
     augmented = options.tta or options.sliding_window is not None
     problems = {
         "--stride needs --sliding_window": options.stride is not None and options.sliding_window is None,
@@ -114,11 +110,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def vocabulary_files(given: Sequence[str] | None, benchmarks: Sequence[str]) -> dict[str, Path]:
-    """Return the vocabulary file of each benchmark that `--vocabulary` gives one.
-
-    Raises:
-        UsageError: it is not clear which file belongs to which benchmark.
-    """
+    """Return the vocabulary file of each benchmark that `--vocabulary` gives one."""
     if not given:
         return {}
     pairs = [entry.partition("=") for entry in given]
@@ -139,11 +131,7 @@ def vocabulary_files(given: Sequence[str] | None, benchmarks: Sequence[str]) -> 
 
 
 def read_class_names(path: Path, classes: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Read a vocabulary file for the classes of a benchmark, in their order.
-
-    Raises:
-        ITAError: it has another number of classes, or names them in another order.
-    """
+    """Read a vocabulary file for the classes of a benchmark, in their order."""
     from modeling_ita.vocabulary import normal_form
 
     given = read_vocabulary(path)
@@ -162,11 +150,7 @@ def read_class_names(path: Path, classes: Sequence[Sequence[str]]) -> list[list[
 
 
 def read_templates(given: str | None) -> list[str] | None:
-    """Read prompt templates, one a line; None for the checkpoint's own.
-
-    Raises:
-        ITAError: the file has none, or one has no place for the name.
-    """
+    """Read prompt templates, one a line; None for the checkpoint's own."""
     if given is None:
         return None
     if given == "none":
@@ -181,15 +165,7 @@ def read_templates(given: str | None) -> list[str] | None:
 
 
 class ModelUnderTest:
-    """The model that is scored, loaded once for all benchmarks.
-
-    Args:
-        options: of `build_parser`.
-        accelerator: decides device and precision.
-
-    Raises:
-        ITAError: the checkpoint cannot be loaded, or options do not apply to it.
-    """
+    """The model that is scored, loaded once for all benchmarks."""
 
     def __init__(self, options: argparse.Namespace, accelerator: Any) -> None:
         from ita_segmentation.evaluation.baselines.loading import is_baseline
@@ -208,11 +184,7 @@ class ModelUnderTest:
                 self.processor.size = size(shortest_edge=options.size, longest_edge=options.longest_side)
 
     def predictor(self, benchmark: Benchmark, classes: Sequence[Sequence[str]]) -> Predictor:
-        """Return the model with these names of a benchmark's classes.
-
-        Raises:
-            ITAError: they do not fit each other.
-        """
+        """Return the model with these names of a benchmark's classes."""
         options = self.options
         if self.is_baseline:
             import torch

@@ -54,14 +54,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: arguments; None takes the process's own.
-
-    Raises:
-        ITAError: what stops it.
-    """
+    """Run the command."""
     arguments = build_parser().parse_command_line(argv)
     if arguments.check and arguments.format not in ("onnx", "web"):
         raise UsageError("--check is for --format onnx and web")

@@ -106,10 +106,6 @@ class ConfigArgumentParser(argparse.ArgumentParser):
     """An argument parser with `--config FILE` (YAML or JSON of the same arguments) and one-line errors.
 
     Command-line arguments take precedence over those in the file.
-
-    Args:
-        dataclass_types: dataclasses whose fields become arguments; `HfArgumentParser` is a base class then.
-        **kwargs: as for `argparse.ArgumentParser`.
     """
 
     def __new__(cls, dataclass_types: Any = None, **kwargs: Any) -> ConfigArgumentParser:
@@ -130,12 +126,7 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         self.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help_text)
 
     def shorten_help(self, hidden: Collection[str], shortened: Collection[str]) -> None:
-        """Shorten `--help`.
-
-        Args:
-            hidden: Arguments that it leaves out, as it does all `--no_NAME` spellings.
-            shortened: Arguments of which it shows the first sentence.
-        """
+        """Shorten `--help`."""
         for action in self._actions:
             if action.dest in hidden or f"--no_{action.dest}" in action.option_strings:
                 action.help = argparse.SUPPRESS
@@ -147,15 +138,7 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
     def parse_command_line(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse the command line over the file that `--config` names.
-
-        Args:
-            argv: arguments; None takes the process's own.
-
-        Raises:
-            UsageError: the file cannot be read or names an argument that does not exist.
-            SystemExit: status 2 for everything else that is wrong, as `argparse` does; 0 for `--help`.
-        """
+        """Parse the command line over the file that `--config` names."""
         return self.parse_args(self.with_config(argv))
 
     def parse_args_into_dataclasses(self, *arguments: Any, **options: Any) -> tuple[Any, ...]:

@@ -41,17 +41,7 @@ MAX_EMPTY_LINES = 20
 
 
 def predict(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: arguments; None takes the process's own.
-
-    Returns:
-        0, or 1 where some of several images failed.
-
-    Raises:
-        ITAError: what stops everything.
-    """
+    """Run the command."""
     arguments, vocabulary, stuff = read_options(argv)
     if arguments.dataset is not None:
         return _predict_dataset(arguments, vocabulary, stuff)
@@ -142,11 +132,7 @@ def open_dataset(
     part_length: Callable[[int], int | None] = lambda part: None,
     unit_size: int | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Open the dataset and load the model.
-
-    Returns:
-        The rows, what segments their units, and the plan: what decides the results.
-    """
+    """Open the dataset and load the model."""
     from ita_segmentation.integrations.formats import run_length_entries
     from ita_segmentation.prediction import shards
     from ita_segmentation.prediction.rows import open_rows

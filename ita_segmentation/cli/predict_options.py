@@ -140,14 +140,7 @@ def build_parser() -> ConfigArgumentParser:
 def read_options(
     argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[list[str]] | None, list[str] | None]:
-    """Parse and check the command line.
-
-    Returns:
-        the arguments, the vocabulary (None: the checkpoint's own) and the names of stuff (None: the checkpoint's).
-
-    Raises:
-        ITAError: arguments that do not fit together, or a vocabulary that cannot be read.
-    """
+    """Parse and check the command line."""
     arguments = build_parser().parse_command_line(argv)
     formats = arguments.format or ()
     if arguments.dataset is None:
@@ -199,11 +192,7 @@ def _tiling(arguments: argparse.Namespace) -> Any:
 
 
 def parse_names(text: str, option: str) -> list[list[str]]:
-    """Parse "cat, sofa|couch".
-
-    Raises:
-        UsageError: no class in it, or an empty name.
-    """
+    """Parse "cat, sofa|couch"."""
     from modeling_ita.vocabulary import parse_classes
 
     try:

@@ -54,18 +54,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def prepare_benchmark(argv: Sequence[str] | None = None) -> int:
-    """Prepare the benchmark that the arguments name.
-
-    Args:
-        argv: the arguments; None for those of the process.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        ITAError: if the arguments do not fit, or the release or some of its images cannot be used. Of bad images, the
-            first twenty are printed on stderr.
-    """
+    """Prepare the benchmark that the arguments name."""
     arguments = build_parser().parse_command_line(argv)
     if arguments.classes is not None and arguments.benchmark != FOLDER:
         raise UsageError(f"--classes is for {FOLDER}: {arguments.benchmark} has its own classes")

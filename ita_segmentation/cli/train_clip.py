@@ -41,17 +41,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def train_clip(argv: Sequence[str] | None = None) -> int:
-    """Train, evaluate and save the CLIP that the arguments describe.
-
-    Args:
-        argv: the arguments; None for those of the process.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        ITAError: if an argument is out of range or the output cannot be written.
-    """
+    """Train, evaluate and save the CLIP that the arguments describe."""
     arguments = vars(build_parser().parse_command_line(argv))
     output = output_folder(arguments.pop("output"))
     arguments.pop("config", None)

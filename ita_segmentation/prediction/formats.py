@@ -21,12 +21,7 @@ from ita_segmentation.visualization import draw_overlay
 
 @dataclass(frozen=True)
 class Item:
-    """An image and its place among the results.
-
-    Attributes:
-        path: the image file.
-        base: the output folder and the name of the results in it.
-    """
+    """An image and its place among the results."""
 
     path: Path
     base: Path
@@ -38,13 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """What a file format may say about where a result comes from.
-
-    Attributes:
-        item: the image.
-        image: its pixels, RGB.
-        settings: what the image was segmented with: "model" and the segmenter's settings.
-    """
+    """What a file format may say about where a result comes from."""
 
     item: Item
     image: Image.Image

@@ -64,13 +64,7 @@ def is_done(
     formats: Mapping[str, ImageFormat],
     settings: Mapping[str, Any],
 ) -> bool:
-    """Tell whether an image's files are there and, as far as they say, made the same way.
-
-    Args:
-        item: the image.
-        formats: what is to be written of it, by name.
-        settings: what NAME_segments.json must say of how it was made.
-    """
+    """Tell whether an image's files are there and, as far as they say, made the same way."""
     files = {name: item.file(one.ending) for name, one in formats.items()}
     if not all(path.is_file() for path in files.values()):
         return False
@@ -89,11 +83,7 @@ def document_fits(path: Path, expected: Mapping[str, object]) -> bool:
 
 
 def refuse_overwriting(inputs: Sequence[Path], results: Sequence[Path]) -> None:
-    """Refuse results that would take the place of an input.
-
-    Raises:
-        ITAError: one of them would.
-    """
+    """Refuse results that would take the place of an input."""
     given = {path.resolve() for path in inputs}
     for path in results:
         if path.resolve() in given:

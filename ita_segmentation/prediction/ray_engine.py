@@ -62,12 +62,7 @@ class UnitResult:
 
 
 class UnitActor:
-    """Segments units of a dataset, in a process of its own.
-
-    Args:
-        open_work: gives the dataset, what segments it, and the plan.
-        plan: the plan of the run, of which this process must come to the same.
-    """
+    """Segments units of a dataset, in a process of its own."""
 
     def __init__(self, open_work: OpenWork, plan: Plan):
         self._open_work, self._plan = open_work, dict(plan)
@@ -106,13 +101,7 @@ class UnitActor:
 
 
 class UnitQueue:
-    """The units that are still to be done, those that are running, and what became of them.
-
-    Args:
-        rows: the dataset.
-        is_done: tells whether a unit's file is there.
-        clock: gives seconds.
-    """
+    """The units that are still to be done, those that are running, and what became of them."""
 
     def __init__(
         self, rows: Rows, is_done: Callable[[int, int], bool], clock: Callable[[], float] = time.monotonic
@@ -162,11 +151,7 @@ class UnitQueue:
         return True
 
     def lose(self, place: Place, reason: str) -> None:
-        """Note that an actor was lost with a unit.
-
-        Raises:
-            ITAError: it was not the first one.
-        """
+        """Note that an actor was lost with a unit."""
         if place not in self._running:
             return
         self._lost[place] += 1
@@ -224,11 +209,7 @@ def segment_on_ray(
 
 
 def import_ray() -> Any:
-    """Import Ray.
-
-    Raises:
-        ITAError: it is not installed.
-    """
+    """Import Ray."""
     try:
         import ray
     except ImportError as error:

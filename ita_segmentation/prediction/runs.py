@@ -19,16 +19,7 @@ from ita_segmentation.prediction.sources import is_video, output_names
 
 @dataclass
 class RunOutcome:
-    """What became of a run's files.
-
-    Attributes:
-        images: number of images done.
-        videos: number of videos done.
-        frames: number of frames done of them.
-        skipped: number of images and videos that had been done before.
-        failures: a line for each that failed.
-        empty: a line for each image without a segment.
-    """
+    """What became of a run's files."""
 
     images: int = 0
     videos: int = 0
@@ -39,17 +30,7 @@ class RunOutcome:
 
 
 class FileRun:
-    """Images and videos, and the files that they become.
-
-    Args:
-        paths: the images and videos.
-        output: the folder for the results.
-        formats: names of `known` formats; None for the default ones.
-        known: the formats that there are.
-
-    Raises:
-        ITAError: a result would take the place of an input, or a video is asked for in a format of images alone.
-    """
+    """Images and videos, and the files that they become."""
 
     def __init__(
         self,
@@ -86,16 +67,7 @@ class FileRun:
         resume: bool = False,
         run_lengths: Callable[[SegmentedImage], list[dict[str, Any]]] | None = None,
     ) -> RunOutcome:
-        """Segment everything; an image or video that fails does not stop the others.
-
-        Args:
-            segmenter: what segments them.
-            model: what the files say of the model: where it came from, and what tells its content from another's.
-            every: of a video, every N-th frame is segmented.
-            batch_size: images in one pass.
-            resume: skip images and videos whose results are there and were made the same way.
-            run_lengths: see `segment_video`.
-        """
+        """Segment everything; an image or video that fails does not stop the others."""
         outcome = RunOutcome()
         settings = {**model, **segmenter.settings}
         items = self.images

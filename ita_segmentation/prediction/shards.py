@@ -35,12 +35,7 @@ MAX_DECODERS = 4
 
 @dataclass
 class DatasetCounts:
-    """What was done.
-
-    Attributes:
-        images: number of images done.
-        errors: how many of them have an error.
-    """
+    """What was done."""
 
     images: int = 0
     errors: int = 0

@@ -226,12 +226,6 @@ def draw_legend(
     """Draw as many entries as there is space for, to the right of `left`.
 
     The largest are chosen, in the order of ids, so that a line does not jump from frame to frame.
-
-    Args:
-        canvas: what is drawn on.
-        left: the first free column.
-        entries: legend entries, largest first.
-        colors: the color of each id.
     """
     rows = max(1, (canvas.height - MARGIN) // ROW_HEIGHT)
     font = ImageFont.load_default(TEXT_SIZE)

@@ -51,24 +51,14 @@ class EncodedVocabulary:
 
 
 class OnnxSessions:
-    """Runs the two networks of a folder by onnxruntime; the text network is loaded when new names come.
-
-    Args:
-        folder: what `ita export` wrote.
-        providers: of onnxruntime, such as ["CUDAExecutionProvider", "CPUExecutionProvider"]; None for the CPU.
-    """
+    """Runs the two networks of a folder by onnxruntime; the text network is loaded when new names come."""
 
     def __init__(self, folder: Path, providers: Sequence[str] | None = None):
         self.folder, self.providers = folder, list(providers or ["CPUExecutionProvider"])
         self._sessions: dict[str, Any] = {}
 
     def __call__(self, network: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run a network.
-
-        Args:
-            network: "text" or "image".
-            inputs: arrays by name.
-        """
+        """Run a network."""
         session = self._sessions.get(network)
         if session is None:
             import onnxruntime
