@@ -20,7 +20,7 @@ from ita_segmentation.app.code_snippet import python_lines
 from ita_segmentation.app.images import id_map_data, image_data, png_data, read_limited_image
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.integrations.coco import coco_document, coco_results
-from ita_segmentation.prediction.runs import empty_line
+from ita_segmentation.prediction.image_files import empty_line
 from ita_segmentation.prediction.segmenter import DEFAULT_THRESHOLDS, TASKS, SegmentedImage, Segmenter
 from ita_segmentation.visualization import assign_colors
 from modeling_ita.tiling import Tiling
@@ -151,7 +151,7 @@ class GradioSegmenter:
                 segmenter.encode(classes[start : start + CLASSES_PER_STEP])
         yield None
         with self._turn:
-            [result] = segmenter.segment([image])
+            [result] = segmenter.segment_images([image])
         if isinstance(result, ITAError):
             raise result
         yield None

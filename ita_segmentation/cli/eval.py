@@ -153,7 +153,7 @@ class _Run:
         }
         if "semantic" in self.config.tasks:
             self.confusion = scores.confusion.matrix.numpy()
-            self.examples = worst_and_best(self.predictor, self.benchmark, scores, options.num_examples)
+            self.examples = worst_and_best(self.predictor, self.benchmark, scores, options.num_report_images)
 
 
 def _versions() -> dict[str, str]:

@@ -57,6 +57,7 @@ def build_parser(full_help: bool = False) -> ConfigArgumentParser:
         usage="%(prog)s [--config FILE] --output_dir DIR [arguments]",
         description=DESCRIPTION,
         formatter_class=CompactHelpFormatter,
+        renamed={"--learn_words": "--tune_class_names"},
     )
     parser.add_argument(
         "--help_all", action="store_true", help="describe all of transformers' arguments, too"

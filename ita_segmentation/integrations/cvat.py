@@ -57,7 +57,7 @@ class CVATFunction:
         """
         threshold = context.conf_threshold
         self.segmenter.threshold = self._default_threshold if threshold is None else threshold
-        [result] = self.segmenter.segment([image.convert("RGB")])
+        [result] = self.segmenter.segment_images([image.convert("RGB")])
         if isinstance(result, ITAError):
             raise result
         shapes = []

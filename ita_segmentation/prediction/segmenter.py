@@ -167,7 +167,7 @@ class Segmenter:
         with torch.inference_mode():
             self.model.encode_vocabulary([list(names) for names in classes])
 
-    def segment(self, images: Sequence[Image.Image]) -> list[SegmentedImage | ITAError]:
+    def segment_images(self, images: Sequence[Image.Image]) -> list[SegmentedImage | ITAError]:
         """Segment RGB images of any sizes in one pass.
 
         A batch that memory does not hold is done image by image.
@@ -185,7 +185,7 @@ class Segmenter:
         except ITAError as error:
             if len(images) == 1:
                 return [error]
-        return [result for image in images for result in self.segment([image])]
+        return [result for image in images for result in self.segment_images([image])]
 
     def _encode_examples(self, examples: Mapping[str, Sequence[tuple[Any, Any]]]) -> dict[str, Any]:
         import torch

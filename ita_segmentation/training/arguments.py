@@ -92,9 +92,8 @@ class ITAModelArguments:
     tune_class_names: bool = field(
         default=False,
         metadata={
-            "aliases": ["--learn_words"],
             "help": "With --keep_vocabulary: before training, tune the token embeddings that only the dataset's class "
-            "names use, for names that CLIP does not know (--learn_words is the old spelling)",
+            "names use, for names that CLIP does not know",
         },
     )
 

@@ -44,7 +44,7 @@ class DatasetCounts:
         return DatasetCounts(self.images + other.images, self.errors + other.errors)
 
 
-class ShardFolder:
+class ParquetFolder:
     """The output folder of a run over a dataset.
 
     Args:
@@ -129,7 +129,7 @@ def process_of() -> tuple[int, int, int]:
 _LAUNCH_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
-class UnitSegmenter:
+class ParquetSegmenter:
     """Segments units into the contents of their files. Images of a batch are decoded while the one before is segmented.
 
     Args:
@@ -177,7 +177,7 @@ class UnitSegmenter:
     def _segment_batch(self, part: int, batch: Sequence[tuple[Row, Any]]) -> list[dict[str, Any]]:
         """A record for each row; one that cannot be read or segmented has its `error` and nothing else."""
         images = [image for _, image in batch if not isinstance(image, str)]
-        results: Iterator[Any] = iter(self.segmenter.segment(images))
+        results: Iterator[Any] = iter(self.segmenter.segment_images(images))
         return [
             {
                 "image_id": row.image_id,
@@ -197,15 +197,15 @@ class UnitSegmenter:
             record["label_map"] = label_png(result.label_map)
         if "segments" in self._formats:
             record["segments"] = result.segments
-        if self._run_lengths is not None:
+        if "coco" in self._formats and self._run_lengths is not None:
             record["run_lengths"] = self._run_lengths(result)
         return record
 
 
 def segment_dataset(
-    worker: UnitSegmenter,
+    worker: ParquetSegmenter,
     rows: Rows,
-    folder: ShardFolder,
+    folder: ParquetFolder,
     plan: Mapping[str, Any],
     progress: Callable[[int], object] = lambda images: None,
 ) -> DatasetCounts:
