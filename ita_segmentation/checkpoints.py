@@ -131,14 +131,9 @@ def load_checkpoint(model: str | Path, device: str | None = None, dtype: str = "
 
     logging.disable_progress_bar()
     damage: tuple[type[Exception], ...] = (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        OSError,
-        RuntimeError,
-    )
-    damage += (TypeError, ValueError, MemoryError, SafetensorError, StrictDataclassError)
+        ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
+        ValueError, MemoryError, SafetensorError, StrictDataclassError,
+    )  # fmt: skip
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network, report = ITAForOpenVocabSegmentation.from_pretrained(

@@ -12,26 +12,16 @@ from ita_segmentation.errors import ITAError
 from ita_segmentation.files import path_text
 
 IMAGE_SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".dib",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".j2k",
-    ".jfif",
-    ".jp2",
-    ".jpe",
-    ".jpeg",
-) + ((".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"))
+    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 """What is taken for an image in a folder."""
 DECODING_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
-    KeyError,
+    LookupError,
     TypeError,
     OverflowError,
     struct.error,

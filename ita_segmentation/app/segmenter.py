@@ -86,28 +86,15 @@ class GradioSegmenter:
         self._turn = threading.Lock()
 
     def answer(self, *request: Any) -> Iterator[dict[str, Any] | None]:
-        """Answer in steps, so that a caller who has left can be noticed between them.
-
-        Takes what `segment` takes.
-        """
+        """Answer in steps (None, and at last the view), so that a caller who has left can be noticed between them."""
         try:
             yield from self._steps(*request)
         except ITAError as error:
             yield {"error": str(error), "run": secrets.token_hex(4)}
 
-    def segment(
-        self,
-        path: Any,
-        tags: Any,
-        task: Any,
-        threshold: Any,
-        name: str | None = None,
-        tiles: Any = None,
-        example: ClassExample | None = None,
-    ) -> dict[str, Any]:
-        """Segment one image."""
-        steps = self._steps(path, tags, task, threshold, name, tiles, example)
-        return [step for step in steps if step is not None][-1]
+    def segment(self, *request: Any) -> dict[str, Any]:
+        """Segment one image: the last step; raises ITAError for what the user can put right."""
+        return [step for step in self._steps(*request) if step is not None][-1]
 
     def _steps(
         self,
@@ -133,16 +120,8 @@ class GradioSegmenter:
         image = read_limited_image(Path(path), name, self.limits.max_pixels)
         shown = None if example is None else self._read_example(example)
         with self._turn if shown else nullcontext():
-            segmenter = Segmenter(
-                self.model,
-                self.processor,
-                vocabulary,
-                task,
-                threshold=threshold,
-                keep_overlaps=True,
-                tiling=tiling,
-                examples=shown,
-            )
+            options = {"threshold": threshold, "keep_overlaps": True, "tiling": tiling, "examples": shown}
+            segmenter = Segmenter(self.model, self.processor, vocabulary, task, **options)
         self._check_tiles(segmenter, image)
         classes = segmenter.encoded_classes
         for start in range(0, len(classes), CLASSES_PER_STEP):

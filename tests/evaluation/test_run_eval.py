@@ -323,7 +323,9 @@ def test_counts_of_another_model_dataset_or_setting_are_never_continued(
             "--output",
             tmp_path / "out",
         ]
-        run_eval.evaluate([*map(str, given), "--save_seconds", "0", "--num_report_images", "0", *map(str, more)])
+        run_eval.evaluate(
+            [*map(str, given), "--save_seconds", "0", "--num_report_images", "0", *map(str, more)]
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr("ita_segmentation.evaluation.reporting.examples.worst_and_best", stop)

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import postprocessing
 from .images import NetworkInput, preprocess, read_image, stack
-from .postprocessing import ImageOutputs
+from .postprocessing import OnnxOutputs
 from .vocabulary import (
     OTHER,
     Classes,
@@ -203,7 +203,7 @@ class OnnxPredictor:
         images: Sequence[Any],
         classes: Classes | None = None,
         target_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[ImageOutputs]:
+    ) -> list[OnnxOutputs]:
         """Compute the network's outputs, for the functions of `postprocessing`.
 
         Images go through the network in batches of one padded size, so that each one's outputs are those that it has
@@ -224,13 +224,13 @@ class OnnxPredictor:
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, one in enumerate(inputs):
             groups.setdefault(one.valid.shape, []).append(index)
-        found: dict[int, ImageOutputs] = {}
+        found: dict[int, OnnxOutputs] = {}
         for indices in groups.values():
             for start in range(0, len(indices), IMAGES_PER_BATCH):
                 batch = indices[start : start + IMAGES_PER_BATCH]
                 parts = self.run_batch([inputs[index] for index in batch], text)
                 for index, (class_logits, masks, dominant) in zip(batch, parts, strict=True):
-                    found[index] = ImageOutputs(
+                    found[index] = OnnxOutputs(
                         class_logits, masks, inputs[index].size, sizes[index], text.classes,
                         self._stuff_ids(text.classes), tuple(text.candidates[place] for place in dominant),
                     )  # fmt: skip
