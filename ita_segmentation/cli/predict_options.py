@@ -130,9 +130,9 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 def _check_combinations(arguments: argparse.Namespace) -> None:
     on_ray, is_dataset = arguments.engine == "ray", arguments.dataset is not None
     unknown = next((one for one in arguments.format or () if one not in DATASET_FORMATS), None)
-    needs = {"--dataset": ("split", "image_column", "id_column", "engine")} if not is_dataset else {}
-    needs |= {} if on_ray else {"--engine ray": ("address", "actors", "cpus_per_actor")}
-    for other, names in needs.items():
+    dataset_only = () if is_dataset else ("split", "image_column", "id_column", "engine")
+    ray_only = () if on_ray else ("address", "actors", "cpus_per_actor")
+    for other, names in (("--dataset", dataset_only), ("--engine ray", ray_only)):
         for name in names:
             if getattr(arguments, name) is not None:
                 raise UsageError(f"--{name} is for {other}")
