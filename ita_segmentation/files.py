@@ -90,11 +90,11 @@ def path_text(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
+def write_files(contents: Mapping[Path, bytes], one_writer: bool = False) -> None:
     """Write files that belong together: all under temporary names first, then all renamed. Folders are made."""
     with contextlib.ExitStack() as stack:
         for path, content in contents.items():
-            temporary = stack.enter_context(atomic_path(path))
+            temporary = stack.enter_context(atomic_path(path, one_writer))
             with _named(path):
                 temporary.write_bytes(content)
 

@@ -93,10 +93,7 @@ def color_distances() -> np.ndarray:
 
 
 def draw_overlay(
-    image: Image.Image,
-    segmentation: Any,
-    legend: Sequence[LegendEntry],
-    alpha: float = 0.55,
+    image: Image.Image, segmentation: Any, legend: Sequence[LegendEntry], alpha: float = 0.55
 ) -> Image.Image:
     """Draw a segmentation over its image, with a legend of what is in it.
 

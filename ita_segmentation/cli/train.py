@@ -13,12 +13,7 @@ from ita_segmentation.cli.parser import CompactHelpFormatter, ConfigArgumentPars
 from ita_segmentation.data.training import ITADataArguments
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import parse_mapping
-from ita_segmentation.training.arguments import (
-    COMMON,
-    ITAModelArguments,
-    ITATrainingArguments,
-    check_numbers,
-)
+from ita_segmentation.training.arguments import COMMON, ITAModelArguments, ITATrainingArguments, check_numbers
 
 DESCRIPTION = """Train or fine-tune ITA on Scenes or on a prepared dataset; the output folder becomes a checkpoint.
 

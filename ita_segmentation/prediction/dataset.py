@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ita_segmentation.errors import ITAError, one_line
-from ita_segmentation.files import atomic_path, json_bytes, read_text, write_files
+from ita_segmentation.files import json_bytes, read_text, write_files
 from ita_segmentation.images import DECODING_ERRORS
 from ita_segmentation.prediction.formats import label_png
 from ita_segmentation.prediction.rows import Row, Rows, Unit, batches
@@ -100,17 +100,8 @@ class ParquetFolder:
         write_files({self.folder / "parts" / f"{part:05d}": f"{length}\n".encode()})
 
     def write(self, part: int, number: int, content: bytes) -> None:
-        """Write a unit's file.
-
-        Raises:
-            ITAError: it cannot be written.
-        """
-        path = self.path(part, number)
-        with atomic_path(path, one_writer=True) as temporary:
-            try:
-                temporary.write_bytes(content)
-            except OSError as error:
-                raise ITAError(f"cannot write {path}: {error.strerror or error}") from error
+        """Write a unit's file; raises ITAError."""
+        write_files({self.path(part, number): content}, one_writer=True)
 
 
 def unit_name(part: int, number: int) -> str:
@@ -120,13 +111,8 @@ def unit_name(part: int, number: int) -> str:
 
 def process_of() -> tuple[int, int, int]:
     """Return (rank, number of processes, rank on this machine), as `accelerate launch` and torchrun set them."""
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in _LAUNCH_VARIABLES.items()
-    )
-    return rank, world_size, local_rank
-
-
-_LAUNCH_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank, world_size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return int(rank or 0), int(world_size or 1), int(local_rank or 0)
 
 
 class ParquetSegmenter:

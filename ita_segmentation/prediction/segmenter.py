@@ -285,11 +285,7 @@ class Segmenter:
         return self._segmented(result, result, found.dominant_categories, highest, stuff_ids)
 
     def _post_process(self, outputs: Any, sizes: list[tuple[int, int]], **options: Any) -> list[Any]:
-        common = {
-            "target_sizes": sizes,
-            "threshold": self.threshold,
-            "num_classes": len(self.classes),
-        }
+        common = {"target_sizes": sizes, "threshold": self.threshold, "num_classes": len(self.classes)}
         if self.task == "semantic":
             maps = self.processor.post_process_semantic_segmentation(outputs, ignore_index=NO_CLASS, **common)
             return [
