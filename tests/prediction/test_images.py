@@ -225,9 +225,9 @@ def test_resume_says_which_settings_make_it_repeat_work(predict, tmp_path, noise
     given = ["--images", noise(tmp_path / "a.png"), "--output", tmp_path / "out", "--resume"]
     assert predict(*given) == 0
     assert "not skipped" not in capsys.readouterr().out
-    assert predict(*given, "--threshold", 0.3, "--size", 64) == 0
+    assert predict(*given, "--threshold", 0.3, "--task", "panoptic") == 0
     printed = capsys.readouterr().out
-    assert "1 not skipped: their results were made otherwise (different: size, threshold)" in printed
+    assert "1 not skipped: their results were made otherwise (different: task, threshold)" in printed
 
 
 def test_no_class_is_stuff_where_the_names_of_stuff_are_empty(predict, tmp_path, noise):
