@@ -137,7 +137,7 @@ def scores_of(model: Path, folder: Path, name: str) -> dict[str, float]:
             folder / "data",
             "--tasks",
             "semantic",
-            "--num_examples",
+            "--num_report_images",
             0,
         ]
         options += ["--limit", 100] if part == "scenes" else []

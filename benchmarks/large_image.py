@@ -190,7 +190,7 @@ def measure(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, A
 
 def segment(segmenter: Segmenter, image: Image.Image) -> SegmentedImage:
     """Segment one image. Raises ITAError where it cannot be done."""
-    [found] = segmenter.segment([image])
+    [found] = segmenter.segment_images([image])
     if isinstance(found, ITAError):
         raise found
     return found

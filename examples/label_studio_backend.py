@@ -58,7 +58,7 @@ class Backend(BaseHTTPRequestHandler):
             url = str(task["data"]["image"])
             if not re.match(r"https?://", url):
                 raise ValueError(f"{url} is not an http(s) URL")
-            [result] = segmenter.segment([read_image(url)])
+            [result] = segmenter.segment_images([read_image(url)])
             if isinstance(result, ITAError):
                 raise result
             predictions += label_studio_task(result, url, polygons=tag.tag == "PolygonLabels")["predictions"]

@@ -90,12 +90,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def choose_dtype(name: str, device: Any) -> Any:
-    """Give the `torch.dtype` that one of `DTYPES` means on a device.
-
-    Args:
-        name: "float32", "bfloat16" or "auto".
-        device: a `torch.device`.
-    """
+    """Give the `torch.dtype` that one of `DTYPES` means on a device."""
     import torch
 
     if name != "auto":
@@ -136,14 +131,9 @@ def load_checkpoint(model: str | Path, device: str | None = None, dtype: str = "
 
     logging.disable_progress_bar()
     damage: tuple[type[Exception], ...] = (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        OSError,
-        RuntimeError,
-    )
-    damage += (TypeError, ValueError, MemoryError, SafetensorError, StrictDataclassError)
+        ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
+        ValueError, MemoryError, SafetensorError, StrictDataclassError,
+    )  # fmt: skip
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network, report = ITAForOpenVocabSegmentation.from_pretrained(
@@ -164,14 +154,7 @@ def load_checkpoint(model: str | Path, device: str | None = None, dtype: str = "
 
 
 def domain_notice(config: Any) -> str | None:
-    """Say in one line what a checkpoint was trained on, where that is not photographs.
-
-    Args:
-        config: the model's configuration.
-
-    Returns:
-        The line, or None if there is nothing to say.
-    """
+    """Say in one line what a checkpoint was trained on, where that is not photographs."""
     domain = getattr(config, "domain", None)
     if not isinstance(domain, str) or not domain or "photograph" in domain.lower():
         return None
@@ -181,12 +164,7 @@ def domain_notice(config: Any) -> str | None:
 
 
 def set_shortest_side(processor: Any, side: int | None) -> None:
-    """Make the processor bring images to another size.
-
-    Args:
-        processor: the image processor to change.
-        side: shortest side in pixels, with the limit of the longest scaled along; None changes nothing.
-    """
+    """Make the processor bring images to another size."""
     if side is None:
         return
     size = dict(processor.size)
@@ -196,11 +174,7 @@ def set_shortest_side(processor: Any, side: int | None) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Check that the files of a checkpoint are there and that it is one of ITA.
-
-    Raises:
-        ITAError: one is missing or damaged, or lies outside of the folder.
-    """
+    """Check that the files of a checkpoint are there and that it is one of ITA."""
     if not (folder / "config.json").is_file():
         raise ITAError(f"{folder} is not a checkpoint folder: it has no config.json")
     kind = _read_json(folder / "config.json").get("model_type")
@@ -217,11 +191,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    """Check the files that an index of weights names: all there, and none outside of the folder.
-
-    Raises:
-        ITAError: one is not, or the index is damaged.
-    """
+    """Check the files that an index of weights names: all there, and none outside of the folder."""
     index = folder / WEIGHTS_INDEX
     files = _read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):

@@ -295,11 +295,7 @@ def system_name(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _family_settings(tensors: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the fields of MAFT+ and Mask-Adapter.
-
-    Raises:
-        ConversionError: `overrides` lacks a field that no tensor shows, and no public checkpoint has these sizes.
-    """
+    """Give the fields of MAFT+ and Mask-Adapter."""
     fields: dict[str, Any] = {}
     has_adapter = _ADAPTER + "fuse.weight" in tensors
     if has_adapter:

@@ -71,11 +71,7 @@ def _count_values(node: yaml.Node, source: str, counted: dict[int, int], depth: 
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file.
-
-    Raises:
-        ITAError: there is none, or it is not text.
-    """
+    """Read a UTF-8 text file."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,15 +90,11 @@ def path_text(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: all under temporary names first, then all renamed. Folders are made.
-
-    Raises:
-        ITAError: one cannot be written; none is left half-written and no temporary file stays.
-    """
+def write_files(contents: Mapping[Path, bytes], one_writer: bool = False) -> None:
+    """Write files that belong together: all under temporary names first, then all renamed. Folders are made."""
     with contextlib.ExitStack() as stack:
         for path, content in contents.items():
-            temporary = stack.enter_context(atomic_path(path))
+            temporary = stack.enter_context(atomic_path(path, one_writer))
             with _named(path):
                 temporary.write_bytes(content)
 
@@ -156,11 +148,7 @@ def _delete(path: Path) -> None:
 
 
 def output_folder(path: Path) -> Path:
-    """Check that `path` can be written into; a folder that is missing is made with the first file.
-
-    Raises:
-        ITAError: something else stands there, or it is not writable.
-    """
+    """Check that `path` can be written into; a folder that is missing is made with the first file."""
     standing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not standing.is_dir():
         raise ITAError(f"the output {path} cannot be made: {standing} is not a folder")

@@ -12,26 +12,16 @@ from ita_segmentation.errors import ITAError
 from ita_segmentation.files import path_text
 
 IMAGE_SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".dib",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".j2k",
-    ".jfif",
-    ".jp2",
-    ".jpe",
-    ".jpeg",
-) + ((".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"))
+    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 """What is taken for an image in a folder."""
 DECODING_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
-    KeyError,
+    LookupError,
     TypeError,
     OverflowError,
     struct.error,
@@ -40,11 +30,7 @@ DECODING_ERRORS = (
 
 
 def find_images(sources: Sequence[Path]) -> list[Path]:
-    """List the files given and the images directly in the folders given, in order, each once.
-
-    Raises:
-        ITAError: a source does not exist or is not a regular file, or a folder holds no image.
-    """
+    """List the files given and the images directly in the folders given, in order, each once."""
     found: dict[Path, Path] = {}
     for source in sources:
         if source.is_dir():

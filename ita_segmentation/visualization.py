@@ -93,10 +93,7 @@ def color_distances() -> np.ndarray:
 
 
 def draw_overlay(
-    image: Image.Image,
-    segmentation: Any,
-    legend: Sequence[LegendEntry],
-    alpha: float = 0.55,
+    image: Image.Image, segmentation: Any, legend: Sequence[LegendEntry], alpha: float = 0.55
 ) -> Image.Image:
     """Draw a segmentation over its image, with a legend of what is in it.
 
@@ -150,18 +147,13 @@ def paint_segments(
     present = _present(ids, legend)
     if not present:
         return image, []
-    lowest, highest = _range(legend)
-    # Ids outside of the legend's take the first or the last place.
-    places = ids.astype(np.int64).clip(lowest - 1, highest + 1) - (lowest - 1)
+    places, lowest, count = _places(ids, legend)
     if image.width * image.height > MAX_OVERLAY_PIXELS:
         image, places = _shrink(image, places)
-    table, known = (
-        np.zeros((highest - lowest + 3, 3), dtype=np.uint8),
-        np.zeros(highest - lowest + 3, dtype=bool),
-    )
+    table, known = np.zeros((count, 3), dtype=np.uint8), np.zeros(count, dtype=bool)
     for index, _, _ in present:
-        table[index - lowest + 1] = color_of(index) if colors is None else colors[index]
-        known[index - lowest + 1] = True
+        table[index - lowest] = color_of(index) if colors is None else colors[index]
+        known[index - lowest] = True
     return _paint(image, places, table, known, alpha), present
 
 
@@ -215,15 +207,7 @@ def add_legend(
 def draw_legend_line(
     canvas: Image.Image, corner: tuple[int, int], text: str, color: Color | None, font: Any
 ) -> None:
-    """Draw a line of a legend: a square in `color` (None: no square, muted text) and the text to its right.
-
-    Args:
-        canvas: what is drawn on.
-        corner: (x, y) of the upper left corner in pixels.
-        text: what the line says.
-        color: of the square.
-        font: a `PIL.ImageFont` with a `size`, which is the square's, too.
-    """
+    """Draw a line of a legend: a square in `color` (None: no square, muted text) and the text to its right."""
     (x, y), size, draw = corner, round(font.size), ImageDraw.Draw(canvas)
     if color is not None:
         dark = tuple(round(OUTLINE_SHADE * part) for part in color)
@@ -254,19 +238,20 @@ def _ids_of(image: Image.Image, segmentation: Any) -> np.ndarray:
     return ids
 
 
-def _range(legend: Sequence[LegendEntry]) -> tuple[int, int]:
-    return min(entry[0] for entry in legend), max(entry[0] for entry in legend)
+def _places(ids: np.ndarray, legend: Sequence[LegendEntry]) -> tuple[np.ndarray, int, int]:
+    """Ids (H, W) as places in a table, its first id and its length; ids outside of the legend's get the ends."""
+    first, last = min(entry[0] for entry in legend) - 1, max(entry[0] for entry in legend) + 1
+    return ids.astype(np.int64).clip(first, last) - first, first, last - first + 1
 
 
 def _present(ids: np.ndarray, legend: Sequence[LegendEntry]) -> list[LegendEntry]:
     """The entries that have pixels, largest first."""
     if not legend:
         return []
-    lowest, highest = _range(legend)
-    places = ids.astype(np.int64).clip(lowest - 1, highest + 1) - (lowest - 1)
-    areas = np.bincount(places.ravel(), minlength=highest - lowest + 3)
-    present = [entry for entry in legend if areas[entry[0] - lowest + 1]]
-    return sorted(present, key=lambda entry: -areas[entry[0] - lowest + 1])
+    places, first, count = _places(ids, legend)
+    areas = np.bincount(places.ravel(), minlength=count)
+    present = [entry for entry in legend if areas[entry[0] - first]]
+    return sorted(present, key=lambda entry: -areas[entry[0] - first])
 
 
 def _shrink(image: Image.Image, places: np.ndarray) -> tuple[Image.Image, np.ndarray]:

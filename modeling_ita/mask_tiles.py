@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-MASK_STRIDE = 4  # a mask logit covers 4 x 4 pixels of the network input
-IMAGE_STRIDE = 32  # an image is segmented as if padded to multiples of this; a batch may pad it further
+from .ops import IMAGE_STRIDE, MASK_STRIDE
+
 TILE_BYTES = 8 * 2**20  # memory of one tile of output rows; fits most caches
 REGION_SIDE = 512  # pixels of a part of one query's region
 MIN_PIXELS_PER_CELL = 4  # along a side, from which on blocks are worth their bounds

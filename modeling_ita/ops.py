@@ -107,6 +107,10 @@ def valid_cells(valid: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 
 # --- sizes of images, and label maps ---
 
+MASK_STRIDE = 4
+"""A mask logit covers 4 x 4 pixels of the network input."""
+IMAGE_STRIDE = 32
+"""An image is segmented as if padded to multiples of this; a batch may pad it further."""
 MAX_IMAGE_PIXELS = 178_956_970
 """Pillow's own limit for what it calls a decompression bomb."""
 

@@ -12,13 +12,7 @@ from modeling_ita.text import normal_form, parse_classes
 
 @dataclass(frozen=True)
 class NameLimits:
-    """What the class names of one request may come to.
-
-    Attributes:
-        names: number of names, synonyms included.
-        characters: number of characters of one name.
-        total_characters: number of characters of all names.
-    """
+    """What the class names of one request may come to."""
 
     names: int = 1_000
     characters: int = 200

@@ -32,17 +32,7 @@ def python_lines(
     tiling: Tiling | None = None,
     examples: Mapping[str, Sequence[tuple[str, Any]]] | None = None,
 ) -> str:
-    """Write a program that finds the same segments as the page.
-
-    Args:
-        checkpoint: folder or Hub id.
-        image: the image's file name.
-        vocabulary: classes, each a list of names; None for the checkpoint's own.
-        task: "semantic", "panoptic" or "instance".
-        threshold: minimum score of a segment.
-        tiling: how the image is cut into tiles; None for the whole image.
-        examples: class name -> names of images with a box each.
-    """
+    """Write a program that finds the same segments as the page."""
     labels = None if vocabulary is None else ["|".join(names) for names in vocabulary]
     return LINES.format(
         checkpoint=checkpoint,

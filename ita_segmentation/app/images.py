@@ -22,16 +22,7 @@ MAX_LOSSLESS_PIXELS = 400_000
 
 
 def read_limited_image(path: Path, name: str, max_pixels: int) -> Image.Image:
-    """Read an uploaded image within a limit that is checked before anything is decoded.
-
-    Args:
-        path: the uploaded file.
-        name: what the user calls it.
-        max_pixels: maximum number of pixels, width times height.
-
-    Raises:
-        ITAError: what is wrong with the image, in a sentence.
-    """
+    """Read an uploaded image within a limit that is checked before anything is decoded."""
     if not path.is_file():
         raise ITAError(f"{name} is no longer on the server, which keeps no images. Please drop it again.")
     size = _size_in_header(path)
@@ -77,11 +68,7 @@ def image_data(image: Image.Image) -> str:
 
 
 def id_map_data(label_map: np.ndarray) -> str:
-    """Return a data URI of an RGB PNG at the shown size, with the low byte of each id in red and the high one in green.
-
-    Args:
-        label_map: (H, W), uint8 or uint16.
-    """
+    """Return ids (H, W) as an RGB PNG (data URI) at the shown size: their low byte in red, the high one in green."""
     width, height = shown_size((label_map.shape[1], label_map.shape[0]))
     ids = resize_labels(label_map, (height, width)).astype(np.uint16)
     channels = np.stack([ids & 255, ids >> 8, np.zeros_like(ids)], axis=-1).astype(np.uint8)

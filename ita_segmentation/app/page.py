@@ -40,12 +40,7 @@ MARK_ASKED = "(...inputs) => { window.itaAsked = window.itaInputs || 0; return i
 
 @dataclass(frozen=True)
 class Example:
-    """An image that is offered.
-
-    Attributes:
-        path: the file.
-        classes: the class names that go with it, such as "cat, sofa|couch"; may be empty.
-    """
+    """An image that is offered."""
 
     path: Path
     classes: str = ""
@@ -58,12 +53,7 @@ class Example:
 
 @dataclass
 class Upload:
-    """An uploaded image that nothing has looked at yet.
-
-    Attributes:
-        path: its file here.
-        name: what the user calls it.
-    """
+    """An uploaded image that nothing has looked at yet."""
 
     path: str
     name: str
@@ -72,14 +62,7 @@ class Upload:
 def build_page(
     segmenter: GradioSegmenter, examples: Sequence[Example], concurrency: int, max_waiting: int
 ) -> gr.Blocks:
-    """Build the page, not launched yet.
-
-    Args:
-        segmenter: what answers.
-        examples: images offered.
-        concurrency: requests worked on at the same time.
-        max_waiting: requests that may wait; more are told to come back.
-    """
+    """Build the page, not launched yet."""
     with gr.Blocks(
         title="ITA: segment anything you can name",
         analytics_enabled=False,

@@ -20,7 +20,7 @@ from ita_segmentation.app.code_snippet import python_lines
 from ita_segmentation.app.images import id_map_data, image_data, png_data, read_limited_image
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.integrations.coco import coco_document, coco_results
-from ita_segmentation.prediction.runs import empty_line
+from ita_segmentation.prediction.image_files import empty_line
 from ita_segmentation.prediction.segmenter import DEFAULT_THRESHOLDS, TASKS, SegmentedImage, Segmenter
 from ita_segmentation.visualization import assign_colors
 from modeling_ita.tiling import Tiling
@@ -32,13 +32,7 @@ CLASSES_PER_STEP = 16
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
-
-    Attributes:
-        max_pixels: pixels of the image.
-        names: class names.
-        tiles: tiles that the image is cut into.
-    """
+    """What one request may ask for."""
 
     max_pixels: int = 25_000_000
     names: NameLimits = field(default_factory=NameLimits)
@@ -62,11 +56,7 @@ class ClassExample:
     box: Any = ""
 
     def pixels(self) -> tuple[float, ...] | None:
-        """Read the box; None for the whole image.
-
-        Raises:
-            ITAError: it is not four numbers.
-        """
+        """Read the box; None for the whole image."""
         text = str(self.box or "").strip()
         try:
             numbers = tuple(map(float, text.replace(",", " ").split()))
@@ -83,13 +73,6 @@ class GradioSegmenter:
     """A model that several people use at once: one call runs through the network at a time.
 
     Nothing about a person is kept: an answer depends on its own request alone.
-
-    Args:
-        model: `ITAForOpenVocabSegmentation` in eval mode.
-        processor: its `ITAImageProcessor`.
-        checkpoint: what the Python lines call the checkpoint.
-        limits: what one request may ask for.
-        notice: what is shown with every result, such as what the checkpoint was trained on.
     """
 
     def __init__(
@@ -103,48 +86,15 @@ class GradioSegmenter:
         self._turn = threading.Lock()
 
     def answer(self, *request: Any) -> Iterator[dict[str, Any] | None]:
-        """Answer in steps, so that a caller who has left can be noticed between them.
-
-        Takes what `segment` takes.
-
-        Yields:
-            None after each step, and at the end what `segment` gives, or what the user can put right as {"error":
-            sentence}.
-        """
+        """Answer in steps (None, and at last the view), so that a caller who has left can be noticed between them."""
         try:
             yield from self._steps(*request)
         except ITAError as error:
             yield {"error": str(error), "run": secrets.token_hex(4)}
 
-    def segment(
-        self,
-        path: Any,
-        tags: Any,
-        task: Any,
-        threshold: Any,
-        name: str | None = None,
-        tiles: Any = None,
-        example: ClassExample | None = None,
-    ) -> dict[str, Any]:
-        """Segment one image.
-
-        Args:
-            path: the image's file; None where the user gave none.
-            tags: class names, see `read_class_list`.
-            task: "semantic", "panoptic" or "instance".
-            threshold: minimum score of a segment, 0 to 1; None for the task's own.
-            name: what the user calls the image (default: the file's name).
-            tiles: side in pixels of the tiles that a larger image is cut into; None or 0 to leave it whole.
-            example: a region that shows one of the classes.
-
-        Returns:
-            what JSON can hold: see `view_of_result`.
-
-        Raises:
-            ITAError: what the user can put right, in a sentence.
-        """
-        steps = self._steps(path, tags, task, threshold, name, tiles, example)
-        return [step for step in steps if step is not None][-1]
+    def segment(self, *request: Any) -> dict[str, Any]:
+        """Segment one image: the last step; raises ITAError for what the user can put right."""
+        return [step for step in self._steps(*request) if step is not None][-1]
 
     def _steps(
         self,
@@ -170,16 +120,8 @@ class GradioSegmenter:
         image = read_limited_image(Path(path), name, self.limits.max_pixels)
         shown = None if example is None else self._read_example(example)
         with self._turn if shown else nullcontext():
-            segmenter = Segmenter(
-                self.model,
-                self.processor,
-                vocabulary,
-                task,
-                threshold=threshold,
-                keep_overlaps=True,
-                tiling=tiling,
-                examples=shown,
-            )
+            options = {"threshold": threshold, "keep_overlaps": True, "tiling": tiling, "examples": shown}
+            segmenter = Segmenter(self.model, self.processor, vocabulary, task, **options)
         self._check_tiles(segmenter, image)
         classes = segmenter.encoded_classes
         for start in range(0, len(classes), CLASSES_PER_STEP):
@@ -188,7 +130,7 @@ class GradioSegmenter:
                 segmenter.encode(classes[start : start + CLASSES_PER_STEP])
         yield None
         with self._turn:
-            [result] = segmenter.segment([image])
+            [result] = segmenter.segment_images([image])
         if isinstance(result, ITAError):
             raise result
         yield None

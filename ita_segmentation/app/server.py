@@ -26,17 +26,7 @@ TERMINATED = 143
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How the page is served.
-
-    Attributes:
-        host: address to listen at; "0.0.0.0" for all.
-        port: port to listen at; None for the first free one from 7860.
-        share: whether Gradio's servers are asked for a public URL.
-        max_upload_mb: largest file, in megabytes.
-        concurrency: requests worked on at the same time.
-        max_waiting: requests that may wait; more are told to come back.
-        examples: images offered.
-    """
+    """How the page is served."""
 
     host: str = "127.0.0.1"
     port: int | None = None
@@ -80,21 +70,7 @@ def serve(
     options: ServerOptions,
     announce: Callable[[str], object] = print,
 ) -> NoReturn:
-    """Serve the page until the process is interrupted or terminated; the uploads are deleted then.
-
-    Args:
-        model: `ITAForOpenVocabSegmentation` in eval mode.
-        processor: its `ITAImageProcessor`.
-        checkpoint: what the Python lines call the checkpoint.
-        limits: what one request may ask for.
-        options: how the page is served.
-        announce: called with a line that says where, once the page answers.
-
-    Raises:
-        ITAError: the port is taken.
-        KeyboardInterrupt: the process was interrupted.
-        SystemExit: the process was terminated.
-    """
+    """Serve the page until the process is interrupted or terminated; the uploads are deleted then."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     chosen = os.environ.get("GRADIO_TEMP_DIR")

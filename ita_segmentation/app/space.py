@@ -16,17 +16,7 @@ UNNEEDED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*.pyi")
 
 
 def write_space(output: Path, checkpoint: Path, root: Path, model_name: str | None = None) -> None:
-    """Write a Space.
-
-    Args:
-        output: a folder that does not exist yet or is empty; it is complete afterwards, or unchanged.
-        checkpoint: folder of the checkpoint; it becomes `output / "model"`.
-        root: folder with the two packages.
-        model_name: what the page's Python lines call the checkpoint (default: `model`).
-
-    Raises:
-        ITAError: the checkpoint has no weights, the output is not empty, or a file cannot be written.
-    """
+    """Write a Space."""
     from gradio import __version__ as gradio_version
 
     has_weights = any((checkpoint / name).is_file() for name in WEIGHT_FILES)

@@ -23,9 +23,6 @@ def upload_folder(parent: Path | None = None) -> Iterator[Path]:
     """Make a folder of this process's own, for the time of the block, and delete those of servers that are gone.
 
     A server holds a lock on a file in its folder, which ends with the process however that ends.
-
-    Args:
-        parent: where the folders of all servers are (default: the system's temporary folder).
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     for left in parent.glob(f"{PREFIX}*"):

@@ -10,8 +10,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ita_segmentation.checkpoints import DTYPE_HELP, DTYPES, MODEL_HELP, load_checkpoint, resolve_checkpoint
-from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int
+from ita_segmentation.checkpoints import load_checkpoint, resolve_checkpoint
+from ita_segmentation.cli.options import add_device, add_dtype, add_model, positive_int
+from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.files import output_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,23 +23,18 @@ def build_parser() -> ConfigArgumentParser:
     parser = ConfigArgumentParser(
         description="Serve a web page that segments images by the class names typed."
     )
-    basic = parser.add_argument_group("what is served")
-    basic.add_argument("--model", required=True, metavar="DIR_OR_ID", help=MODEL_HELP)
-    basic.add_argument(
-        "--model_name", help="what the page's Python lines call the checkpoint (default: --model)"
-    )
-    basic.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    basic.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
-    basic.add_argument(
-        "--write_space",
-        type=Path,
-        metavar="DIR",
-        help="write a Space with this model to a new folder, and stop",
-    )
-    where = parser.add_argument_group("where")
-    where.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all machines (default: %(default)s)")
-    where.add_argument("--port", type=positive_int, help="(default: the first free one from 7860)")
-    where.add_argument("--share", action="store_true", help="also a public URL, through Gradio's servers")
+    group = parser.add_argument_group("what is served")
+    add_model(group)
+    text = "what the page's Python lines call the checkpoint (default: --model)"
+    group.add_argument("--model_name", help=text)
+    add_device(group)
+    add_dtype(group)
+    text = "write a Space with this model to a new folder, and stop"
+    group.add_argument("--write_space", type=Path, metavar="DIR", help=text)
+    add = parser.add_argument_group("where").add_argument
+    add("--host", default="127.0.0.1", help="0.0.0.0 for all machines (default: %(default)s)")
+    add("--port", type=positive_int, help="(default: the first free one from 7860)")
+    add("--share", action="store_true", help="also a public URL, through Gradio's servers")
     limits = parser.add_argument_group("limits")
     for name, default, text in (
         ("max_pixels", 25_000_000, "pixels of an image"),
@@ -55,14 +51,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def serve(argv: Sequence[str] | None = None) -> int:
-    """Run the command; it serves until it is interrupted.
-
-    Args:
-        argv: arguments; None takes the process's own.
-
-    Raises:
-        ITAError: what stops everything.
-    """
+    """Run the command; it serves until it is interrupted."""
     arguments = build_parser().parse_command_line(argv)
     if arguments.write_space is not None:
         from ita_segmentation.app.space import write_space

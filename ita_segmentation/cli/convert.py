@@ -9,15 +9,15 @@ The first form downloads a checkpoint that `ita models` lists; with --checkpoint
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ita_segmentation.class_names import read_vocabulary
+from ita_segmentation.cli.options import add_output, add_vocabulary
 from ita_segmentation.cli.parser import ConfigArgumentParser
-from ita_segmentation.errors import ITAError, UsageError, one_line
-from ita_segmentation.files import atomic_path, output_folder, parse_mapping, read_text
+from ita_segmentation.errors import ITAError, UsageError
+from ita_segmentation.files import atomic_path, output_folder, parse_mapping, read_mapping
 from ita_segmentation.hub.registry import PublishedCheckpoint, published_checkpoint
 
 CLIP_HELP = (
@@ -34,47 +34,28 @@ def build_parser() -> ConfigArgumentParser:
     parser = ConfigArgumentParser(
         description="Convert a published checkpoint of ITA, FC-CLIP, MAFT+ or Mask-Adapter."
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="published checkpoint, see `ita models`")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="original checkpoint: .pth, .pkl or .safetensors"
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="published checkpoint, see `ita models`")
+    text = "original checkpoint: .pth, .pkl or .safetensors"
+    add("--checkpoint", type=Path, metavar="FILE", help=text)
+    text = (
+        "open_clip's name of its CLIP (convnext_large_d_320, RN50-quickgelu, ...), or a JSON file with its "
+        "configuration"
     )
-    parser.add_argument(
-        "--clip_model",
-        metavar="NAME_OR_JSON",
-        help="open_clip's name of its CLIP (convnext_large_d_320, RN50-quickgelu, ...), or a JSON file with its "
-        "configuration",
-    )
-    parser.add_argument("--clip", metavar="SOURCE", help=CLIP_HELP)
-    parser.add_argument(
-        "--vocabulary",
-        type=Path,
-        metavar="FILE",
-        help="its default classes: JSON, or lines 'id:name,synonym,...'",
-    )
-    parser.add_argument(
-        "--train_vocabulary",
-        type=Path,
-        metavar="FILE",
-        help="classes seen in training (default: --vocabulary)",
-    )
-    parser.add_argument(
-        "--model_config",
-        metavar="MAPPING",
-        help="fields of ITAConfig that no tensor shows, as JSON or YAML, such as '{text_transfer: post_norm}'",
-    )
-    parser.add_argument("--sha256", metavar="HEX", help="checksum that the downloaded file must have")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder of the converted checkpoint"
-    )
+    add("--clip_model", metavar="NAME_OR_JSON", help=text)
+    add("--clip", metavar="SOURCE", help=CLIP_HELP)
+    add_vocabulary(parser, "its default classes")
+    text = "classes seen in training (default: --vocabulary)"
+    add("--train_vocabulary", type=Path, metavar="FILE", help=text)
+    text = "fields of ITAConfig that no tensor shows, as JSON or YAML, such as '{text_transfer: post_norm}'"
+    add("--model_config", metavar="MAPPING", help=text)
+    add("--sha256", metavar="HEX", help="checksum that the downloaded file must have")
+    add_output(parser, "folder of the converted checkpoint")
     return parser
 
 
 def convert(argv: Sequence[str] | None = None) -> int:
-    """Convert a checkpoint; the output folder is complete or not there.
-
-    Raises:
-        ITAError: the checkpoint cannot be downloaded, read, converted or written.
-    """
+    """Convert a checkpoint; the output folder is complete or not there."""
     arguments = build_parser().parse_command_line(argv)
     published = published_checkpoint(arguments.name) if arguments.name else None
     if published is None and not (arguments.checkpoint and arguments.clip_model and arguments.vocabulary):
@@ -141,12 +122,7 @@ def _clip_model(arguments: argparse.Namespace, published: PublishedCheckpoint | 
         return published.clip.partition(":")[0]
     if not name.endswith(".json"):
         return name
-    try:
-        content = json.loads(read_text(Path(name)))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ITAError(f"{name} is not JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ITAError(f"{name} does not hold an open_clip configuration")
+    content = read_mapping(Path(name))
     return content.get("model_cfg", content)
 
 

@@ -31,17 +31,7 @@ from ita_segmentation.files import output_folder
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """Score a checkpoint as the arguments say.
-
-    Args:
-        argv: arguments; None takes the process's own.
-
-    Returns:
-        the exit status, 0.
-
-    Raises:
-        ITAError: what stops it, in one line.
-    """
+    """Score a checkpoint as the arguments say."""
     options = build_parser().parse_command_line(argv)
     check_options(options)
     output_folder(options.output)
@@ -95,11 +85,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
 
 class _Run:
-    """One benchmark of the command.
-
-    Attributes:
-        results: its scores, after `score`, on the main process; likewise `confusion` and `examples`.
-    """
+    """One benchmark of the command."""
 
     def __init__(
         self,
@@ -167,7 +153,7 @@ class _Run:
         }
         if "semantic" in self.config.tasks:
             self.confusion = scores.confusion.matrix.numpy()
-            self.examples = worst_and_best(self.predictor, self.benchmark, scores, options.num_examples)
+            self.examples = worst_and_best(self.predictor, self.benchmark, scores, options.num_report_images)
 
 
 def _versions() -> dict[str, str]:

@@ -8,16 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ita_segmentation.checkpoints import (
-    DTYPE_HELP,
-    DTYPES,
-    MODEL_HELP,
-    load_checkpoint,
-    resolve_checkpoint,
-    set_shortest_side,
-)
+from ita_segmentation.checkpoints import load_checkpoint, resolve_checkpoint, set_shortest_side
 from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.cli.parser import ConfigArgumentParser, fraction, positive_int
+from ita_segmentation.cli.options import add_dtype, add_model, add_output, fraction, positive_int, refuse_any
+from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.evaluation.benchmarks import Benchmark
 from ita_segmentation.evaluation.predictors import EVALUATION_TASKS, Predictor
@@ -29,14 +23,14 @@ WINDOW = 640
 
 def build_parser() -> ConfigArgumentParser:
     """Return the parser of `ita eval`."""
-    parser = ConfigArgumentParser(description="Score a checkpoint on benchmarks.")
-    add = parser.add_argument
-    add(
-        "--model", required=True, metavar="DIR_OR_ID", help=f"{MODEL_HELP}; also of other transformers models"
+    parser = ConfigArgumentParser(
+        description="Score a checkpoint on benchmarks.", renamed={"--num_examples": "--num_report_images"}
     )
+    add = parser.add_argument
+    add_model(parser, "; also of other transformers models")
     add("--benchmarks", nargs="+", required=True, metavar="NAME", help="`scenes`, or datasets in --data_dir")
     add("--data_dir", type=Path, metavar="DIR", help="folder of the datasets that `ita prepare` wrote")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add_output(parser)
     add("--tasks", nargs="+", choices=EVALUATION_TASKS, help="what to score (default: all that is possible)")
     add("--split", help="split of the datasets (default: validation)")
     add("--limit", type=positive_int, metavar="N", help="score only the first N images of each benchmark")
@@ -44,39 +38,28 @@ def build_parser() -> ConfigArgumentParser:
     add = parser.add_argument_group("input size and test-time augmentation").add_argument
     add("--size", type=positive_int, help="shortest side of the network's input (default: the checkpoint's)")
     add("--longest_side", type=positive_int, help="limit of the longest side (default: scaled with --size)")
-    add(
-        "--sliding_window",
-        nargs="?",
-        type=positive_int,
-        const=WINDOW,
-        metavar="SIDE",
-        help=f"score windows of this side in the network's input (default side: {WINDOW})",
-    )
+    text = f"average windows of this side in the network's input (default side: {WINDOW})"
+    add("--sliding_window", nargs="?", type=positive_int, const=WINDOW, metavar="SIDE", help=text)
     add("--stride", type=positive_int, help="distance of the windows (default: two thirds of their side)")
     add("--tta", action="store_true", help="score several scales, each also mirrored")
     add("--tta_scales", nargs="+", type=float, metavar="S", help=f"those scales (default: {TTA_SCALES})")
 
     add = parser.add_argument_group("class names").add_argument
-    add(
-        "--vocabulary",
-        nargs="+",
-        metavar="FILE",
-        help="class names, JSON or `id:name,synonym` lines; with several benchmarks NAME=FILE",
-    )
+    text = "class names: JSON, or lines id:name,synonym,...; with several benchmarks NAME=FILE"
+    add("--vocabulary", nargs="+", metavar="FILE", help=text)
     add("--templates", metavar="FILE", help="text file, one prompt with {} a line; `none` for plain names")
-    add(
-        "--allow_missing_classes",
-        action="store_true",
-        help="baselines: score classes without a label as never predicted",
-    )
+    text = "baselines: score classes without a label as never predicted"
+    add("--allow_missing_classes", action="store_true", help=text)
 
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--batch_size", type=positive_int, default=1, help="images at a time (default: %(default)s)")
     add("--num_workers", type=positive_int, default=2, help="threads that decode (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
+    add_dtype(group)
     add("--mixed_precision", choices=("no", "bf16", "fp16"), help="default: accelerate's setting")
     add("--panoptic_threshold", type=fraction, default=0.0, help="least segment score (default: %(default)s)")
-    add("--num_examples", type=int, default=4, help="best and worst images shown (default: %(default)s each)")
+    text = "best and worst images that the report shows (default: %(default)s each)"
+    add("--num_report_images", type=int, default=4, help=text)
     add("--save_seconds", type=float, default=30.0, help="interval of saving counts (default: %(default)s)")
     add("--restart", action="store_true", help="delete what an interrupted run has counted")
     add("--update_model_card", action="store_true", help="write the scores into the checkpoint's README.md")
@@ -84,13 +67,9 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse options that contradict each other.
-
-    Raises:
-        UsageError: names the first contradiction.
-    """
+    """Refuse options that contradict each other."""
     augmented = options.tta or options.sliding_window is not None
-    problems = {
+    problems: dict[str, object] = {
         "--stride needs --sliding_window": options.stride is not None and options.sliding_window is None,
         f"--stride {options.stride} is above --sliding_window {options.sliding_window}": (
             None not in (options.stride, options.sliding_window) and options.stride > options.sliding_window
@@ -106,19 +85,14 @@ def check_options(options: argparse.Namespace) -> None:
         f"--save_seconds must be 0 or more, got {options.save_seconds}": (
             not math.isfinite(options.save_seconds) or options.save_seconds < 0
         ),
-        f"--num_examples must be 0 or more, got {options.num_examples}": options.num_examples < 0,
+        f"--num_report_images must be 0 or more, got {options.num_report_images}": options.num_report_images
+        < 0,
     }
-    for message, applies in problems.items():
-        if applies:
-            raise UsageError(message)
+    refuse_any(problems)
 
 
 def vocabulary_files(given: Sequence[str] | None, benchmarks: Sequence[str]) -> dict[str, Path]:
-    """Return the vocabulary file of each benchmark that `--vocabulary` gives one.
-
-    Raises:
-        UsageError: it is not clear which file belongs to which benchmark.
-    """
+    """Return the vocabulary file of each benchmark that `--vocabulary` gives one."""
     if not given:
         return {}
     pairs = [entry.partition("=") for entry in given]
@@ -139,11 +113,7 @@ def vocabulary_files(given: Sequence[str] | None, benchmarks: Sequence[str]) -> 
 
 
 def read_class_names(path: Path, classes: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Read a vocabulary file for the classes of a benchmark, in their order.
-
-    Raises:
-        ITAError: it has another number of classes, or names them in another order.
-    """
+    """Read a vocabulary file for the classes of a benchmark, in their order."""
     from modeling_ita.text import normal_form
 
     given = read_vocabulary(path)
@@ -162,11 +132,7 @@ def read_class_names(path: Path, classes: Sequence[Sequence[str]]) -> list[list[
 
 
 def read_templates(given: str | None) -> list[str] | None:
-    """Read prompt templates, one a line; None for the checkpoint's own.
-
-    Raises:
-        ITAError: the file has none, or one has no place for the name.
-    """
+    """Read prompt templates, one a line; None for the checkpoint's own."""
     if given is None:
         return None
     if given == "none":
@@ -181,15 +147,7 @@ def read_templates(given: str | None) -> list[str] | None:
 
 
 class ModelUnderTest:
-    """The model that is scored, loaded once for all benchmarks.
-
-    Args:
-        options: of `build_parser`.
-        accelerator: decides device and precision.
-
-    Raises:
-        ITAError: the checkpoint cannot be loaded, or options do not apply to it.
-    """
+    """The model that is scored, loaded once for all benchmarks."""
 
     def __init__(self, options: argparse.Namespace, accelerator: Any) -> None:
         from ita_segmentation.evaluation.baselines.loading import is_baseline
@@ -208,11 +166,7 @@ class ModelUnderTest:
                 self.processor.size = size(shortest_edge=options.size, longest_edge=options.longest_side)
 
     def predictor(self, benchmark: Benchmark, classes: Sequence[Sequence[str]]) -> Predictor:
-        """Return the model with these names of a benchmark's classes.
-
-        Raises:
-            ITAError: they do not fit each other.
-        """
+        """Return the model with these names of a benchmark's classes."""
         options = self.options
         if self.is_baseline:
             import torch

@@ -24,11 +24,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def models(argv: Sequence[str] | None = None) -> int:
-    """List published checkpoints.
-
-    Raises:
-        UsageError: there is none of the name that was given.
-    """
+    """List published checkpoints."""
     name = build_parser().parse_command_line(argv).name
     if name is None:
         print("\n".join(_table([_row(checkpoint) for checkpoint in published_checkpoints().values()])))

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -105,11 +106,8 @@ class CompactHelpFormatter(argparse.RawDescriptionHelpFormatter):
 class ConfigArgumentParser(argparse.ArgumentParser):
     """An argument parser with `--config FILE` (YAML or JSON of the same arguments) and one-line errors.
 
-    Command-line arguments take precedence over those in the file.
-
-    Args:
-        dataclass_types: dataclasses whose fields become arguments; `HfArgumentParser` is a base class then.
-        **kwargs: as for `argparse.ArgumentParser`.
+    Command-line arguments take precedence over those in the file. Old names of options, `renamed` (old to new, such as
+    {"--old": "--new"}), are taken in both and answered by a FutureWarning.
     """
 
     def __new__(cls, dataclass_types: Any = None, **kwargs: Any) -> ConfigArgumentParser:
@@ -120,7 +118,8 @@ class ConfigArgumentParser(argparse.ArgumentParser):
 
         return super().__new__(type(cls.__name__, (cls, HfArgumentParser), {}))
 
-    def __init__(self, dataclass_types: Any = None, **kwargs: Any):
+    def __init__(self, dataclass_types: Any = None, renamed: Mapping[str, str] | None = None, **kwargs: Any):
+        self.renamed = renamed or {}
         kwargs.setdefault("formatter_class", argparse.HelpFormatter)
         kwargs.setdefault("usage", "%(prog)s [arguments]")
         if dataclass_types is not None:
@@ -130,12 +129,7 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         self.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help_text)
 
     def shorten_help(self, hidden: Collection[str], shortened: Collection[str]) -> None:
-        """Shorten `--help`.
-
-        Args:
-            hidden: Arguments that it leaves out, as it does all `--no_NAME` spellings.
-            shortened: Arguments of which it shows the first sentence.
-        """
+        """Shorten `--help`."""
         for action in self._actions:
             if action.dest in hidden or f"--no_{action.dest}" in action.option_strings:
                 action.help = argparse.SUPPRESS
@@ -147,15 +141,7 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
     def parse_command_line(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse the command line over the file that `--config` names.
-
-        Args:
-            argv: arguments; None takes the process's own.
-
-        Raises:
-            UsageError: the file cannot be read or names an argument that does not exist.
-            SystemExit: status 2 for everything else that is wrong, as `argparse` does; 0 for `--help`.
-        """
+        """Parse the command line over the file that `--config` names."""
         return self.parse_args(self.with_config(argv))
 
     def parse_args_into_dataclasses(self, *arguments: Any, **options: Any) -> tuple[Any, ...]:
@@ -164,11 +150,20 @@ class ConfigArgumentParser(argparse.ArgumentParser):
 
     def with_config(self, argv: Sequence[str] | None = None) -> list[str]:
         """Put the arguments of the `--config` file before those of the command line, as strings."""
-        given = list(sys.argv[1:] if argv is None else argv)
+        given = [self._current_name(word) for word in (sys.argv[1:] if argv is None else argv)]
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
         config = finder.parse_known_args(given)[0].config
         return (self._arguments_of(config) if config else []) + given
+
+    def _current_name(self, word: str) -> str:
+        """Replace the old name of an option at the beginning of a word, with a warning."""
+        option, equals, value = word.partition("=")
+        new = self.renamed.get(option.replace("-", "_").replace("__", "--", 1))
+        if new is None:
+            return word
+        warnings.warn(f"{option} is deprecated: use {new}", FutureWarning, stacklevel=2)
+        return new + equals + value
 
     def _arguments_of(self, path: Path) -> list[str]:
         """Read the file's content as command-line arguments, so that it is checked like them."""
@@ -183,7 +178,8 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         }
         arguments: list[str] = []
         for key, value in values.items():
-            action = actions.get(str(key).replace("-", "_"))
+            name = self._current_name(f"--{key}").removeprefix("--")
+            action = actions.get(name.replace("-", "_"))
             if action is None or action.dest in ("config", "help"):
                 raise UsageError(f"{path}: unknown argument {key!r}")
             arguments += _as_arguments(path, action, value)
@@ -209,19 +205,3 @@ def _as_arguments(path: Path, action: argparse.Action, value: Any) -> list[str]:
             f"{path}: {action.dest!r} takes {'plain values' if several else 'one value'}, got {value!r}"
         )
     return [option, *map(str, values)] if several else [f"{option}={value}"]
-
-
-def positive_int(text: str) -> int:
-    """Argument type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """Argument type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return value

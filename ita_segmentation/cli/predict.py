@@ -14,7 +14,7 @@ For an image NAME.jpg the output folder gets
 - files in other tools' formats where asked for, see `ita_segmentation.integrations.formats`.
 A second image of the same name is NAME_2, and so on. An image that cannot be read is named at the end, the others
 are done all the same, and the exit status is 1. Videos: `ita_segmentation.prediction.video`; datasets:
-`ita_segmentation.prediction.shards`.
+`ita_segmentation.prediction.dataset`.
 """
 
 from __future__ import annotations
@@ -41,79 +41,67 @@ MAX_EMPTY_LINES = 20
 
 
 def predict(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: arguments; None takes the process's own.
-
-    Returns:
-        0, or 1 where some of several images failed.
-
-    Raises:
-        ITAError: what stops everything.
-    """
-    arguments, vocabulary, stuff = read_options(argv)
-    if arguments.dataset is not None:
-        return _predict_dataset(arguments, vocabulary, stuff)
-    return _predict_files(arguments, vocabulary, stuff)
+    """Run the command. Returns 0, or 1 where some of several images failed."""
+    arguments = read_options(argv)
+    return _predict_files(arguments) if arguments.dataset is None else _predict_dataset(arguments)
 
 
-def _predict_files(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -> int:
-    from ita_segmentation.integrations.formats import FORMATS, run_length_entries
-    from ita_segmentation.prediction.runs import FileRun
-    from ita_segmentation.prediction.sources import find_sources
+def _predict_files(arguments: argparse.Namespace) -> int:
+    from ita_segmentation.integrations.formats import EXCHANGE_FORMATS, run_length_entries
+    from ita_segmentation.prediction import RESULT_FORMATS, PredictionRun, find_sources
 
     paths = find_sources(arguments.images)
     output_folder(arguments.output)
-    run = FileRun(paths, arguments.output, arguments.format, FORMATS)
+    run = PredictionRun(paths, arguments.output, arguments.format, {**RESULT_FORMATS, **EXCHANGE_FORMATS})
     if arguments.every is not None and not run.videos:
         raise UsageError("--every is for videos, and there is none")
-    segmenter = _segmenter(arguments, vocabulary, stuff, arguments.device, run.keeps_overlaps)
-    outcome = run.run(
-        segmenter,
+    summary = run.run(
+        _segmenter(arguments, arguments.device, run.keeps_overlaps),
         _model_settings(arguments.model),
         every=arguments.every or 1,
         batch_size=1 if arguments.tiling else arguments.batch_size,
         resume=arguments.resume,
         run_lengths=run_length_entries,
     )
-    if outcome.images:
+    if summary.images:
         shown = "*_overlay.png" if "overlay" in run.formats else "*"
-        empty = f", {len(outcome.empty)} of them without a segment" if outcome.empty else ""
-        print(f"{_count(outcome.images, 'image')} segmented{empty}: see {arguments.output}/{shown}")
-    if outcome.videos:
-        done = f"{_count(outcome.videos, 'video')} ({_count(outcome.frames, 'frame')})"
+        empty = f", {len(summary.empty)} of them without a segment" if summary.empty else ""
+        print(f"{_count(summary.images, 'image')} segmented{empty}: see {arguments.output}/{shown}")
+    if summary.videos:
+        done = f"{_count(summary.videos, 'video')} ({_count(summary.frames, 'frame')})"
         print(f"{done} segmented: see {arguments.output}")
-    if outcome.skipped:
-        print(f"{outcome.skipped} skipped: done before")
-    for line in outcome.empty[:MAX_EMPTY_LINES]:
+    if summary.skipped:
+        print(f"{summary.skipped} skipped: done before")
+    if summary.repeated:
+        changed = ", ".join(sorted(summary.changed))
+        print(f"{summary.repeated} not skipped: their results were made otherwise (different: {changed})")
+    for line in summary.empty[:MAX_EMPTY_LINES]:
         print(line)
-    if len(outcome.empty) > MAX_EMPTY_LINES:
-        print(f"... and {len(outcome.empty) - MAX_EMPTY_LINES} more images without a segment")
-    if not outcome.failures:
+    if len(summary.empty) > MAX_EMPTY_LINES:
+        print(f"... and {len(summary.empty) - MAX_EMPTY_LINES} more images without a segment")
+    if not summary.failures:
         return 0
     if len(paths) == 1:
-        raise ITAError(outcome.failures[0])
+        raise ITAError(summary.failures[0])
     program, kind = Path(sys.argv[0]).name, "files" if run.videos else "images"
-    print(f"{program}: error: {len(outcome.failures)} of {len(paths)} {kind} failed:", file=sys.stderr)
-    print("\n".join(f"  {failure}" for failure in outcome.failures), file=sys.stderr)
+    print(f"{program}: error: {len(summary.failures)} of {len(paths)} {kind} failed:", file=sys.stderr)
+    print("\n".join(f"  {failure}" for failure in summary.failures), file=sys.stderr)
     return 1
 
 
-def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any) -> int:
+def _predict_dataset(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ita_segmentation.prediction import ray_engine, rows, shards
+    from ita_segmentation.prediction import dataset, ray_engine, rows
 
     on_ray = arguments.engine == "ray"
     output_folder(arguments.output)
-    rank, world_size, local_rank = shards.process_of()
+    rank, world_size, local_rank = dataset.process_of()
     if on_ray:
         ray_engine.import_ray()
-    folder = shards.ShardFolder(arguments.output)
+    folder = dataset.ParquetFolder(arguments.output)
     device = "cpu" if on_ray else arguments.device or _device_of(local_rank)
-    given = arguments, vocabulary, stuff
-    opened, worker, plan = open_dataset(*given, device, folder.note_length, folder.part_length)
+    opened, worker, plan = open_dataset(arguments, device, folder.note_length, folder.part_length)
     processes = arguments.actors or 1 if on_ray else world_size
     if rank == 0 and isinstance(opened, rows.ParquetRows):
         _print_note(opened.sharing_notice(processes))
@@ -123,10 +111,10 @@ def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any)
             options = ray_engine.RayOptions(
                 arguments.address, arguments.actors, arguments.cpus_per_actor or 1
             )
-            open_work = partial(_open_in_actor, *given, rows.UNIT_SIZE)
+            open_work = actor_work(arguments, rows.UNIT_SIZE)
             counts = ray_engine.segment_on_ray(open_work, opened, folder, plan, options, bar.update)
         else:
-            counts = shards.segment_dataset(worker, opened, folder, plan, bar.update)
+            counts = dataset.segment_dataset(worker, opened, folder, plan, bar.update)
     share = f"process {rank} of {world_size}: " if world_size > 1 else ""
     errors = f", {counts.errors} of them with an error" if counts.errors else ""
     print(f"{share}{_count(counts.images, 'image')} segmented{errors}: see {arguments.output}/*.parquet")
@@ -135,23 +123,17 @@ def _predict_dataset(arguments: argparse.Namespace, vocabulary: Any, stuff: Any)
 
 def open_dataset(
     arguments: argparse.Namespace,
-    vocabulary: Any,
-    stuff: Any,
     device: str | None,
     note_length: Callable[[int, int], None],
     part_length: Callable[[int], int | None] = lambda part: None,
     unit_size: int | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Open the dataset and load the model.
-
-    Returns:
-        The rows, what segments their units, and the plan: what decides the results.
-    """
+    """Open the dataset and load the model: the rows, what segments their units, and what decides the results."""
     from ita_segmentation.integrations.formats import run_length_entries
-    from ita_segmentation.prediction import shards
+    from ita_segmentation.prediction.dataset import DEFAULT_DATASET_FORMATS, ParquetSegmenter
     from ita_segmentation.prediction.rows import open_rows
 
-    formats = tuple(dict.fromkeys(arguments.format or shards.DEFAULT_DATASET_FORMATS))
+    formats = tuple(dict.fromkeys(arguments.format or DEFAULT_DATASET_FORMATS))
     columns = {"image_column": arguments.image_column or "image", "id_column": arguments.id_column}
     rows = open_rows(
         arguments.dataset,
@@ -161,7 +143,7 @@ def open_dataset(
         note_length=note_length,
         unit_size=unit_size,
     )
-    segmenter = _segmenter(arguments, vocabulary, stuff, device, keep_overlaps="coco" in formats)
+    segmenter = _segmenter(arguments, device, keep_overlaps="coco" in formats)
     plan = {
         "dataset": arguments.dataset,
         "split": arguments.split,
@@ -171,19 +153,25 @@ def open_dataset(
         **segmenter.settings,
     }
     batch_size = 1 if arguments.tiling else arguments.batch_size
-    run_lengths = run_length_entries if "coco" in formats else None
-    return rows, shards.UnitSegmenter(segmenter, formats, batch_size, run_lengths), plan
+    return rows, ParquetSegmenter(segmenter, formats, batch_size, run_length_entries), plan
+
+
+def actor_work(arguments: argparse.Namespace, unit_size: int) -> Callable[..., Any]:
+    """Give what opens the dataset in an actor of Ray, whose working directory is another one."""
+    named = {"model": arguments.model, "dataset": arguments.dataset}
+    absolute = {key: str(Path(name).absolute()) for key, name in named.items() if Path(name).exists()}
+    return partial(_open_in_actor, argparse.Namespace(**{**vars(arguments), **absolute}), named, unit_size)
 
 
 def _open_in_actor(
     arguments: argparse.Namespace,
-    vocabulary: Any,
-    stuff: Any,
+    named: dict[str, str],
     unit_size: int,
     note_length: Callable[[int, int], None],
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Open the dataset in an actor of Ray, which shows a process no GPUs but its own."""
-    return open_dataset(arguments, vocabulary, stuff, _device_of(0), note_length, unit_size=unit_size)
+    # Ray shows a process no GPUs but its own.
+    rows, worker, plan = open_dataset(arguments, _device_of(0), note_length, unit_size=unit_size)
+    return rows, worker, plan | named  # the plan has the names as they were given
 
 
 def _device_of(local_rank: int) -> str | None:
@@ -192,25 +180,23 @@ def _device_of(local_rank: int) -> str | None:
     return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
 
 
-def _segmenter(
-    arguments: argparse.Namespace, vocabulary: Any, stuff: Any, device: str | None, keep_overlaps: bool
-) -> Any:
+def _segmenter(arguments: argparse.Namespace, device: str | None, keep_overlaps: bool) -> Any:
     from ita_segmentation.prediction.segmenter import Segmenter
 
     model, processor = load_checkpoint(arguments.model, device, arguments.dtype)
     _print_note(domain_notice(model.config))
     set_shortest_side(processor, arguments.size)
-    if vocabulary is None and model.default_vocabulary is None:
+    if arguments.vocabulary is None and model.default_vocabulary is None:
         raise ITAError(
             f"the checkpoint {arguments.model} has no classes of its own: give --classes or --vocabulary"
         )
     return Segmenter(
         model,
         processor,
-        vocabulary,
+        arguments.vocabulary,
         task=arguments.task,
         threshold=arguments.threshold,
-        stuff=stuff,
+        stuff=arguments.stuff,
         keep_overlaps=keep_overlaps,
         distractors=not arguments.no_distractors,
         tiling=arguments.tiling,
@@ -221,7 +207,6 @@ def _segmenter(
 
 
 def _model_settings(model: str) -> dict[str, str]:
-    """Say what results depend on of the model: where it came from, and its content."""
     return {"model": model, "checkpoint": checkpoint_digest(resolve_checkpoint(model))}
 
 

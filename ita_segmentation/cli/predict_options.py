@@ -6,19 +6,28 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ita_segmentation.checkpoints import DTYPE_HELP, DTYPES, MODEL_HELP
-from ita_segmentation.class_names import read_vocabulary
-from ita_segmentation.cli.parser import ConfigArgumentParser, fraction, positive_int
+from ita_segmentation.cli.options import (
+    add_classes,
+    add_device,
+    add_dtype,
+    add_model,
+    add_output,
+    chosen_classes,
+    fraction,
+    parse_names,
+    positive_int,
+    refuse_any,
+)
+from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.errors import UsageError, one_line
 
-TASKS = ("semantic", "panoptic", "instance")
 FORMATS = ("overlay", "labels", "segments", "coco", "coco-polygons", "label-studio", "label-studio-polygons")
 DATASET_FORMATS = ("labels", "segments", "coco")
-DATASET_OPTIONS = ("split", "image_column", "id_column", "engine")
-ENGINES = ("processes", "ray")
-RAY_OPTIONS = ("address", "actors", "cpus_per_actor")
+EXAMPLES_HELP = (
+    'JSON of images that show classes: {"cat": [{"image": PATH, "box": [LEFT, TOP, RIGHT, BOTTOM]}, '
+    '{"image": PATH, "mask": PATH}]}'
+)
 
 
 def build_parser() -> ConfigArgumentParser:
@@ -27,186 +36,113 @@ def build_parser() -> ConfigArgumentParser:
         description="Segment images, videos or a dataset by the names of classes.",
         epilog='example: ita predict --model models/ita-tiny --images photos --classes "cat, sofa|couch" --output out',
     )
-    basic = parser.add_argument_group("input and output")
-    basic.add_argument("--model", required=True, metavar="DIR_OR_ID", help=MODEL_HELP)
-    source = basic.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        metavar="FILE_OR_DIR",
-        help='images, videos, folders of images, or patterns such as "photos/**/*.jpg" (quoted)',
+    group = parser.add_argument_group("input and output")
+    add_model(group)
+    source = group.add_mutually_exclusive_group(required=True)
+    text = 'images, videos, folders of images, or patterns such as "photos/**/*.jpg" (quoted)'
+    source.add_argument("--images", type=Path, nargs="+", metavar="FILE_OR_DIR", help=text)
+    text = "folder of images at any depth, or a dataset -> parquet files"
+    source.add_argument("--dataset", metavar="PATH_OR_NAME", help=text)
+    add_output(group)
+    text = (
+        f"what is written: {', '.join(FORMATS)} (default: overlay labels segments; videos without labels, --dataset "
+        "without overlay)"
     )
-    source.add_argument(
-        "--dataset",
-        metavar="PATH_OR_NAME",
-        help="folder of images at any depth, or a dataset -> parquet files",
-    )
-    basic.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    basic.add_argument(
-        "--format",
-        nargs="+",
-        choices=FORMATS,
-        metavar="FORMAT",
-        help=f"what is written: {', '.join(FORMATS)} (default: overlay labels segments; videos without labels, "
-        "--dataset without overlay)",
-    )
-    basic.add_argument("--resume", action="store_true", help="skip images and videos whose results are there")
+    group.add_argument("--format", nargs="+", choices=FORMATS, metavar="FORMAT", help=text)
+    group.add_argument("--resume", action="store_true", help="skip images and videos whose results are there")
 
-    what = parser.add_argument_group("what is segmented")
-    names = what.add_mutually_exclusive_group()
-    names.add_argument(
-        "--classes", help='such as "cat, sofa|couch, wall" (default: the checkpoint\'s own classes)'
+    group = parser.add_argument_group("what is segmented")
+    add_classes(group)
+    text = 'which of the classes are not countable, such as "sky, wall" ("": none)'
+    group.add_argument("--stuff", metavar="NAMES", help=text)
+    add, tasks = group.add_argument, ("semantic", "panoptic", "instance")
+    add("--task", choices=tasks, default="semantic", help="(default: %(default)s)")
+    text = "minimum score, 0 to 1, of a segment or of a pixel's class (default: 0.5; panoptic 0.8)"
+    add("--threshold", type=fraction, help=text)
+    text = (
+        "do not let the checkpoint's own classes compete with those given (for names such as animal, of which it has "
+        "kinds)"
     )
-    names.add_argument(
-        "--vocabulary", type=Path, metavar="FILE", help="JSON list of classes, or lines id:name,synonym,..."
+    add("--no_distractors", action="store_true", help=text)
+    add("--examples", type=Path, metavar="FILE", help=EXAMPLES_HELP)
+    text = (
+        "of a class's N examples beside its names, 0 to 1 (default: N / (N + 4); at 1 the names say nothing)"
     )
-    what.add_argument(
-        "--stuff", metavar="NAMES", help='which of the classes are not countable, such as "sky, wall"'
-    )
-    what.add_argument("--task", choices=TASKS, default="semantic", help="(default: %(default)s)")
-    what.add_argument(
-        "--threshold",
-        type=fraction,
-        help="minimum score, 0 to 1, of a segment or of a pixel's class (default: semantic and instance 0.5, "
-        "panoptic 0.8)",
-    )
-    what.add_argument(
-        "--no_distractors",
-        action="store_true",
-        help="do not let the checkpoint's own classes compete with those given (for names such as animal, of which "
-        "it has kinds)",
-    )
+    add("--example_weight", type=fraction, help=text)
 
-    what.add_argument(
-        "--examples",
-        type=Path,
-        metavar="FILE",
-        help='JSON of images that show classes: {"cat": [{"image": PATH, "box": [LEFT, TOP, RIGHT, BOTTOM]}, '
-        '{"image": PATH, "mask": PATH}]}',
+    group = parser.add_argument_group("how it runs")
+    add = group.add_argument
+    add("--size", type=positive_int, help="shortest side fed to the network, in pixels")
+    add("--batch_size", type=positive_int, default=1, help="images in one pass (default: 1)")
+    text = (
+        "cut larger images into tiles of this side, each of which the network sees by itself, at --size; --batch_size "
+        "counts tiles then"
     )
-    what.add_argument(
-        "--example_weight",
-        type=fraction,
-        help="of a class's N examples beside its names, 0 to 1 (default: N / (N + 4); at 1 the names say nothing)",
-    )
+    add("--tiles", type=positive_int, metavar="PIXELS", help=text)
+    text = "that neighboring tiles share, at least as large as most objects (default: a quarter of --tiles)"
+    add("--tile_overlap", type=int, metavar="PIXELS", help=text)
+    add_device(group)
+    add_dtype(group)
+    add("--every", type=positive_int, help="segment only every N-th frame of a video (default: 1)")
 
-    how = parser.add_argument_group("how it runs")
-    how.add_argument("--size", type=positive_int, help="shortest side fed to the network, in pixels")
-    how.add_argument("--batch_size", type=positive_int, default=1, help="images in one pass (default: 1)")
-    how.add_argument(
-        "--tiles",
-        type=positive_int,
-        metavar="PIXELS",
-        help="cut larger images into tiles of this side, each of which the network sees by itself, at --size; "
-        "--batch_size counts tiles then",
-    )
-    how.add_argument(
-        "--tile_overlap",
-        type=int,
-        metavar="PIXELS",
-        help="that neighboring tiles share, at least as large as most objects (default: a quarter of --tiles)",
-    )
-    how.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=DTYPE_HELP)
-    how.add_argument(
-        "--every", type=positive_int, help="segment only every N-th frame of a video (default: 1)"
-    )
+    add = parser.add_argument_group("columns of --dataset").add_argument
+    add("--split", help="may be left out where there is only one")
+    add("--image_column", help="(default: image)")
+    add("--id_column", help="names the rows of the results (default: the image's path)")
 
-    dataset = parser.add_argument_group("columns of --dataset")
-    dataset.add_argument("--split", help="may be left out where there is only one")
-    dataset.add_argument("--image_column", help="(default: image)")
-    dataset.add_argument("--id_column", help="names the rows of the results (default: the image's path)")
-
-    engine = parser.add_argument_group("what runs --dataset")
-    engine.add_argument(
-        "--engine",
-        choices=ENGINES,
-        help="processes, one or those of accelerate or torchrun, or a Ray cluster (default: processes)",
-    )
-    engine.add_argument(
-        "--address", help="of the Ray cluster, such as auto (default: Ray is started on this machine)"
-    )
-    engine.add_argument(
-        "--actors",
-        type=positive_int,
-        metavar="N",
-        help="processes with a model on the cluster (default: one for each GPU, or CPU where there is none)",
-    )
-    engine.add_argument("--cpus_per_actor", type=positive_int, metavar="N", help="(default: 1)")
+    add = parser.add_argument_group("what runs --dataset").add_argument
+    text = "processes, one or those of accelerate or torchrun, or a Ray cluster (default: processes)"
+    add("--engine", choices=("processes", "ray"), help=text)
+    add("--address", help="of the Ray cluster, such as auto (default: Ray is started on this machine)")
+    text = "processes with a model on the cluster (default: one for each GPU, or CPU where there is none)"
+    add("--actors", type=positive_int, metavar="N", help=text)
+    add("--cpus_per_actor", type=positive_int, metavar="N", help="(default: 1)")
     return parser
 
 
-def read_options(
-    argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[list[str]] | None, list[str] | None]:
-    """Parse and check the command line.
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line, and read what it names.
 
-    Returns:
-        the arguments, the vocabulary (None: the checkpoint's own) and the names of stuff (None: the checkpoint's).
-
-    Raises:
-        ITAError: arguments that do not fit together, or a vocabulary that cannot be read.
+    Beside the options themselves, the result has `vocabulary` (classes, or None for the checkpoint's own), `stuff`
+    (names, or None for the checkpoint's), `examples` and `tiling`.
     """
     arguments = build_parser().parse_command_line(argv)
-    formats = arguments.format or ()
-    if arguments.dataset is None:
-        for name in DATASET_OPTIONS:
-            if getattr(arguments, name) is not None:
-                raise UsageError(f"--{name} is for --dataset")
-    elif arguments.every is not None:
-        raise UsageError("--every is for videos, which --images takes")
-    elif any(one not in DATASET_FORMATS for one in formats):
-        unknown = next(one for one in formats if one not in DATASET_FORMATS)
-        raise UsageError(f"--dataset writes {', '.join(DATASET_FORMATS)}, not {unknown}")
-    if arguments.example_weight is not None and arguments.examples is None:
-        raise UsageError("--example_weight is for --examples")
-    _check_engine(arguments)
-    arguments.tiling = _tiling(arguments)
-    vocabulary = None if arguments.classes is None else parse_names(arguments.classes, "--classes")
-    if arguments.vocabulary is not None:
-        vocabulary = read_vocabulary(arguments.vocabulary)
-    stuff = None
+    _check_combinations(arguments)
+    arguments.tiling = None
+    if arguments.tiles is not None or arguments.tile_overlap is not None:
+        from modeling_ita.tiling import tiling_of
+
+        try:
+            arguments.tiling = tiling_of(arguments.tiles, arguments.tile_overlap)
+        except ValueError as error:
+            raise UsageError(f"--tiles, --tile_overlap: {one_line(error)}") from error
+    arguments.vocabulary = chosen_classes(arguments)
     if arguments.stuff is not None:
-        stuff = [name for names in parse_names(arguments.stuff, "--stuff") for name in names]
+        stuff = parse_names(arguments.stuff, "--stuff") if arguments.stuff.strip() else []
+        arguments.stuff = [name for names in stuff for name in names]
     if arguments.examples is not None:
         from ita_segmentation.prediction.examples import read_examples
 
         arguments.examples = read_examples(arguments.examples)
-    return arguments, vocabulary, stuff
+    return arguments
 
 
-def _check_engine(arguments: argparse.Namespace) -> None:
-    if arguments.engine != "ray":
-        for name in RAY_OPTIONS:
+def _check_combinations(arguments: argparse.Namespace) -> None:
+    on_ray, is_dataset = arguments.engine == "ray", arguments.dataset is not None
+    unknown = next((one for one in arguments.format or () if one not in DATASET_FORMATS), None)
+    dataset_only = () if is_dataset else ("split", "image_column", "id_column", "engine")
+    ray_only = () if on_ray else ("address", "actors", "cpus_per_actor")
+    for other, names in (("--dataset", dataset_only), ("--engine ray", ray_only)):
+        for name in names:
             if getattr(arguments, name) is not None:
-                raise UsageError(f"--{name} is for --engine ray")
-    elif arguments.device is not None:
-        raise UsageError("--engine ray chooses the devices: leave out --device")
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("--engine ray starts its own processes: run it as one")
-
-
-def _tiling(arguments: argparse.Namespace) -> Any:
-    if arguments.tiles is None and arguments.tile_overlap is None:
-        return None
-    from modeling_ita.tiling import tiling_of
-
-    try:
-        return tiling_of(arguments.tiles, arguments.tile_overlap)
-    except ValueError as error:
-        raise UsageError(f"--tiles, --tile_overlap: {one_line(error)}") from error
-
-
-def parse_names(text: str, option: str) -> list[list[str]]:
-    """Parse "cat, sofa|couch".
-
-    Raises:
-        UsageError: no class in it, or an empty name.
-    """
-    from modeling_ita.text import parse_classes
-
-    try:
-        return parse_classes(text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {one_line(error)}") from error
+                raise UsageError(f"--{name} is for {other}")
+    problems = {
+        "--every is for videos, which --images takes": is_dataset and arguments.every is not None,
+        f"--dataset writes {', '.join(DATASET_FORMATS)}, not {unknown}": is_dataset and unknown,
+        "--example_weight is for --examples": arguments.example_weight is not None
+        and arguments.examples is None,
+        "--engine ray chooses the devices: leave out --device": on_ray and arguments.device is not None,
+        "--engine ray starts its own processes: run it as one": on_ray
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1,
+    }
+    refuse_any(problems)

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ita_segmentation.cli.parser import ConfigArgumentParser, positive_int
+from ita_segmentation.cli.options import add_output, positive_int
+from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.data.benchmarks import FOLDER, SOURCE_DATASETS, open_source_dataset
 from ita_segmentation.data.preparation import PrepareConfig, PrepareError, prepare
 from ita_segmentation.errors import UsageError
@@ -24,53 +25,28 @@ SHOWN_PROBLEMS = 20
 def build_parser() -> ConfigArgumentParser:
     """Build the parser of the command line."""
     parser = ConfigArgumentParser(
-        description="Convert a benchmark's official release to a datasets dataset on disk."
+        description="Convert a benchmark's official release to a datasets dataset on disk.",
+        renamed={"--classes": "--vocabulary"},
     )
-    parser.add_argument(
-        "benchmark", choices=sorted(SOURCE_DATASETS), metavar="BENCHMARK", help=", ".join(SOURCE_DATASETS)
-    )
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder of the release")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the dataset")
-    parser.add_argument(
-        "--split", help="train or validation; other splits in the output are kept (default: all splits)"
-    )
-    parser.add_argument(
-        "--num_proc",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="number of processes (default %(default)s)",
-    )
-    parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="only the first N images of each split"
-    )
-    parser.add_argument(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help=f"class names of {FOLDER} (default: its classes.json or classes.txt)",
-    )
+    add, benchmarks = parser.add_argument, ", ".join(SOURCE_DATASETS)
+    add("benchmark", choices=sorted(SOURCE_DATASETS), metavar="BENCHMARK", help=benchmarks)
+    add("--source", type=Path, required=True, metavar="DIR", help="folder of the release")
+    add_output(parser, "folder of the dataset")
+    add("--split", help="train or validation; other splits in the output are kept (default: all splits)")
+    add("--num_proc", type=positive_int, default=1, metavar="N", help="processes (default %(default)s)")
+    add("--limit", type=positive_int, metavar="N", help="only the first N images of each split")
+    text = f"class names of {FOLDER} (default: its classes.json or classes.txt)"
+    add("--vocabulary", type=Path, metavar="FILE", help=text)
     return parser
 
 
 def prepare_benchmark(argv: Sequence[str] | None = None) -> int:
-    """Prepare the benchmark that the arguments name.
-
-    Args:
-        argv: the arguments; None for those of the process.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        ITAError: if the arguments do not fit, or the release or some of its images cannot be used. Of bad images, the
-            first twenty are printed on stderr.
-    """
+    """Prepare the benchmark that the arguments name."""
     arguments = build_parser().parse_command_line(argv)
-    if arguments.classes is not None and arguments.benchmark != FOLDER:
-        raise UsageError(f"--classes is for {FOLDER}: {arguments.benchmark} has its own classes")
+    if arguments.vocabulary is not None and arguments.benchmark != FOLDER:
+        raise UsageError(f"--vocabulary is for {FOLDER}: {arguments.benchmark} has its own classes")
     output_folder(arguments.output)
-    dataset = open_source_dataset(arguments.benchmark, arguments.source, arguments.classes)
+    dataset = open_source_dataset(arguments.benchmark, arguments.source, arguments.vocabulary)
     if arguments.split not in (None, *dataset.splits):
         raise UsageError(f"--split: no split {arguments.split!r}, only {', '.join(dataset.splits)}")
     config = PrepareConfig(
@@ -90,8 +66,6 @@ def prepare_benchmark(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("".join(f"  {line}\n" for line in lines))
         raise
     counts = ", ".join(f"{split}: {count:,} images" for split, count in result.num_images.items())
-    if not result.written:
-        print(f"{arguments.output} is up to date ({counts}): nothing to do")
-    else:
-        print(f"{arguments.output}: {counts}")
+    done = f"{arguments.output}: {counts}"
+    print(done if result.written else f"{arguments.output} is up to date ({counts}): nothing to do")
     return 0

@@ -13,12 +13,7 @@ from ita_segmentation.cli.parser import CompactHelpFormatter, ConfigArgumentPars
 from ita_segmentation.data.training import ITADataArguments
 from ita_segmentation.errors import ITAError, UsageError, one_line
 from ita_segmentation.files import parse_mapping
-from ita_segmentation.training.arguments import (
-    COMMON,
-    ITAModelArguments,
-    ITATrainingArguments,
-    check_numbers,
-)
+from ita_segmentation.training.arguments import COMMON, ITAModelArguments, ITATrainingArguments, check_numbers
 
 DESCRIPTION = """Train or fine-tune ITA on Scenes or on a prepared dataset; the output folder becomes a checkpoint.
 
@@ -57,6 +52,7 @@ def build_parser(full_help: bool = False) -> ConfigArgumentParser:
         usage="%(prog)s [--config FILE] --output_dir DIR [arguments]",
         description=DESCRIPTION,
         formatter_class=CompactHelpFormatter,
+        renamed={"--learn_words": "--tune_class_names"},
     )
     parser.add_argument(
         "--help_all", action="store_true", help="describe all of transformers' arguments, too"

@@ -12,11 +12,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ita_segmentation.cli.options import add_output
 from ita_segmentation.cli.parser import ConfigArgumentParser
 from ita_segmentation.files import output_folder
 from ita_segmentation.training.scenes_clip.recipe import ScenesClipRecipe
@@ -25,7 +25,7 @@ from ita_segmentation.training.scenes_clip.recipe import ScenesClipRecipe
 def build_parser() -> ConfigArgumentParser:
     """Build the parser of the command line: the output and every field of the recipe."""
     parser = ConfigArgumentParser(description="Train the small CLIP of Scenes from scratch.")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the model")
+    add_output(parser, "folder of the model")
     defaults = ScenesClipRecipe()
     for field in dataclasses.fields(ScenesClipRecipe):
         default = getattr(defaults, field.name)
@@ -41,17 +41,7 @@ def build_parser() -> ConfigArgumentParser:
 
 
 def train_clip(argv: Sequence[str] | None = None) -> int:
-    """Train, evaluate and save the CLIP that the arguments describe.
-
-    Args:
-        argv: the arguments; None for those of the process.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        ITAError: if an argument is out of range or the output cannot be written.
-    """
+    """Train, evaluate and save the CLIP that the arguments describe."""
     arguments = vars(build_parser().parse_command_line(argv))
     output = output_folder(arguments.pop("output"))
     arguments.pop("config", None)

@@ -23,14 +23,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import importlib
 
-    for module in ("ita_onnx", "network", "folder"):
-        if name in _NAMES[module]:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-_NAMES = {
-    "ita_onnx": ("OnnxPredictor",),
-    "network": ("export_network", "text_to_onnx", "to_onnx"),
-    "folder": ("write_onnx_folder", "write_vocabulary"),
-}
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "ita_onnx" if name == "OnnxPredictor" else "folder" if name.startswith("write") else "network"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -74,22 +74,12 @@ def write_settings(model: Any, processor: Any, folder: Path) -> None:
 
 
 def write_docker_files(folder: Path) -> None:
-    """Write a Dockerfile for CPUs and one for CUDA, which run the package in the folder.
-
-    Raises:
-        ITAError: a file cannot be written.
-    """
+    """Write a Dockerfile for CPUs and one for CUDA, which run the package in the folder."""
     write_files({folder / file.name: file.read_bytes() for file in DOCKER_FILES.iterdir()})
 
 
 def write_graph(folder: Path, name: str, write: Callable[[Path], None]) -> None:
-    """Write a graph that may have a file of weights beside it, all or nothing.
-
-    Args:
-        folder: where to.
-        name: of the graph's file.
-        write: writes it to a path.
-    """
+    """Write a graph that may have a file of weights beside it, all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as temporary:
         write(Path(temporary) / name)

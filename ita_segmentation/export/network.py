@@ -68,11 +68,7 @@ class ExportableNetwork(nn.Module):
 
 
 def check_exportable(model: Any) -> None:
-    """Check that a model's network is a graph.
-
-    Raises:
-        ValueError: it selects dominant categories by a thumbnail, which is made outside of the network.
-    """
+    """Check that a model's network is a graph."""
     if model.config.num_dominant_categories and model.config.dominant_category_source == "thumbnail":
         raise ValueError(
             "a model that takes dominant categories from a thumbnail cannot be exported: "
@@ -81,14 +77,7 @@ def check_exportable(model: Any) -> None:
 
 
 def least_candidates(config: Any) -> dict[str, int]:
-    """Give the least lengths of the inputs from which the graph selects dominant categories.
-
-    Args:
-        config: the model's configuration.
-
-    Returns:
-        The least number of rows of `name_embeds` and of classes.
-    """
+    """Give the least lengths of the inputs from which the graph selects dominant categories."""
     k = config.num_dominant_categories
     by_class = config.dominant_category_source == "cells"
     return {"name_embeds": max(2, 0 if by_class else k), "classes": max(1, k if by_class else 0)}
@@ -164,25 +153,14 @@ def _save(network: ExportedProgram, path: Path, inputs: Sequence[str], outputs: 
 
 
 class TextNetwork(nn.Module):
-    """A model's text tower.
-
-    Args:
-        model: an `ITAForOpenVocabSegmentation`.
-    """
+    """A model's text tower."""
 
     def __init__(self, model: Any):
         super().__init__()
         self.clip_backbone = model.eval().clip_backbone
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embed prompts.
-
-        Args:
-            tokens: (n, L) int64, from the start token to the end token, then zeros.
-
-        Returns:
-            (n, D), unit rows.
-        """
+        """Embed prompts: tokens (n, L) int64, zeros after the end token -> (n, D), unit rows."""
         return F.normalize(self.clip_backbone.encode_tokens(tokens), dim=-1)
 
 

@@ -10,15 +10,6 @@ def build_tokenizer(model: Any) -> Any:
     """Build the tokenizer of a model's text tower.
 
     It cleans text as open_clip does, but for text whose encoding was mistaken, which ftfy would repair.
-
-    Args:
-        model: an `ITAForOpenVocabSegmentation`.
-
-    Returns:
-        A `tokenizers.Tokenizer` that gives the tokens between the start and the end token.
-
-    Raises:
-        ValueError: the CLIP's tokenizer has rules that this form cannot hold.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 

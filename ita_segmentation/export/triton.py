@@ -48,13 +48,7 @@ def arrange_for_triton(folder: Path) -> None:
 
 
 def model_config(name: str, inputs: Shapes, outputs: Shapes) -> str:
-    """Write a `config.pbtxt`.
-
-    Args:
-        name: of the model.
-        inputs: of the network.
-        outputs: of the network.
-    """
+    """Write a `config.pbtxt`."""
     return _CONFIG.format(
         name=name, inputs=_tensor_list("input", inputs), outputs=_tensor_list("output", outputs)
     )

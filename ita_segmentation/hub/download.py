@@ -115,11 +115,7 @@ def _failure(name: str, url: str, part: Path, error: Exception) -> str:
 
 
 def _resolve(client: httpx.Client, url: str, name: str) -> tuple[str, dict[str, str] | None]:
-    """Find where the file itself is: where a page asks for confirmation first, that is what its form leads to.
-
-    Returns:
-        URL, and the parameters of the form.
-    """
+    """Find where the file itself is: where a page asks for confirmation first, that is what its form leads to."""
     fields: dict[str, str] | None = None
     for _ in range(3):
         with client.stream("GET", url, params=fields) as response:
@@ -139,12 +135,7 @@ def _resolve(client: httpx.Client, url: str, name: str) -> tuple[str, dict[str, 
 
 
 def _transfer(client: httpx.Client, url: str, fields: dict[str, str] | None, part: Path, name: str) -> None:
-    """Append the rest of the file to `part`.
-
-    Raises:
-        _BrokenOffError: the transfer ended early.
-        ITAError: the server refuses.
-    """
+    """Append the rest of the file to `part`."""
     state, start = _json(_state_file(part)), _size(part)
     headers = {"Accept-Encoding": "identity"}
     if start:

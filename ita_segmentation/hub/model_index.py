@@ -48,16 +48,7 @@ DATASET_NAMES = {
 
 
 def write_model_index(path: Path, results: Results, model: str) -> None:
-    """Write the scores as YAML, to be pasted between the two `---` at the head of a model card.
-
-    Args:
-        path: file to write.
-        results: benchmark -> scores, as for the report; scores that were not measured are left out.
-        model: what was evaluated, as the user gave it; the last part of it becomes the name of the model.
-
-    Raises:
-        ITAError: the file cannot be written.
-    """
+    """Write the scores as YAML, to be pasted between the two `---` at the head of a model card."""
     name = Path(model).name or Path(model).resolve().name or model
     data = ModelCardData(model_name=name, eval_results=_eval_results(results))
     write_files({path: f"{data.to_yaml()}\n".encode("utf-8", "replace")})

@@ -65,11 +65,7 @@ def published_checkpoints() -> dict[str, PublishedCheckpoint]:
 
 
 def published_checkpoint(name: str) -> PublishedCheckpoint:
-    """Look up a published checkpoint.
-
-    Raises:
-        UsageError: there is none of this name.
-    """
+    """Look up a published checkpoint."""
     checkpoints = published_checkpoints()
     if name not in checkpoints:
         raise UsageError(f"no published checkpoint is called {name!r}; there are {', '.join(checkpoints)}")

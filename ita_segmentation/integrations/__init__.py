@@ -10,14 +10,14 @@ from ita_segmentation.integrations.fiftyone_labels import (
     to_fiftyone_detections,
     to_fiftyone_segmentation,
 )
-from ita_segmentation.integrations.formats import FORMATS
+from ita_segmentation.integrations.formats import EXCHANGE_FORMATS
 from ita_segmentation.integrations.label_studio import label_studio_task, labeling_config
 from ita_segmentation.integrations.polygons import mask_polygons
 from ita_segmentation.integrations.supervision_detections import to_detections
 from ita_segmentation.prediction.segments import Segment, segments_of
 
 __all__ = [
-    "FORMATS",
+    "EXCHANGE_FORMATS",
     "Segment",
     "coco_document",
     "coco_panoptic",

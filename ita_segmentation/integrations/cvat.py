@@ -57,7 +57,7 @@ class CVATFunction:
         """
         threshold = context.conf_threshold
         self.segmenter.threshold = self._default_threshold if threshold is None else threshold
-        [result] = self.segmenter.segment([image.convert("RGB")])
+        [result] = self.segmenter.segment_images([image.convert("RGB")])
         if isinstance(result, ITAError):
             raise result
         shapes = []
@@ -87,7 +87,7 @@ def create(
         model: checkpoint folder or Hub id.
         classes: such as "cat, sofa|couch"; None for the checkpoint's own.
         task: "semantic", "panoptic" or "instance".
-        stuff: which of the classes are not countable, such as "sky, wall".
+        stuff: which of the classes are not countable, such as "sky, wall"; "" for none.
         device: such as "cpu" or "cuda:0".
 
     Raises:
@@ -98,6 +98,7 @@ def create(
 
     network, processor = load_checkpoint(model, device)
     vocabulary = None if classes is None else parse_classes(classes)
-    uncountable = None if stuff is None else [name for names in parse_classes(stuff) for name in names]
+    given = parse_classes(stuff) if stuff and stuff.strip() else []
+    uncountable = None if stuff is None else [name for names in given for name in names]
     segmenter = Segmenter(network, processor, vocabulary, task=task, stuff=uncountable, keep_overlaps=True)
     return CVATFunction(segmenter)

@@ -1,13 +1,9 @@
-"""The files that an image becomes: which formats there are, and how each is written.
-
-Formats of other tools are added to `FORMATS` by a caller that knows them (`ita_segmentation.integrations.formats`).
-"""
+"""The files that an image becomes; the formats of other tools are in `ita_segmentation.integrations.formats`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,43 +12,15 @@ from PIL import Image
 from ita_segmentation.files import json_bytes, path_text
 from ita_segmentation.images import png_bytes
 from ita_segmentation.prediction.segmenter import SegmentedImage
+from ita_segmentation.prediction.sources import InputFile
 from ita_segmentation.visualization import draw_overlay
 
-
-@dataclass(frozen=True)
-class Item:
-    """An image and its place among the results.
-
-    Attributes:
-        path: the image file.
-        base: the output folder and the name of the results in it.
-    """
-
-    path: Path
-    base: Path
-
-    def file(self, ending: str) -> Path:
-        """Return the result file with this ending."""
-        return self.base.with_name(self.base.name + ending)
+Encode = Callable[[SegmentedImage, InputFile, Image.Image, Mapping[str, Any]], bytes]
+"""Segments, the file that they are of, its RGB image, and the settings -> the content of a file."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a file format may say about where a result comes from.
-
-    Attributes:
-        item: the image.
-        image: its pixels, RGB.
-        settings: what the image was segmented with: "model" and the segmenter's settings.
-    """
-
-    item: Item
-    image: Image.Image
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ImageFormat:
+class ResultFormat:
     """A file format for the segments of one image.
 
     Attributes:
@@ -62,7 +30,7 @@ class ImageFormat:
     """
 
     ending: str
-    encode: Callable[[SegmentedImage, Source], bytes]
+    encode: Encode
     keeps_overlaps: bool = False
 
 
@@ -76,17 +44,17 @@ def legend_of(segments: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, flo
     return [(one["id"], one["label"], one["score"]) for one in segments]
 
 
-def _overlay(result: SegmentedImage, source: Source) -> bytes:
-    return png_bytes(draw_overlay(source.image, result.label_map, legend_of(result.segments)))
+def _overlay(result: SegmentedImage, file: InputFile, image: Image.Image, settings: Any) -> bytes:
+    return png_bytes(draw_overlay(image, result.label_map, legend_of(result.segments)))
 
 
-def _document(result: SegmentedImage, source: Source) -> bytes:
-    return json_bytes({"image": path_text(source.item.path), **source.settings, **result.document()})
+def _document(result: SegmentedImage, file: InputFile, image: Image.Image, settings: Any) -> bytes:
+    return json_bytes({"image": path_text(file.path), **settings, **result.document()})
 
 
-FORMATS: Mapping[str, ImageFormat] = {
-    "overlay": ImageFormat("_overlay.png", _overlay),
-    "labels": ImageFormat("_labels.png", lambda result, source: label_png(result.label_map)),
-    "segments": ImageFormat("_segments.json", _document),
+RESULT_FORMATS: Mapping[str, ResultFormat] = {
+    "overlay": ResultFormat("_overlay.png", _overlay),
+    "labels": ResultFormat("_labels.png", lambda result, *_: label_png(result.label_map)),
+    "segments": ResultFormat("_segments.json", _document),
 }
-DEFAULT_FORMATS = ("overlay", "labels", "segments")
+DEFAULT_FORMATS = tuple(RESULT_FORMATS)

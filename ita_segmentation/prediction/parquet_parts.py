@@ -19,10 +19,6 @@ class ParquetPart:
 
     The reader stays where it was: rows that follow those read last are read on, without going back to the beginning
     of their row group.
-
-    Args:
-        files: paths or URLs that fsspec opens.
-        columns: the columns that are read; others are not touched.
     """
 
     def __init__(self, files: Sequence[str], columns: Sequence[str]):
@@ -47,11 +43,7 @@ class ParquetPart:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows, of which only the files' footers are read.
-
-        Raises:
-            ITAError: a file cannot be read.
-        """
+        """The number of rows, of which only the files' footers are read."""
         return self._groups[2]
 
     @property
@@ -63,10 +55,6 @@ class ParquetPart:
         """Yield the rows from `start` up to `stop`.
 
         Rows before `start` in its row group are passed over without becoming Python objects.
-
-        Raises:
-            OSError: a file cannot be read.
-            ValueError: a file is damaged.
         """
         firsts, _, num_rows = self._groups
         stop = min(stop, num_rows)

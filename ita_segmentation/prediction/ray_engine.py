@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ita_segmentation.errors import ITAError, one_line
+from ita_segmentation.prediction.dataset import DatasetCounts, ParquetFolder, ParquetSegmenter, unit_name
 from ita_segmentation.prediction.rows import Place, Rows
-from ita_segmentation.prediction.shards import DatasetCounts, ShardFolder, UnitSegmenter, unit_name
 
 MAX_LOSSES = 3
 """Of actors at one unit, or of one actor before it has segmented anything."""
@@ -25,7 +25,7 @@ SLOW = 2.0
 """A unit that runs this many times as long as one does on average is repeated by an idle actor."""
 
 Plan = Mapping[str, Any]
-OpenWork = Callable[[Callable[[int, int], None]], tuple[Rows, UnitSegmenter, Plan]]
+OpenWork = Callable[[Callable[[int, int], None]], tuple[Rows, ParquetSegmenter, Plan]]
 """Opens the dataset and loads the model; is told what to call with the number of rows of a part."""
 
 
@@ -62,16 +62,11 @@ class UnitResult:
 
 
 class UnitActor:
-    """Segments units of a dataset, in a process of its own.
-
-    Args:
-        open_work: gives the dataset, what segments it, and the plan.
-        plan: the plan of the run, of which this process must come to the same.
-    """
+    """Segments units of a dataset, in a process of its own."""
 
     def __init__(self, open_work: OpenWork, plan: Plan):
         self._open_work, self._plan = open_work, dict(plan)
-        self._work: tuple[Rows, UnitSegmenter] | None = None
+        self._work: tuple[Rows, ParquetSegmenter] | None = None
         self._lengths: dict[int, int] = {}
 
     def prepare(self) -> str | None:
@@ -106,13 +101,7 @@ class UnitActor:
 
 
 class UnitQueue:
-    """The units that are still to be done, those that are running, and what became of them.
-
-    Args:
-        rows: the dataset.
-        is_done: tells whether a unit's file is there.
-        clock: gives seconds.
-    """
+    """The units that are still to be done, those that are running, and what became of them."""
 
     def __init__(
         self, rows: Rows, is_done: Callable[[int, int], bool], clock: Callable[[], float] = time.monotonic
@@ -162,11 +151,7 @@ class UnitQueue:
         return True
 
     def lose(self, place: Place, reason: str) -> None:
-        """Note that an actor was lost with a unit.
-
-        Raises:
-            ITAError: it was not the first one.
-        """
+        """Note that an actor was lost with a unit."""
         if place not in self._running:
             return
         self._lost[place] += 1
@@ -181,7 +166,7 @@ class UnitQueue:
 def segment_on_ray(
     open_work: OpenWork,
     rows: Rows,
-    folder: ShardFolder,
+    folder: ParquetFolder,
     plan: Plan,
     options: RayOptions,
     progress: Callable[[int], object] = lambda images: None,
@@ -224,11 +209,7 @@ def segment_on_ray(
 
 
 def import_ray() -> Any:
-    """Import Ray.
-
-    Raises:
-        ITAError: it is not installed.
-    """
+    """Import Ray."""
     try:
         import ray
     except ImportError as error:
@@ -249,7 +230,7 @@ def _actors(ray: Any, open_work: Any, plan: Plan, options: RayOptions) -> list[A
 class _Run:
     """Deals units to actors until all are done."""
 
-    def __init__(self, ray: Any, queue: UnitQueue, folder: ShardFolder, progress: Callable[[int], object]):
+    def __init__(self, ray: Any, queue: UnitQueue, folder: ParquetFolder, progress: Callable[[int], object]):
         self._ray, self._queue, self._folder, self._progress = ray, queue, folder, progress
         self._tasks: dict[Any, tuple[Any, Place | None]] = {}
         self._idle: list[Any] = []

@@ -45,13 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of work.
-
-    Attributes:
-        part: the number of its part.
-        number: its own number there.
-        rows: its rows, read as they are asked for.
-    """
+    """A unit of work."""
 
     part: int
     number: int
@@ -64,14 +58,7 @@ Place = tuple[int, int]
 
 
 class ListedRows:
-    """Images that can be reached by their number.
-
-    Args:
-        length: how many there are.
-        row: gives one by its number.
-        digest: stands for what they are and their order.
-        unit_size: images in a unit.
-    """
+    """Images that can be reached by their number."""
 
     def __init__(self, length: int, row: Callable[[int], Row], digest: str, unit_size: int):
         self._length, self._row, self._unit_size = length, row, unit_size
@@ -100,16 +87,7 @@ class ListedRows:
 
 
 class ParquetRows:
-    """Images in parquet files, of which a process reads the row groups of its own units.
-
-    Args:
-        parts: the files of each part.
-        row: makes a row of the values of its columns and its number.
-        columns: the columns that are read.
-        part_length: gives the number of rows of a part, None where it is not known.
-        note_length: is told the number of rows of a part.
-        unit_size: images in a unit.
-    """
+    """Images in parquet files, of which a process reads the row groups of its own units."""
 
     def __init__(
         self,
@@ -154,11 +132,7 @@ class ParquetRows:
         return Unit(part, number, self._rows(part, number))
 
     def sharing_notice(self, processes: int) -> str | None:
-        """Say what it costs that processes share files or row groups; None where there are enough of them.
-
-        Raises:
-            ITAError: a file cannot be read.
-        """
+        """Say what it costs that processes share files or row groups; None where there are enough of them."""
         parts = range(len(self._parts))
         if len(parts) >= processes:
             return None

@@ -165,7 +165,7 @@ class Segmenter:
         with torch.inference_mode():
             self.model.encode_vocabulary([list(names) for names in classes])
 
-    def segment(self, images: Sequence[Image.Image]) -> list[SegmentedImage | ITAError]:
+    def segment_images(self, images: Sequence[Image.Image]) -> list[SegmentedImage | ITAError]:
         """Segment RGB images of any sizes in one pass.
 
         A batch that memory does not hold is done image by image.
@@ -183,7 +183,7 @@ class Segmenter:
         except ITAError as error:
             if len(images) == 1:
                 return [error]
-        return [result for image in images for result in self.segment([image])]
+        return [result for image in images for result in self.segment_images([image])]
 
     def _encode_examples(self, examples: Mapping[str, Sequence[tuple[Any, Any]]]) -> dict[str, Any]:
         import torch
@@ -283,11 +283,7 @@ class Segmenter:
         return self._segmented(result, result, found.dominant_categories, highest, stuff_ids)
 
     def _post_process(self, outputs: Any, sizes: list[tuple[int, int]], **options: Any) -> list[Any]:
-        common = {
-            "target_sizes": sizes,
-            "threshold": self.threshold,
-            "num_classes": len(self.classes),
-        }
+        common = {"target_sizes": sizes, "threshold": self.threshold, "num_classes": len(self.classes)}
         if self.task == "semantic":
             maps = self.processor.post_process_semantic_segmentation(outputs, ignore_index=NO_CLASS, **common)
             return [

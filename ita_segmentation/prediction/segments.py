@@ -105,11 +105,7 @@ def size_of(result: Any) -> tuple[int, int]:
 
 
 def name_of(names: ClassNames, label_id: int) -> str:
-    """Return the first name of a class.
-
-    Raises:
-        ValueError: there is no such class.
-    """
+    """Return the first name of a class."""
     try:
         name = names[label_id]
     except (IndexError, KeyError) as error:

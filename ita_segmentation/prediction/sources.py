@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ita_segmentation.errors import ITAError
@@ -15,6 +16,23 @@ from ita_segmentation.images import IMAGE_SUFFIXES, find_images
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 MAX_NAME_BYTES = 200
 """Of a result's name without its ending; file systems allow 255 for both."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """An image or video.
+
+    Attributes:
+        path: where it is.
+        base: the output folder and the name of its results in it.
+    """
+
+    path: Path
+    base: Path
+
+    def result(self, ending: str) -> Path:
+        """Return the result with this ending."""
+        return self.base.with_name(self.base.name + ending)
 
 
 def is_video(path: Path) -> bool:

@@ -21,9 +21,9 @@ from PIL import Image, ImageFont
 
 from ita_segmentation.errors import ITAError, one_line
 from ita_segmentation.files import atomic_path, json_bytes, path_text, write_files
-from ita_segmentation.prediction.formats import Item, label_png, legend_of
-from ita_segmentation.prediction.images import document_fits
+from ita_segmentation.prediction.formats import label_png, legend_of
 from ita_segmentation.prediction.segmenter import SegmentedImage, Segmenter
+from ita_segmentation.prediction.sources import InputFile
 from ita_segmentation.prediction.tracks import Tracks
 from ita_segmentation.prediction.video_files import Frame, VideoReader, VideoWriter
 from ita_segmentation.visualization import (
@@ -50,14 +50,14 @@ MAX_LEGEND_CHARACTERS = 24
 RunLengths = Callable[[SegmentedImage], "list[dict[str, Any]]"]
 
 
-def video_files(item: Item, formats: Sequence[str]) -> list[Path]:
+def video_files(file: InputFile, formats: Sequence[str]) -> list[Path]:
     """List the files and folders that a video becomes."""
-    return list(dict.fromkeys(item.file(ending) for one in formats for ending in VIDEO_FORMATS[one]))
+    return list(dict.fromkeys(file.result(ending) for one in formats for ending in VIDEO_FORMATS[one]))
 
 
 def segment_video(
     segmenter: Segmenter,
-    item: Item,
+    file: InputFile,
     formats: Sequence[str],
     settings: Mapping[str, Any],
     every: int = 1,
@@ -69,7 +69,7 @@ def segment_video(
 
     Args:
         segmenter: what segments the frames.
-        item: the video.
+        file: the video.
         formats: of `VIDEO_FORMATS`.
         settings: what NAME_segments.json says of how it was made.
         every: frames 0, `every`, 2 `every`, ... are segmented; the overlay plays as long as the video.
@@ -85,9 +85,9 @@ def segment_video(
     """
     done, failure = 0, None
     with ExitStack() as stack:
-        reader = VideoReader(item.path)
+        reader = VideoReader(file.path)
         stack.callback(reader.close)
-        outputs = _Outputs(stack, item, formats, reader.rate / every, segmenter)
+        outputs = _Outputs(stack, file, formats, reader.rate / every, segmenter)
         try:
             for frame, result in _segmented_frames(segmenter, reader.frames(every), batch_size):
                 outputs.add(frame, result, run_lengths)
@@ -96,29 +96,19 @@ def segment_video(
         except _FrameError as error:
             failure = ITAError(one_line(error))
         if not done:
-            raise failure or ITAError(f"{path_text(item.path)} holds no frame")
+            raise failure or ITAError(f"{path_text(file.path)} holds no frame")
         outputs.close()
-    if item.file("_segments.json") in video_files(item, formats):
+    if file.result("_segments.json") in video_files(file, formats):
         document = {
-            "video": path_text(item.path),
+            "video": path_text(file.path),
             **settings,
             "frame_rate": round(float(reader.rate), 4),
             "every": every,
             "frames": done,
             "error": None if failure is None else one_line(failure),
         }
-        write_files({item.file("_segments.json"): json_bytes(document)})
+        write_files({file.result("_segments.json"): json_bytes(document)})
     return done, failure
-
-
-def is_done(item: Item, formats: Sequence[str], settings: Mapping[str, Any], every: int) -> bool:
-    """Tell whether a video's files are there and, as far as they say, made the same way and without error."""
-    files = video_files(item, formats)
-    if not all(path.exists() for path in files):
-        return False
-    described = item.file("_segments.json")
-    expected = {"video": path_text(item.path), "every": every, "error": None, **settings}
-    return described not in files or document_fits(described, expected)
 
 
 class _FrameError(Exception):
@@ -140,7 +130,9 @@ def _segmented_frames(
         if frame is not None:
             batch.append(frame)
         if batch and (ended or len(batch) == batch_size):
-            for one, result in zip(batch, segmenter.segment([one.image for one in batch]), strict=True):
+            for one, result in zip(
+                batch, segmenter.segment_images([one.image for one in batch]), strict=True
+            ):
                 if isinstance(result, ITAError):
                     raise _FrameError(f"frame {one.index}: {result}") from result
                 yield one, result
@@ -153,10 +145,12 @@ class _Outputs:
     """A video's files, which take their places when `stack` is closed without an error."""
 
     def __init__(
-        self, stack: ExitStack, item: Item, formats: Sequence[str], rate: Fraction, segmenter: Segmenter
+        self, stack: ExitStack, file: InputFile, formats: Sequence[str], rate: Fraction, segmenter: Segmenter
     ):
         endings = [ending for one in formats for ending in VIDEO_FORMATS[one] if ending != "_segments.json"]
-        self._paths = {ending: stack.enter_context(atomic_path(item.file(ending))) for ending in set(endings)}
+        self._paths = {
+            ending: stack.enter_context(atomic_path(file.result(ending))) for ending in set(endings)
+        }
         self._rate = rate
         self._legend_width = legend_width(names[0] for names in segmenter.classes)
         self._tracks = None if segmenter.task == "semantic" else Tracks()
@@ -167,10 +161,10 @@ class _Outputs:
             if "_labels" in self._paths:
                 self._paths["_labels"].mkdir()
             if "_frames.jsonl" in self._paths:
-                file = self._paths["_frames.jsonl"].open("w", encoding="utf-8")
-                self._lines = stack.enter_context(file)
+                lines = self._paths["_frames.jsonl"].open("w", encoding="utf-8")
+                self._lines = stack.enter_context(lines)
         except OSError as error:
-            raise ITAError(f"cannot write {item.base}: {error.strerror or error}") from error
+            raise ITAError(f"cannot write {file.base}: {error.strerror or error}") from error
 
     def add(self, frame: Frame, result: SegmentedImage, run_lengths: RunLengths | None) -> None:
         label_map, segments = result.label_map, result.segments
@@ -226,12 +220,6 @@ def draw_legend(
     """Draw as many entries as there is space for, to the right of `left`.
 
     The largest are chosen, in the order of ids, so that a line does not jump from frame to frame.
-
-    Args:
-        canvas: what is drawn on.
-        left: the first free column.
-        entries: legend entries, largest first.
-        colors: the color of each id.
     """
     rows = max(1, (canvas.height - MARGIN) // ROW_HEIGHT)
     font = ImageFont.load_default(TEXT_SIZE)

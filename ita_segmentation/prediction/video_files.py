@@ -37,17 +37,7 @@ class Frame:
 
 
 class VideoReader:
-    """The frames of a video, upright, in order of time.
-
-    Args:
-        path: the file.
-
-    Attributes:
-        rate: frames per second (the average, where it varies).
-
-    Raises:
-        ITAError: the file is not a video.
-    """
+    """The frames of a video, upright, in order of time."""
 
     def __init__(self, path: Path):
         import av
@@ -69,11 +59,7 @@ class VideoReader:
         self._container.close()
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
-        """Yield frames 0, `every`, 2 `every`, ...
-
-        Raises:
-            ITAError: the file is damaged or ends before its time; all frames before that have been given.
-        """
+        """Yield frames 0, `every`, 2 `every`, ..."""
         index, first, last = 0, 0.0, 0.0
         try:
             for frame in self._container.decode(self._stream):
@@ -111,16 +97,7 @@ class VideoReader:
 
 
 class VideoWriter:
-    """An MP4 file (H.264 where the encoder is there, else MPEG-4) of images of one size.
-
-    Args:
-        path: where to write.
-        rate: frames per second.
-        size: (width, height) of the images, both even.
-
-    Raises:
-        ITAError: PyAV has neither encoder, or the file cannot be written.
-    """
+    """An MP4 file (H.264 where the encoder is there, else MPEG-4) of images of one size."""
 
     def __init__(self, path: Path, rate: Fraction, size: tuple[int, int]):
         import av
@@ -141,20 +118,12 @@ class VideoWriter:
         self._path = path
 
     def write(self, image: Image.Image) -> None:
-        """Append an RGB image of the size that was given.
-
-        Raises:
-            ITAError: it cannot be written.
-        """
+        """Append an RGB image of the size that was given."""
         frame = self._av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")
         self._mux(frame)
 
     def close(self) -> None:
-        """Finish the file.
-
-        Raises:
-            ITAError: it cannot be written.
-        """
+        """Finish the file."""
         self._mux(None)
         self._container.close()
 

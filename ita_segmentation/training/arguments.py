@@ -87,8 +87,7 @@ class ITAModelArguments:
     tune_class_names: bool = option(
         False,
         "With --keep_vocabulary: before training, tune the token embeddings that only the dataset's "
-        "class names use, for names that CLIP does not know (--learn_words is the old spelling)",
-        aliases=["--learn_words"],
+        "class names use, for names that CLIP does not know",
     )
 
     def __post_init__(self) -> None:

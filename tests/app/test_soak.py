@@ -155,7 +155,7 @@ def test_soak(tmp_path, monkeypatch):
     for (name, names, task), labels in requests.answered:
         vocabulary = [one.split("|") for one in names]
         segmenter = Segmenter(model, processor, vocabulary, task, threshold=0.5)
-        [expected] = segmenter.segment([read_image(ROOT / "examples" / name)])
+        [expected] = segmenter.segment_images([read_image(ROOT / "examples" / name)])
         assert np.array_equal(labels, expected.label_map), (name, names[:2], task)
 
 

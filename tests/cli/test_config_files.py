@@ -1,6 +1,7 @@
 """Configuration files: bounded in size and depth, and read by the rules of the command line."""
 
 import dataclasses
+import importlib
 
 import pytest
 
@@ -68,3 +69,29 @@ def test_a_file_says_what_the_command_line_says_and_the_command_line_takes_prece
     file.write_text("flop: false")
     with pytest.raises(UsageError, match="unknown argument 'flop'"):
         parse("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "value", "new"),
+    [
+        ("export", "--format", "web", "target"),
+        ("prepare", "--classes", "names.json", "vocabulary"),
+        ("eval_options", "--num_examples", "7", "num_report_images"),
+        ("train", "--learn_words", "true", "tune_class_names"),
+        ("train", "--learn-words", "true", "tune_class_names"),
+    ],
+)
+@pytest.mark.parametrize("form", ["word", "assignment", "file"])
+def test_an_old_option_still_works_and_names_the_new_one(module, old, value, new, form, tmp_path):
+    parser = importlib.import_module(f"ita_segmentation.cli.{module}").build_parser()
+    (tmp_path / "config.yaml").write_text(f"{old.removeprefix('--')}: {value}")
+    words = {
+        "word": [old, value],
+        "assignment": [f"{old}={value}"],
+        "file": ["--config", str(tmp_path / "config.yaml")],
+    }[form]
+    with pytest.warns(FutureWarning, match=f"{old} is deprecated: use --{new}"):
+        given = parser.with_config(words)
+    [action] = [one for one in parser._actions if f"--{new}" in one.option_strings]
+    assert given[0].partition("=")[0] in action.option_strings
+    assert value in " ".join(given).lower().replace("=", " ").split()

@@ -485,7 +485,7 @@ def test_an_image_without_segments_among_others_is_named(tmp_path, monkeypatch):
     ("more", "message"),
     [
         (["--split", "test"], "no split 'test', only train, validation"),
-        (["--classes", "classes.json"], "--classes is for folder"),
+        (["--vocabulary", "classes.json"], "--vocabulary is for folder"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(tmp_path, voc, more, message):

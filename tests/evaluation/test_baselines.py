@@ -399,7 +399,9 @@ def test_ita_eval_scores_other_models_as_it_scores_ita(name, tmp_path, a_new_pro
     data, output = save_squares(tmp_path / "squares", count=2), tmp_path / "scores"
     model = save_tiny_baseline(name, tmp_path / "model", ["car", "sky", "zebra", "grass", "dog"])
     arguments = ["--model", model, "--benchmarks", data.name, "--data_dir", tmp_path, "--output", output]
-    assert run_eval.evaluate([*map(str, arguments), "--mixed_precision", "no", "--num_examples", "0"]) == 0
+    assert (
+        run_eval.evaluate([*map(str, arguments), "--mixed_precision", "no", "--num_report_images", "0"]) == 0
+    )
     results = json.loads((output / "results.json").read_text())["benchmarks"]["squares"]
     classes = [names.split(", ") for names in NAMES]
     predictor = load_baseline(model, classes, [False, True, False, True], "cpu")

@@ -67,7 +67,7 @@ def scored(checkpoint, data, tmp_path):
     ) -> tuple[dict, np.ndarray]:
         output = tmp_path / f"out_{len(list(tmp_path.iterdir()))}"
         given = ["--model", model, "--benchmarks", benchmark, "--data_dir", folder, "--output", output]
-        given += ["--num_examples", 0]
+        given += ["--num_report_images", 0]
         assert run_eval.evaluate([str(argument) for argument in [*given, *arguments]]) == 0
         assert not (output / ".progress").exists() or not list((output / ".progress").iterdir())
         return read(output, benchmark)
@@ -323,7 +323,9 @@ def test_counts_of_another_model_dataset_or_setting_are_never_continued(
             "--output",
             tmp_path / "out",
         ]
-        run_eval.evaluate([*map(str, given), "--save_seconds", "0", "--num_examples", "0", *map(str, more)])
+        run_eval.evaluate(
+            [*map(str, given), "--save_seconds", "0", "--num_report_images", "0", *map(str, more)]
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr("ita_segmentation.evaluation.reporting.examples.worst_and_best", stop)

@@ -38,7 +38,7 @@ def exported(tmp_path_factory):
     pytest.importorskip("onnxscript", reason="exporting needs onnxscript")
     folder = tmp_path_factory.mktemp("export") / "exported"
     options = ["--onnxruntime_web", str(onnxruntime_web())] if onnxruntime_web() else []
-    export(["--model", str(SHIPPED), "--output", str(folder), "--format", "web", *options])
+    export(["--model", str(SHIPPED), "--output", str(folder), "--target", "web", *options])
     return folder
 
 
@@ -276,7 +276,7 @@ def test_graphs_do_not_say_where_they_were_made(exported):
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path):
     with pytest.raises(ITAError, match="no such checkpoint folder"):
         export(["--model", str(tmp_path / "missing"), "--output", str(tmp_path / "out")])
-    with pytest.raises(ITAError, match="--onnxruntime_web is for --format web"):
+    with pytest.raises(ITAError, match="--onnxruntime_web is for --target web"):
         export(["--model", str(SHIPPED), "--output", str(tmp_path / "out"), "--onnxruntime_web", "x"])
     checkpoint = save_tiny_checkpoint(tmp_path / "thumbnail", dominant_category_source="thumbnail")
     with pytest.raises(ITAError, match="thumbnail cannot be exported"):

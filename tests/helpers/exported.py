@@ -75,7 +75,7 @@ def without_torch(folder, image, output, classes):
 
 
 def assert_same(found, expected):
-    """Compare an `ImageOutputs` with the model's outputs for the image alone."""
+    """Compare an `OnnxOutputs` with the model's outputs for the image alone."""
     pairs = (
         (found.class_logits, expected.class_queries_logits[0]),
         (found.mask_logits, expected.masks_queries_logits[0]),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ita_segmentation.prediction import SegmentedImage, UnitSegmenter, open_rows
+from ita_segmentation.prediction import ParquetSegmenter, SegmentedImage, open_rows
 from ita_segmentation.prediction.segmenter import describe_segments
 
 CLASSES = [["dark"], ["bright"]]
@@ -26,7 +26,7 @@ class MeanSegmenter:
     def __init__(self, seconds: float):
         self.seconds = seconds
 
-    def segment(self, images: Sequence[Image.Image]) -> list[SegmentedImage]:
+    def segment_images(self, images: Sequence[Image.Image]) -> list[SegmentedImage]:
         """Segment images."""
         time.sleep(self.seconds * len(images))
         return [self._segment(image) for image in images]
@@ -45,7 +45,7 @@ def open_work(
     seconds: float,
     slow: Path | None,
     note_length: Callable[[int, int], None],
-) -> tuple[Any, UnitSegmenter, dict[str, Any]]:
+) -> tuple[Any, ParquetSegmenter, dict[str, Any]]:
     """Open a folder of images; the first process that makes the file `slow` takes ten times as long."""
     if slow is not None:
         with contextlib.suppress(FileExistsError):
@@ -61,4 +61,4 @@ def open_work(
         unit_size=unit_size,
     )
     (dataset / f".{os.getpid()}.pid").touch()  # hidden: no image of the folder
-    return rows, UnitSegmenter(MeanSegmenter(seconds), ("labels", "segments")), {"classes": CLASSES}  # type: ignore[arg-type]
+    return rows, ParquetSegmenter(MeanSegmenter(seconds), ("labels", "segments")), {"classes": CLASSES}  # type: ignore[arg-type]

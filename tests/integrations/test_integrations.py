@@ -325,7 +325,7 @@ def test_cvat_is_told_the_labels_and_gets_masks_or_polygons(cvat_function):
         return cvat_function.detect(context, image)
 
     shapes = detect(threshold=0.0)
-    [result] = cvat_function.segmenter.segment([image])
+    [result] = cvat_function.segmenter.segment_images([image])
     masks = sorted(result.masks(), key=lambda segment: -segment.area)
     assert [shape.label_id for shape in shapes] == [segment.label_id for segment in masks] != []
     for shape, segment in zip(shapes, masks, strict=True):

@@ -39,7 +39,7 @@ def test_the_folder_is_small_and_its_card_begins_with_its_limits(loaded):
 def test_one_clear_object_is_found_among_its_example_classes(loaded, name, found, box):
     classes = json.loads((EXAMPLES / "classes.json").read_text())[f"{name}.jpg"]
     vocabulary = [one.strip().split("|") for one in classes.split(",")]
-    [result] = Segmenter(*loaded, vocabulary).segment([Image.open(EXAMPLES / f"{name}.jpg")])
+    [result] = Segmenter(*loaded, vocabulary).segment_images([Image.open(EXAMPLES / f"{name}.jpg")])
     assert result.segments[0]["label"] == found
     left, top, right, bottom = box
     inside = (np.array(result.label_map) == result.segments[0]["label_id"])[top:bottom, left:right]
@@ -47,7 +47,7 @@ def test_one_clear_object_is_found_among_its_example_classes(loaded, name, found
 
 
 def test_a_class_that_a_photograph_does_not_show_is_not_found(loaded):
-    [result] = Segmenter(*loaded, [["zebra"], ["airplane"], ["pizza"]]).segment(
+    [result] = Segmenter(*loaded, [["zebra"], ["airplane"], ["pizza"]]).segment_images(
         [Image.open(EXAMPLES / "cat.jpg")]
     )
     assert not result.segments

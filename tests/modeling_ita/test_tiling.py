@@ -171,7 +171,7 @@ def test_a_thing_of_scenes_that_a_border_cuts_comes_back_as_one_instance(loaded,
     tiling = Tiling(192, 128)
     borders = {64, 192, 256}
     vocabulary = scenes_vocabulary().classes
-    [found] = Segmenter(*loaded, task="instance", tiling=tiling, keep_overlaps=True).segment([image])
+    [found] = Segmenter(*loaded, task="instance", tiling=tiling, keep_overlaps=True).segment_images([image])
     masks = list(found.masks())
     cut = 0
     for segment in segments:
@@ -196,7 +196,8 @@ def test_an_image_that_fits_a_tile_is_what_it_is_without_tiles(loaded, collage):
     image = collage[0].crop((0, 0, 192, 192))
     for task in ("semantic", "panoptic", "instance"):
         plain, tiled = (
-            Segmenter(*loaded, task=task, tiling=tiling).segment([image])[0] for tiling in (None, Tiling(256))
+            Segmenter(*loaded, task=task, tiling=tiling).segment_images([image])[0]
+            for tiling in (None, Tiling(256))
         )
         assert [one["label"] for one in tiled.segments] == [one["label"] for one in plain.segments]
         areas = [[one["area"] for one in result.segments] for result in (tiled, plain)]
@@ -215,7 +216,7 @@ def test_the_pipeline_finds_what_the_segmenter_finds(loaded, collage, subtask):
     segmenter = Segmenter(
         model, processor, task=subtask, threshold=0.5, tiling=Tiling(192, 96), keep_overlaps=True
     )
-    [expected] = segmenter.segment([collage[0]])
+    [expected] = segmenter.segment_images([collage[0]])
     assert {one["label"] for one in found} == {one["label"] for one in expected.segments}
     assert all(one["mask"].size == collage[0].size and np.asarray(one["mask"]).any() for one in found)
     with pytest.raises(ValueError, match="tiles"):

@@ -340,11 +340,11 @@ import sys, time
 sys.path.insert(0, {root!r})
 from ita_segmentation.prediction import rows, segmenter
 rows.UNIT_SIZE = 4
-segment = segmenter.Segmenter.segment
+segment = segmenter.Segmenter.segment_images
 def slow(self, images):
     time.sleep({seconds})
     return segment(self, images)
-segmenter.Segmenter.segment = slow
+segmenter.Segmenter.segment_images = slow
 from ita_segmentation.cli.main import run_by_name
 run_by_name("predict")
 """

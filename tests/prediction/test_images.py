@@ -13,7 +13,7 @@ from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.errors import ITAError
 from ita_segmentation.images import read_image
 from ita_segmentation.prediction import Segmenter, Tracks, find_sources
-from ita_segmentation.prediction.runs import empty_line
+from ita_segmentation.prediction.image_files import empty_line
 from ita_segmentation.prediction.segmenter import SegmentedImage
 from ita_segmentation.prediction.sources import output_names
 from ita_segmentation.prediction.tracks import MEMORY
@@ -115,7 +115,7 @@ def test_a_batch_that_memory_does_not_hold_is_done_one_by_one(loaded, monkeypatc
 
     monkeypatch.setattr(type(model), "forward", small_memory)
     small, wide = Image.new("RGB", (64, 64)), Image.new("RGB", (128, 64))
-    first, second, third = segmenter.segment([small, wide, small])
+    first, second, third = segmenter.segment_images([small, wide, small])
     assert first.label_map.tolist() == third.label_map.tolist()
     assert "not enough memory for an image of 128 x 64" in str(second)
 
@@ -123,13 +123,13 @@ def test_a_batch_that_memory_does_not_hold_is_done_one_by_one(loaded, monkeypatc
 def test_results_are_on_disk_before_the_next_batch_is_read(predict, tmp_path, noise, monkeypatch):
     for index in range(4):
         noise(tmp_path / "in" / f"{index}.png")
-    seen, segment = [], Segmenter.segment
+    seen, segment = [], Segmenter.segment_images
 
     def watching(self, images):
         seen.append(len(list((tmp_path / "out").glob("*_labels.png"))))
         return segment(self, images)
 
-    monkeypatch.setattr(Segmenter, "segment", watching)
+    monkeypatch.setattr(Segmenter, "segment_images", watching)
     given = ["--batch_size", 2, "--format", "labels"]
     predict("--images", tmp_path / "in", "--output", tmp_path / "out", *given)
     assert seen == [0, 2]
@@ -144,7 +144,7 @@ def test_the_caller_says_which_classes_are_stuff(loaded):
 
     def found(stuff, task="instance"):
         segmenter = Segmenter(model, processor, task=task, threshold=0.0, stuff=stuff, keep_overlaps=True)
-        [result] = segmenter.segment([image])
+        [result] = segmenter.segment_images([image])
         return {result.vocabulary[segment.label_id][0] for segment in result.masks()}
 
     everything = found([])
@@ -167,15 +167,15 @@ def shipped():
 def test_a_class_that_is_not_there_gets_nothing_and_one_that_is_keeps_its_place(task, shipped):
     """The scene has concrete, water, a skateboard, a teddy bear and french fries."""
     image = read_image(SHIPPED.parents[1] / "examples" / "scene_1.png")
-    [absent] = Segmenter(*shipped, [["purple submarine"]], task).segment([image])
+    [absent] = Segmenter(*shipped, [["purple submarine"]], task).segment_images([image])
     assert absent.segments == []
     assert absent.best_guesses[0][0] == "purple submarine"
     assert absent.best_guesses[0][1] < 0.5
-    [alone] = Segmenter(*shipped, [["teddy bear"]], task, threshold=0.5).segment([image])
+    [alone] = Segmenter(*shipped, [["teddy bear"]], task, threshold=0.5).segment_images([image])
     assert {one["label"] for one in alone.segments} == {"teddy bear"}
     assert 0.5 <= alone.segments[0]["score"] <= 1
     assert 0.15 < alone.segments[0]["area"] / (image.width * image.height) < 0.25
-    [forced] = Segmenter(*shipped, [["purple submarine"]], "semantic", 0.0, distractors=False).segment(
+    [forced] = Segmenter(*shipped, [["purple submarine"]], "semantic", 0.0, distractors=False).segment_images(
         [image]
     )
     assert forced.segments[0]["area"] == image.width * image.height, "as the benchmarks have it"
@@ -183,7 +183,7 @@ def test_a_class_that_is_not_there_gets_nothing_and_one_that_is_keeps_its_place(
 
 def test_a_label_map_without_a_class_has_its_highest_value(shipped):
     image = read_image(SHIPPED.parents[1] / "examples" / "scene_2.jpg")
-    [result] = Segmenter(*shipped, [["zebra"]]).segment([image])
+    [result] = Segmenter(*shipped, [["zebra"]]).segment_images([image])
     assert set(np.unique(result.label_map).tolist()) == {0, 255}
 
 
@@ -219,6 +219,21 @@ def test_resume_skips_what_was_done_the_same_way(predict, tmp_path, noise, capsy
     for other in (["--classes", "cat, dog"], ["--threshold", 0.3], ["--stuff", "dog"]):
         assert predict(*given, "--resume", *other) == 0
         assert "3 images segmented" in capsys.readouterr().out
+
+
+def test_resume_says_which_settings_make_it_repeat_work(predict, tmp_path, noise, capsys):
+    given = ["--images", noise(tmp_path / "a.png"), "--output", tmp_path / "out", "--resume"]
+    assert predict(*given) == 0
+    assert "not skipped" not in capsys.readouterr().out
+    assert predict(*given, "--threshold", 0.3, "--task", "panoptic") == 0
+    printed = capsys.readouterr().out
+    assert "1 not skipped: their results were made otherwise (different: task, threshold)" in printed
+
+
+def test_no_class_is_stuff_where_the_names_of_stuff_are_empty(predict, tmp_path, noise):
+    given = ["--images", noise(tmp_path / "a.png"), "--output", tmp_path / "out", "--task", "panoptic"]
+    assert predict(*given, "--stuff", "") == 0
+    assert json.loads((tmp_path / "out" / "a_segments.json").read_text())["stuff_ids"] == []
 
 
 # Segments that keep their ids

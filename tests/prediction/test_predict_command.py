@@ -373,7 +373,7 @@ def test_examples_of_a_file_are_what_the_model_takes_and_part_of_what_is_written
     rows = encode_class_examples(*loaded, {"mug": [(Image.open(image), (10, 5, 40, 25))]})
     segmenter = Segmenter(*loaded, [["mug"], ["wall"]], threshold=0, example_weight=1)
     segmenter._example_options = {"examples": rows, "example_weight": 1}
-    [result] = segmenter.segment([Image.open(image)])
+    [result] = segmenter.segment_images([Image.open(image)])
     assert np.array_equal(result.label_map, np.array(Image.open(output / "noise_labels.png")))
     assert command(*arguments, "--resume", "--examples", path)[1].count("1 image segmented") == 1
 

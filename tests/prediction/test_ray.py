@@ -23,8 +23,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from helpers.ray_work import open_work
+from ita_segmentation.cli import predict as predict_command
+from ita_segmentation.cli.predict_options import read_options
 from ita_segmentation.errors import ITAError, UsageError
-from ita_segmentation.prediction import ShardFolder, ray_engine, rows, segment_dataset
+from ita_segmentation.prediction import ParquetFolder, ray_engine, rows, segment_dataset
 from ita_segmentation.prediction.ray_engine import RayOptions, segment_on_ray
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +46,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def plain_run(work: Any, output: Path) -> dict[str, bytes]:
     opened, worker, plan = work(lambda part, length: None)
-    segment_dataset(worker, opened, ShardFolder(output), plan)
+    segment_dataset(worker, opened, ParquetFolder(output), plan)
     return files_of(output)
 
 
 def ray_run(work: Any, output: Path, **options: Any) -> Any:
     opened, _, plan = work(lambda part, length: None)
-    return segment_on_ray(work, opened, ShardFolder(output), plan, RayOptions(**options))
+    return segment_on_ray(work, opened, ParquetFolder(output), plan, RayOptions(**options))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ def test_a_stream_is_read_on_by_the_actors_that_have_it(stub, tmp_path):
         streamed = rows.StreamedRows(
             3,
             lambda part: map(opened._row, range(10 * part, 10 * part + lengths[part])),
-            ShardFolder(tmp_path / "out").part_length,
+            ParquetFolder(tmp_path / "out").part_length,
             note_length,
             4,
         )
@@ -230,7 +232,21 @@ def test_a_stream_is_read_on_by_the_actors_that_have_it(stub, tmp_path):
     stub([1.0, 1.0], lost=(3,))
     assert ray_run(open_stream, tmp_path / "out").images == 13
     assert files_of(tmp_path / "out") == plain_run(open_stream, tmp_path / "plain")
-    assert ShardFolder(tmp_path / "out").part_length(0) == 9
+    assert ParquetFolder(tmp_path / "out").part_length(0) == 9
+
+
+def test_actors_find_what_relative_paths_name_and_the_plan_keeps_them(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(checkpoint)
+    folder_of(tmp_path / "in", 3)
+    monkeypatch.chdir(tmp_path)
+    work = predict_command.actor_work(
+        read_options(["--model", "model", "--dataset", "in", "--output", "out"]), unit_size=4
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    opened, _, plan = work(lambda part, length: None)
+    assert [row.image_id for row in opened.unit(0, 0).rows] == ["000.png", "001.png", "002.png"]
+    assert (plan["model"], plan["dataset"]) == ("model", "in")
 
 
 def test_a_machine_with_other_data_is_refused(work, stub, tmp_path):
@@ -238,7 +254,7 @@ def test_a_machine_with_other_data_is_refused(work, stub, tmp_path):
     opened, _, plan = work(lambda part, length: None)
     folder_of(tmp_path / "in", 48)
     with pytest.raises(ITAError, match="another dataset or checkpoint .different: digest, images"):
-        segment_on_ray(work, opened, ShardFolder(tmp_path / "out"), plan, RayOptions())
+        segment_on_ray(work, opened, ParquetFolder(tmp_path / "out"), plan, RayOptions())
 
 
 @pytest.mark.parametrize(
@@ -386,7 +402,7 @@ def test_one_actor_ten_times_slower_takes_less_than_six_tenths_of_an_even_split(
         first.append(time.monotonic())  # loading the models is not what is measured
 
     segment_on_ray(
-        work, opened, ShardFolder(tmp_path / "out"), plan, RayOptions(cluster.address, 2), progress
+        work, opened, ParquetFolder(tmp_path / "out"), plan, RayOptions(cluster.address, 2), progress
     )
     wall = time.monotonic() - first[0] + 4 * seconds
     even = 24 * 10 * seconds

@@ -10,12 +10,12 @@ nothing else:
 """
 
 from .images import preprocess, read_image
-from .postprocessing import ImageOutputs, instance_segments, panoptic_segments, semantic_map
+from .postprocessing import OnnxOutputs, instance_segments, panoptic_segments, semantic_map
 from .predictor import OnnxPredictor
 from .vocabulary import parse_classes
 
 __all__ = [
-    "ImageOutputs",
+    "OnnxOutputs",
     "OnnxPredictor",
     "instance_segments",
     "panoptic_segments",

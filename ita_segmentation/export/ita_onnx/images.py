@@ -69,11 +69,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check that an image processor's settings are among those that this module can follow.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Check that an image processor's settings are among those that this module can follow."""
     if settings.get("do_resize", True) and settings.get("resample", BILINEAR) != BILINEAR:
         raise ValueError(f"images are resized bilinearly (resample 2) only, got {settings['resample']}")
     if settings.get("size_divisor", STRIDE) % STRIDE or settings.get("pad_size"):
@@ -112,15 +108,7 @@ def preprocess(image: Image.Image, settings: Mapping[str, Any]) -> NetworkInput:
 
 
 def output_size(image_size: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
-    """Give the height and width to which an image of `image_size` is resized.
-
-    Args:
-        image_size: height and width.
-        size: as in `preprocessor_config.json`, such as {"shortest_edge": 800, "longest_edge": 1333}.
-
-    Raises:
-        ValueError: `size` has other keys.
-    """
+    """Give the height and width to which an image of `image_size` is resized."""
     height, width = image_size
     sides = {key: value for key, value in size.items() if value is not None}
     if set(sides) == {"height", "width"}:

@@ -22,7 +22,7 @@ Segments = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class ImageOutputs:
+class OnnxOutputs:
     """The network's outputs for one image.
 
     Attributes:
@@ -51,7 +51,7 @@ class ImageOutputs:
 
 
 def semantic_map(
-    outputs: ImageOutputs,
+    outputs: OnnxOutputs,
     threshold: float | None = None,
     num_classes: int | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -92,7 +92,7 @@ def semantic_map(
 
 
 def panoptic_segments(
-    outputs: ImageOutputs,
+    outputs: OnnxOutputs,
     threshold: float = 0.8,
     mask_threshold: float = 0.5,
     overlap_mask_area_threshold: float = 0.8,
@@ -158,7 +158,7 @@ def panoptic_segments(
 
 
 def instance_segments(
-    outputs: ImageOutputs,
+    outputs: OnnxOutputs,
     threshold: float = 0.5,
     mask_threshold: float = 0.5,
     stuff_ids: Collection[int] | None = None,
@@ -225,7 +225,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _segment(
-    outputs: ImageOutputs, number: int, label: int, score: Any, fused: bool = False
+    outputs: OnnxOutputs, number: int, label: int, score: Any, fused: bool = False
 ) -> dict[str, Any]:
     name = outputs.vocabulary[label][0]
     return {
@@ -245,7 +245,7 @@ def _check_fractions(**values: float | None) -> None:
 
 
 def _tiles(
-    outputs: ImageOutputs, values_per_pixel: int, queries: Any = slice(None)
+    outputs: OnnxOutputs, values_per_pixel: int, queries: Any = slice(None)
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield tiles of rows of the result and the mask logits there, (rows, W, Q)."""
     sides = [math.ceil(side / 32) * 32 // MASK_STRIDE for side in outputs.image_size]

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import postprocessing
 from .images import NetworkInput, preprocess, read_image, stack
-from .postprocessing import ImageOutputs
+from .postprocessing import OnnxOutputs
 from .vocabulary import (
     OTHER,
     Classes,
@@ -51,24 +51,14 @@ class EncodedVocabulary:
 
 
 class OnnxSessions:
-    """Runs the two networks of a folder by onnxruntime; the text network is loaded when new names come.
-
-    Args:
-        folder: what `ita export` wrote.
-        providers: of onnxruntime, such as ["CUDAExecutionProvider", "CPUExecutionProvider"]; None for the CPU.
-    """
+    """Runs the two networks of a folder by onnxruntime; the text network is loaded when new names come."""
 
     def __init__(self, folder: Path, providers: Sequence[str] | None = None):
         self.folder, self.providers = folder, list(providers or ["CPUExecutionProvider"])
         self._sessions: dict[str, Any] = {}
 
     def __call__(self, network: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run a network.
-
-        Args:
-            network: "text" or "image".
-            inputs: arrays by name.
-        """
+        """Run a network."""
         session = self._sessions.get(network)
         if session is None:
             import onnxruntime
@@ -213,7 +203,7 @@ class OnnxPredictor:
         images: Sequence[Any],
         classes: Classes | None = None,
         target_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[ImageOutputs]:
+    ) -> list[OnnxOutputs]:
         """Compute the network's outputs, for the functions of `postprocessing`.
 
         Images go through the network in batches of one padded size, so that each one's outputs are those that it has
@@ -234,13 +224,13 @@ class OnnxPredictor:
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, one in enumerate(inputs):
             groups.setdefault(one.valid.shape, []).append(index)
-        found: dict[int, ImageOutputs] = {}
+        found: dict[int, OnnxOutputs] = {}
         for indices in groups.values():
             for start in range(0, len(indices), IMAGES_PER_BATCH):
                 batch = indices[start : start + IMAGES_PER_BATCH]
                 parts = self.run_batch([inputs[index] for index in batch], text)
                 for index, (class_logits, masks, dominant) in zip(batch, parts, strict=True):
-                    found[index] = ImageOutputs(
+                    found[index] = OnnxOutputs(
                         class_logits, masks, inputs[index].size, sizes[index], text.classes,
                         self._stuff_ids(text.classes), tuple(text.candidates[place] for place in dominant),
                     )  # fmt: skip

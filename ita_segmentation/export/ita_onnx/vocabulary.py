@@ -109,13 +109,7 @@ def is_duplicate(vocabulary: Sequence[Sequence[str]]) -> list[bool]:
 
 
 class ClipTokenizer:
-    """CLIP's tokens of prompts, by the package `tokenizers`.
-
-    Args:
-        file: `tokenizer.json`.
-        context_length: the most tokens of a prompt.
-        padded: whether rows are always as long as that, for a text tower that is not causal.
-    """
+    """CLIP's tokens of prompts, by the package `tokenizers`."""
 
     def __init__(self, file: Path, context_length: int, padded: bool = False):
         from tokenizers import Tokenizer

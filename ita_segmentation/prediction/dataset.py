@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ita_segmentation.errors import ITAError, one_line
-from ita_segmentation.files import atomic_path, json_bytes, read_text, write_files
+from ita_segmentation.files import json_bytes, read_text, write_files
 from ita_segmentation.images import DECODING_ERRORS
 from ita_segmentation.prediction.formats import label_png
 from ita_segmentation.prediction.rows import Row, Rows, Unit, batches
@@ -35,12 +35,7 @@ MAX_DECODERS = 4
 
 @dataclass
 class DatasetCounts:
-    """What was done.
-
-    Attributes:
-        images: number of images done.
-        errors: how many of them have an error.
-    """
+    """What was done."""
 
     images: int = 0
     errors: int = 0
@@ -49,7 +44,7 @@ class DatasetCounts:
         return DatasetCounts(self.images + other.images, self.errors + other.errors)
 
 
-class ShardFolder:
+class ParquetFolder:
     """The output folder of a run over a dataset.
 
     Args:
@@ -105,17 +100,8 @@ class ShardFolder:
         write_files({self.folder / "parts" / f"{part:05d}": f"{length}\n".encode()})
 
     def write(self, part: int, number: int, content: bytes) -> None:
-        """Write a unit's file.
-
-        Raises:
-            ITAError: it cannot be written.
-        """
-        path = self.path(part, number)
-        with atomic_path(path, one_writer=True) as temporary:
-            try:
-                temporary.write_bytes(content)
-            except OSError as error:
-                raise ITAError(f"cannot write {path}: {error.strerror or error}") from error
+        """Write a unit's file; raises ITAError."""
+        write_files({self.path(part, number): content}, one_writer=True)
 
 
 def unit_name(part: int, number: int) -> str:
@@ -125,16 +111,11 @@ def unit_name(part: int, number: int) -> str:
 
 def process_of() -> tuple[int, int, int]:
     """Return (rank, number of processes, rank on this machine), as `accelerate launch` and torchrun set them."""
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in _LAUNCH_VARIABLES.items()
-    )
-    return rank, world_size, local_rank
+    rank, world_size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return int(rank or 0), int(world_size or 1), int(local_rank or 0)
 
 
-_LAUNCH_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-class UnitSegmenter:
+class ParquetSegmenter:
     """Segments units into the contents of their files. Images of a batch are decoded while the one before is segmented.
 
     Args:
@@ -182,7 +163,7 @@ class UnitSegmenter:
     def _segment_batch(self, part: int, batch: Sequence[tuple[Row, Any]]) -> list[dict[str, Any]]:
         """A record for each row; one that cannot be read or segmented has its `error` and nothing else."""
         images = [image for _, image in batch if not isinstance(image, str)]
-        results: Iterator[Any] = iter(self.segmenter.segment(images))
+        results: Iterator[Any] = iter(self.segmenter.segment_images(images))
         return [
             {
                 "image_id": row.image_id,
@@ -202,15 +183,15 @@ class UnitSegmenter:
             record["label_map"] = label_png(result.label_map)
         if "segments" in self._formats:
             record["segments"] = result.segments
-        if self._run_lengths is not None:
+        if "coco" in self._formats and self._run_lengths is not None:
             record["run_lengths"] = self._run_lengths(result)
         return record
 
 
 def segment_dataset(
-    worker: UnitSegmenter,
+    worker: ParquetSegmenter,
     rows: Rows,
-    folder: ShardFolder,
+    folder: ParquetFolder,
     plan: Mapping[str, Any],
     progress: Callable[[int], object] = lambda images: None,
 ) -> DatasetCounts:
