@@ -71,6 +71,8 @@ def test_every_stage_of_an_image_is_measured(scripts, monkeypatch, capsys, dtype
         ),
         ("large_image", ["--model", "nowhere"], "no such checkpoint folder"),
         ("large_image", ["--model", "models/ita-tiny", "--tile_overlap", "192"], "overlap"),
+        ("postprocessing", ["--model", "nowhere", "--image", "a.png"], "no such checkpoint folder"),
+        ("postprocessing", ["--model", "models/ita-tiny", "--image", "nowhere.png"], "nowhere.png"),
         ("speed", ["--clip", "NOPE"], "open_clip knows no CLIP named 'NOPE'"),
     ],
 )
@@ -91,3 +93,14 @@ def test_mask_pooling_keeps_the_weights_of_the_ensemble(scripts, monkeypatch, ca
     row = json.loads(capsys.readouterr().out.splitlines()[0])
     assert (row["alpha"], row["beta"], row["pooling"]) == (0.6, 0.95, "hard, `dense_upsample` 4")
     assert 0 < row["miou"] <= 100
+
+
+def test_post_processing_is_measured_beside_the_network(scripts, monkeypatch, capsys):
+    monkeypatch.chdir(FOLDER.parent)
+    options = ["--image", "models/ita-tiny/examples/scene_1.png", "--sizes", "400x300", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["postprocessing.py", "--model", "models/ita-tiny", *options])
+    importlib.import_module("postprocessing").main()
+    head, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert head[:3] == ["size", "network", "semantic"]
+    assert row[0] == "400 x 300"
+    assert all(float(seconds) > 0 for seconds in row[1:])
