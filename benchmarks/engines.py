@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import time
-import timeit
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import at_least, build, made_up_vocabulary
+from measure import at_least, build, fastest, made_up_vocabulary
 
 from ita_segmentation.checkpoints import load_checkpoint
 from ita_segmentation.errors import ITAError
@@ -117,11 +116,6 @@ def backbone_seconds(model: Any, pixel_values: torch.Tensor, repeats: int) -> fl
     """Time the frozen image tower in eager float32."""
     with torch.no_grad():
         return fastest(partial(model.clip_backbone, pixel_values), repeats + 1)
-
-
-def fastest(function: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of a few calls."""
-    return min(timeit.repeat(function, number=1, repeat=repeats))
 
 
 def label_maps(engine: Engine, images: list[Inputs]) -> list[torch.Tensor]:

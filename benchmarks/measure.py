@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,6 +172,11 @@ def _segment(
     with stopwatch.time("post-processing"):
         for image in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
             semantic_map(*image, size, size)
+
+
+def fastest(function: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the fastest of a few calls."""
+    return min(timeit.repeat(function, number=1, repeat=repeats))
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -8,15 +8,13 @@ fastest of a few calls.
 """
 
 import argparse
-import timeit
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from measure import at_least
+from measure import at_least, fastest
 from speed import image_size
 
 from ita_segmentation.checkpoints import load_checkpoint
@@ -26,11 +24,6 @@ from ita_segmentation.images import read_image
 from modeling_ita.mask_tiles import MaskTiles
 
 TASKS = ("semantic", "panoptic", "instance")
-
-
-def fastest(function: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of a few calls."""
-    return min(timeit.repeat(function, number=1, repeat=repeats))
 
 
 @torch.inference_mode()
